@@ -1,0 +1,109 @@
+"""What a Qwen network is: one frozen description for every released dense family.
+
+Nothing about *how* it runs is here (dtypes, remat, kernels, meshes): see `model/options.py`.
+Released sizes are in `model/presets.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from qwen_jax.errors import UserError
+
+Family = Literal["qwen", "qwen2", "qwen3"]
+"""Hugging Face `model_type`: Qwen v1; Qwen1.5, 2 and 2.5; Qwen3 dense."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Yarn:
+    """YaRN rotary scaling (arXiv:2309.00071), as Qwen2.5 and Qwen3 use it past their trained length.
+
+    Attributes:
+      factor: context multiple, target length / `original_length`.
+      original_length: length the model was trained at.
+      beta_fast, beta_slow: rotations over `original_length` above / below which a frequency is
+        kept / interpolated.
+      attention_factor: multiplies both cos and sin; None means 0.1·ln(factor) + 1.
+    """
+
+    factor: float
+    original_length: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a dense Qwen (report §2.3; released configs of v1, 1.5, 2, 2.5 and 3).
+
+    Attributes:
+      family: which released family the weights are named and laid out after.
+      vocab_size: embedding rows V, padding included (151,936 or 152,064 in the releases).
+      d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff: D, L, N, K, H, F. `d_ff` is the actual
+        width of the SwiGLU (the v1 config's `intermediate_size` is twice that).
+      max_length: longest sequence the release claims, `max_position_embeddings`.
+      tie_embeddings: the output projection is the transposed embedding table.
+      qkv_bias: biases on the q, k, v projections (all families but Qwen3).
+      qk_norm: RMSNorm over H on q and k before RoPE (Qwen3).
+      norm_eps: epsilon of every RMSNorm.
+      rope_theta: RoPE base. rope_fraction: share of H that is rotated (`rotary_pct`).
+      yarn: static YaRN scaling or None.
+      trained_length: `seq_length` of Qwen v1, the threshold of dynamic NTK and LogN.
+      dynamic_ntk, logn: the release turns them on at inference (never in training).
+      windows: sliding window of each layer in tokens, None for a full layer; () means all full.
+      init_std: standard deviation of every weight matrix at the start; the output projections of
+        attention and FFN get init_std/√(2L).
+      embed_dropout, attn_dropout, residual_dropout: rates, applied only when a dropout key is given.
+    """
+
+    family: Family
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    max_length: int
+    tie_embeddings: bool = False
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    rope_fraction: float = 1.0
+    yarn: Yarn | None = None
+    trained_length: int = 2048
+    dynamic_ntk: bool = False
+    logn: bool = False
+    windows: tuple[int | None, ...] = ()
+    init_std: float = 0.02
+    embed_dropout: float = 0.0
+    attn_dropout: float = 0.0
+    residual_dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_heads % self.n_kv_heads:
+            raise UserError(
+                f"model.n_heads={self.n_heads} is not a multiple of "
+                f"model.n_kv_heads={self.n_kv_heads}; change one of them"
+            )
+        if self.windows and len(self.windows) != self.n_layers:
+            raise UserError(
+                f"model.windows names {len(self.windows)} layers but model.n_layers is "
+                f"{self.n_layers}; give one entry per layer or none"
+            )
+        if self.rope_dim < 2 or self.rope_dim % 2:
+            raise UserError(
+                f"model.head_dim={self.head_dim} × model.rope_fraction={self.rope_fraction} gives "
+                f"{self.rope_dim} rotated channels; it must be an even number of at least 2"
+            )
+
+    @property
+    def rope_dim(self) -> int:
+        """Rotated channels of each head."""
+        return int(self.head_dim * self.rope_fraction)

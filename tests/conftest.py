@@ -1,0 +1,30 @@
+"""Eight CPU devices for every test, fixed before jax starts; reference data and tokenizer paths."""
+
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Size-1 mesh axes carry no information; without this, every array type names them.
+jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def qwen1_small() -> pathlib.Path:
+    """Tiny Qwen v1 checkpoint with what the released modelling code computes on it."""
+    return DATA / "qwen1-small"
+
+
+@pytest.fixture(scope="session")
+def qwen_tiktoken() -> pathlib.Path:
+    """The released vocabulary, 151,643 ranks, as carried by the dashscope wheel (Apache-2.0)."""
+    spec = importlib.util.find_spec("dashscope")
+    assert spec is not None, "dashscope is missing: pip install -r requirements/dev.txt"
+    path = pathlib.Path(spec.origin).parent / "resources" / "qwen.tiktoken"
+    assert path.is_file(), f"{path} is missing from the installed dashscope"
+    return path
