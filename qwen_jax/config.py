@@ -62,7 +62,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is Literal:
         if value not in args:
             close = nearest(str(value), map(str, args))
-            raise UserError(f"{path} is {value!r}{close}; choose one of {', '.join(map(str, args))}")
+            raise UserError(
+                f"{path} is {value!r}{close}; choose one of {', '.join(map(str, args))}"
+            )
         return value
     if origin is tuple:
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))

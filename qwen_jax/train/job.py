@@ -96,5 +96,3 @@ def identity(job: PretrainJob, tokenizer: Tokenizer, data: dict) -> dict:
         "loss": {"z_loss": job.loss.z_loss},
         "seed": job.train.seed,
     }
-
-

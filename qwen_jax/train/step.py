@@ -192,7 +192,7 @@ def train_step(
     weight = jnp.maximum(sums.weight, 1.0)
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         lr = learning_rate(config.optimizer, state.step)
         optimizer = adamw(config.optimizer, decay_mask(config.model))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -216,8 +216,8 @@ def train_step(
         "loss": sums.nll / weight,
         "bits_per_byte": sums.nll / jnp.log(2.0) / jnp.maximum(batch["n_bytes"].sum(), 1.0),
         "grad_norm": grad_norm,
-        "update_norm": optax.global_norm(updates),
-        "param_norm": optax.global_norm(params),
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(params),
         "lr": lr,
         "tokens": sums.weight,
         "skipped": new_state.skipped.astype(jnp.float32),
