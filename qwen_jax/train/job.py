@@ -52,7 +52,10 @@ class RunConfig:
 class PretrainJob:
     """A whole pretraining job; field names are the groups of keys on the command line.
 
-    tokenizer: vocabulary file or checkpoint folder. eval: held-out sources, `name=DIR,…` ("": none).
+    Attributes:
+      tokenizer: vocabulary file, or a folder that has one.
+      eval: held-out shards to evaluate on, `DIR,DIR,…` ("": none).
+      model, data, train, options, mesh, optimizer, loss: see their classes.
     """
 
     model: ModelConfig

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
@@ -106,7 +107,7 @@ def test_gradients_agree(monkeypatch):
             return jnp.sum(jnp.sin(call((q, k, v, *arrays[3:]), implementation)))
 
         with jax.default_matmul_precision("highest"):
-            jax.test_util.check_grads(f, (q, k, v), 1, modes=("rev",), atol=0.05, rtol=0.05)
+            check_grads(f, (q, k, v), 1, modes=("rev",), atol=0.05, rtol=0.05)
             return jax.grad(f, (0, 1, 2))(q, k, v)
 
     for a, b in zip(grads("reference"), grads("chunked"), strict=True):

@@ -1,4 +1,4 @@
-"""The training step: the same loss and gradients whatever the mesh, the batch split or the kernel."""
+"""The training step: one loss and one gradient, whatever the mesh, batch split or kernel."""
 
 import dataclasses
 import functools
