@@ -20,6 +20,7 @@ before it is used; values are exact on any mesh and any number of hosts. See doc
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any, Self
@@ -317,7 +318,11 @@ def _checksums(leaves: Mapping[str, jax.Array]) -> list[int]:
     Σ wordᵢ·wᵢ mod 2³² with odd weights wᵢ from the position i. Integer sums do not depend on their
     order, so the sharding cannot matter; one changed word moves the sum by ±2ᵏ·odd ≠ 0.
     """
-    sums = [_checksum(leaf) for leaf in leaves.values()]  # all dispatched before the first fetch
+    sums = []  # all are dispatched before the first is fetched
+    for leaf in leaves.values():
+        mesh = getattr(leaf.sharding, "mesh", None)
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            sums.append(_checksum(leaf))
     return [int(value) for value in jax.device_get(sums)]
 
 

@@ -97,21 +97,23 @@ def check_files(path: epath.Path) -> None:
 def check_identity(path: epath.Path, saved: dict, now: dict) -> None:
     """Raises UserError naming the first field in which two identities differ."""
     saved, now = dict(_fields(saved)), dict(_fields(now))
-    names = [n for n in [*now, *(n for n in saved if n not in now)]]
-    different = [n for n in names if saved.get(n, "absent") != now.get(n, "absent")]
-    if different:
-        first, more = different[0], len(different) - 1
-        others = f" ({more} more differ: {', '.join(different[1:4])})" if more else ""
-        raise UserError(
-            f"Checkpoint {path} was written with {first} = {saved.get(first, 'absent')!r}, this "
-            f"run has {now.get(first, 'absent')!r}{others}: go back to the first value, or use "
-            "another checkpoint directory for a new run."
-        )
+    names = [*now, *(name for name in saved if name not in now)]
+    different = [n for n in names if n not in saved or n not in now or saved[n] != now[n]]
+    if not different:
+        return
+    first, more = different[0], len(different) - 1
+    was, is_now = (repr(side[first]) if first in side else "nothing" for side in (saved, now))
+    others = f" ({more} more: {', '.join(different[1:4])})" if more else ""
+    raise UserError(
+        f"Checkpoint {path} was written with {first} = {was}, this run has {is_now}{others}: go "
+        "back to the first value, or use another checkpoint directory for a new run."
+    )
 
 
-def _fields(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _fields(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("model.num_layers", 24) for every value of a nested mapping."""
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, Mapping):
             yield from _fields(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
