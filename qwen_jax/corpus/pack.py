@@ -231,7 +231,7 @@ def _existing(out: pathlib.Path, wanted: dict[str, Any]) -> Manifest | None:
         raise UserError(
             f"{out} already holds other data: {different}; choose another output or delete it."
         )
-    check_shards(out, manifest)
+    check_shards(out, manifest, deep=True)
     logging.info("%s already holds exactly this data; nothing to do.", out)
     return manifest
 

@@ -17,6 +17,7 @@ A folder holds `windows-00000-of-0000N.array_record` files and `manifest.json` (
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -212,11 +213,14 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     raise UserError(f"{path} is of format {found!r}, this code reads {FORMAT!r}; pack it again.")
 
 
-def check_shards(folder: str | os.PathLike, manifest: Manifest) -> list[str]:
+def check_shards(
+    folder: str | os.PathLike, manifest: Manifest, *, deep: bool = False
+) -> list[str]:
     """Compares size and record count of every shard with the manifest; returns their paths.
 
-    Cheap enough for every start (no record is read): it finds missing, truncated, swapped and
-    half-copied files. A flipped bit inside a file is found when its record is read.
+    Cheap enough for every start (no record is read): it finds missing, truncated and half-copied
+    files. A flipped bit is found when its record is read, or here with `deep`, which reads
+    everything and compares SHA-256.
 
     Raises:
       UserError: naming the first file that differs.
@@ -226,24 +230,33 @@ def check_shards(folder: str | os.PathLike, manifest: Manifest) -> list[str]:
     paths = []
     for shard in manifest.shards:
         path = pathlib.Path(folder) / shard.file
-        if not path.is_file():
-            raise UserError(f"The shard {path} is missing; copy or pack the data again.")
-        size = path.stat().st_size
-        if size != shard.bytes:
-            raise UserError(
-                f"The shard {path} has {size} bytes, its manifest says {shard.bytes}; "
-                "copy or pack the data again."
-            )
+        found = _shard_problem(path, shard, deep)
+        if found:
+            raise UserError(f"The shard {path} {found}; copy or pack the data again.")
+        paths.append(str(path))
+    return paths
+
+
+def _shard_problem(path: pathlib.Path, shard: Shard, deep: bool) -> str:
+    """What is wrong with a shard, or ""."""
+    if not path.is_file():
+        return "is missing"
+    size = path.stat().st_size
+    if size != shard.bytes:
+        return f"has {size} bytes, its manifest says {shard.bytes}"
+    try:
         reader = array_record_module.ArrayRecordReader(str(path))
         records = reader.num_records()
         reader.close()
-        if records != shard.windows:
-            raise UserError(
-                f"The shard {path} has {records} records, its manifest says {shard.windows}; "
-                "copy or pack the data again."
-            )
-        paths.append(str(path))
-    return paths
+    except RuntimeError as error:
+        return f"is damaged ({error})"
+    if records != shard.windows:
+        return f"has {records} records, its manifest says {shard.windows}"
+    if deep:
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                return "has not the SHA-256 its manifest says"
+    return ""
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -300,7 +300,13 @@ def test_a_damaged_output_is_refused_and_not_overwritten(tmp_path):
     out, config = tmp_path / "out", PackConfig(seq_len=8)
     manifest = pack(corpus(), out, ByteTokenizer(), config)
     shard = out / manifest.shards[0].file
-    shard.write_bytes(shard.read_bytes()[:-10])
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[200] ^= 1
+    shard.write_bytes(flipped)
+    with pytest.raises(UserError, match="has not the SHA-256"):
+        pack(corpus(), out, ByteTokenizer(), config)
+    shard.write_bytes(whole[:-10])
     with pytest.raises(UserError, match="bytes, its manifest says"):
         pack(corpus(), out, ByteTokenizer(), config)
     fields = json.loads((out / "manifest.json").read_text())
