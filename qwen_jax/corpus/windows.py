@@ -213,9 +213,7 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
     raise UserError(f"{path} is of format {found!r}, this code reads {FORMAT!r}; pack it again.")
 
 
-def check_shards(
-    folder: str | os.PathLike, manifest: Manifest, *, deep: bool = False
-) -> list[str]:
+def check_shards(folder: str | os.PathLike, manifest: Manifest, *, deep: bool = False) -> list[str]:
     """Compares size and record count of every shard with the manifest; returns their paths.
 
     Cheap enough for every start (no record is read): it finds missing, truncated and half-copied
