@@ -12,13 +12,11 @@ rounds to nearest (Grain would truncate), so each weight relative to the smalles
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import grain
 
@@ -29,70 +27,10 @@ from qwen_jax.corpus.windows import (
     read_manifest,
     record_size,
 )
-from qwen_jax.errors import UserError, nearest
+from qwen_jax.data.config import DataConfig, parse_sources
+from qwen_jax.errors import UserError
 
-Packing = Literal["plain", "masked"]
-PACKINGS = ("plain", "masked")
 _SMALLEST = 100  # What Grain scales the smallest weight to.
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A packed folder (as written by `corpus.pack`) and its share of the tokens (any scale)."""
-
-    path: str
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Where training batches come from.
-
-    Attributes:
-      sources: the mixture.
-      seq_len: tokens per row T; must be the one the sources were packed with.
-      global_batch: rows per step over all processes.
-      packing: "plain" is the report's: rows are attended as one text, positions run through.
-        "masked" separates documents: segment ids per document, positions restart with each.
-      seed: of the order of windows.
-
-    Raises:
-      UserError: a field out of range.
-    """
-
-    sources: tuple[Source, ...]
-    seq_len: int
-    global_batch: int
-    packing: Packing = "plain"
-    seed: int = 0
-
-    def __post_init__(self):
-        if not self.sources:
-            raise UserError("The data config names no sources; give at least one packed folder.")
-        for source in self.sources:
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                raise UserError(
-                    f"The source {source.path} has weight {source.weight}; weights must be "
-                    "positive, leave a source out to give it none."
-                )
-        paths = [os.path.realpath(source.path) for source in self.sources]
-        for path in paths:
-            if paths.count(path) > 1:
-                raise UserError(
-                    f"The source {path} is listed twice; give it once, with one weight."
-                )
-        for name in ("seq_len", "global_batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        check_packing(self.packing)
-
-
-def check_packing(packing: str) -> None:
-    """Raises UserError unless `packing` is one of `PACKINGS`."""
-    if packing not in PACKINGS:
-        raise UserError(
-            f"packing is {packing!r}{nearest(packing, PACKINGS)}; it must be 'plain' or 'masked'."
-        )
 
 
 class WindowSource:
@@ -167,7 +105,7 @@ def open_sources(
     """Opens and checks every source of the config; raises UserError for the first that is wrong."""
     return tuple(
         WindowSource(source.path, seq_len=config.seq_len, tokenizer_sha256=tokenizer_sha256)
-        for source in config.sources
+        for source in parse_sources(config.sources)
     )
 
 
@@ -175,6 +113,10 @@ def proportions(weights: tuple[float, ...]) -> tuple[int, ...]:
     """Integer shares of the mixture: weights scaled so that the smallest is 100, rounded."""
     smallest = min(weights)
     return tuple(round(_SMALLEST * (weight / smallest)) for weight in weights)
+
+
+def _proportions_of(config: DataConfig) -> tuple[int, ...]:
+    return proportions(tuple(source.weight for source in parse_sources(config.sources)))
 
 
 def _source_seed(seed: int, index: int) -> int:
@@ -191,17 +133,16 @@ def mix(sources: tuple[WindowSource, ...], config: DataConfig) -> grain.MapDatas
     ]
     if len(endless) == 1:
         return endless[0]
-    weights = proportions(tuple(source.weight for source in config.sources))
-    return grain.MapDataset.mix(endless, weights)
+    return grain.MapDataset.mix(endless, _proportions_of(config))
 
 
 def epochs_at(config: DataConfig, step: int) -> dict[str, float]:
     """Passes over each source, by path, that training has made before `step` (1.0 = all once)."""
-    weights = proportions(tuple(source.weight for source in config.sources))
+    weights = _proportions_of(config)
     rows = step * config.global_batch
     return {
         source.path: rows * weight / sum(weights) / read_manifest(source.path).windows
-        for source, weight in zip(config.sources, weights, strict=True)
+        for source, weight in zip(parse_sources(config.sources), weights, strict=True)
     }
 
 
@@ -211,8 +152,8 @@ def data_fingerprint(config: DataConfig) -> dict[str, Any]:
     Two configs with equal fingerprints give equal batches. Folders are named by the hash of their
     manifests, not by path, so moved data is the same data.
     """
-    weights = proportions(tuple(source.weight for source in config.sources))
-    contents = [read_manifest(source.path).content() for source in config.sources]
+    weights = _proportions_of(config)
+    contents = [read_manifest(source.path).content() for source in parse_sources(config.sources)]
     return {
         "sources": [
             hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -9,9 +9,8 @@ import pytest
 from qwen_jax.corpus.documents import Document
 from qwen_jax.corpus.pack import PackConfig, pack
 from qwen_jax.data.batches import Batches, eval_batches, make_batch
+from qwen_jax.data.config import DataConfig, Source, parse_sources
 from qwen_jax.data.mixture import (
-    DataConfig,
-    Source,
     WindowSource,
     check_fingerprint,
     data_fingerprint,
@@ -39,9 +38,8 @@ def packed(tmp_path_factory):
 
 
 def config(packed, weights=(5.0, 3.0, 2.0), global_batch=24, **kwargs):
-    sources = tuple(
-        Source(str(packed / letter), weight)
-        for letter, weight in zip(LETTERS, weights, strict=False)
+    sources = ",".join(
+        f"{packed / letter}={weight}" for letter, weight in zip(LETTERS, weights, strict=False)
     )
     return DataConfig(sources, seq_len=T, global_batch=global_batch, **kwargs)
 
@@ -249,7 +247,7 @@ def test_a_flipped_bit_is_reported_when_read(packed, tmp_path):
     # Inside the first chunk of records: the file's head and tail hold its structure.
     data[200] ^= 0xFF
     shard.write_bytes(data)
-    cfg = DataConfig((Source(str(folder)),), seq_len=T, global_batch=4)
+    cfg = DataConfig(str(folder), seq_len=T, global_batch=4)
     reader = Batches(cfg)
     with pytest.raises(UserError, match=rf"Record \d+ of .*{shard.name} is damaged"):
         list(eval_batches(folder, 4))
@@ -260,9 +258,22 @@ def test_a_flipped_bit_is_reported_when_read(packed, tmp_path):
         next(prefetch)
 
 
+def test_sources_are_one_string():
+    want = (Source("/d/web", 0.7), Source("b=2/code", 3.0), Source("math", 1.0))
+    assert parse_sources("/d/web=0.7, b=2/code=3,math") == want
+    assert DataConfig("", T, 4).sources == ""  # A recipe; the command line gives it.
+    with pytest.raises(UserError, match=r"data.sources is empty"):
+        Batches(DataConfig("", T, 4))
+    for bad in ("a=0", "a=-1", "a=nan", "a=inf", "a=much", "=1", "a=1,", "a=", "a=1,,b"):
+        with pytest.raises(UserError, match="with a positive weight"):
+            DataConfig(bad, T, 4)
+    with pytest.raises(UserError, match="lists a twice"):
+        DataConfig("a=1,b/../a=2", T, 4)
+
+
 def test_bad_sources_are_refused_before_training(packed, tmp_path):
-    def batches(path, seq_len=T, weight=1.0, sha256=None):
-        return Batches(DataConfig((Source(str(path), weight),), seq_len, 4), sha256)
+    def batches(path, seq_len=T, sha256=None):
+        return Batches(DataConfig(str(path), seq_len, 4), sha256)
 
     with pytest.raises(UserError, match="none does not exist"):
         batches(tmp_path / "none")
@@ -274,13 +285,6 @@ def test_bad_sources_are_refused_before_training(packed, tmp_path):
     with pytest.raises(UserError, match=r"tokenizer bytes0+\.\.\., the one in use is other0"):
         batches(packed / "a", sha256="other".ljust(64, "0"))
     batches(packed / "a", sha256="bytes".ljust(64, "0"))
-    for weight in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="weights must be positive"):
-            batches(packed / "a", weight=weight)
-    with pytest.raises(UserError, match="listed twice"):
-        DataConfig((Source(str(packed / "a")), Source(f"{packed}/b/../a")), T, 4)
-    with pytest.raises(UserError, match="names no sources"):
-        DataConfig((), T, 4)
     with pytest.raises(UserError, match=r"did you mean 'masked'\?"):
         config(packed, packing="maskd")
     with pytest.raises(UserError, match="global_batch is 0"):
@@ -299,7 +303,7 @@ def test_bad_sources_are_refused_before_training(packed, tmp_path):
         batches(folder)
     # One bad source among good ones is not dropped.
     with pytest.raises(UserError, match="is missing"):
-        open_sources(DataConfig((Source(str(packed / "b")), Source(str(folder))), T, 4))
+        open_sources(DataConfig(f"{packed}/b=1,{folder}=1", T, 4))
 
 
 def test_an_empty_source_is_refused(packed, tmp_path):
@@ -309,7 +313,7 @@ def test_an_empty_source_is_refused(packed, tmp_path):
     head = text[: text.index('"shards"')].replace(f'"windows": {windows}', '"windows": 0')
     (folder / "manifest.json").write_text(head + '"shards": []}')
     with pytest.raises(UserError, match="holds no windows"):
-        Batches(DataConfig((Source(str(folder)),), T, 4))
+        Batches(DataConfig(str(folder), T, 4))
 
 
 def test_rows_must_divide_over_processes(packed):

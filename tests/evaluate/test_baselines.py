@@ -102,10 +102,8 @@ def test_finds_the_entropy_of_a_source():
     found = model.bits([chain[50_000:]])[0] / 10_000
     assert 1.72 < found < 1.80
     noise = rng.integers(0, 256, 60_000, np.uint8).tobytes()
-    found = [
-        train_ngram([noise[:50_000]], n).bits([noise[50_000:]])[0] / 10_000 for n in (1, 3)
-    ]
-    assert 8 <= found[0] < 8.01 and 8 <= found[1]
+    found = [train_ngram([noise[:50_000]], n).bits([noise[50_000:]])[0] / 10_000 for n in (1, 3)]
+    assert 8 <= found[0] < 8.01 and found[1] >= 8
 
 
 def test_documents_do_not_see_each_other():
