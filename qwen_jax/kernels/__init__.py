@@ -1,0 +1,5 @@
+"""Attention and its dispatch: one contract, several implementations."""
+
+from qwen_jax.kernels.attention import attention, choose_attention
+
+__all__ = ["attention", "choose_attention"]

@@ -1,0 +1,163 @@
+"""`attention(...)`: one contract, dispatched to an implementation that is chosen out loud."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from qwen_jax.errors import UserError, nearest
+from qwen_jax.kernels.reference import chunked_attention, reference_attention
+from qwen_jax.parallel import on_mesh, reshard, spec
+
+IMPLEMENTATIONS = ("auto", "reference", "chunked")
+
+# Scores of one head and row up to this size are materialised whole (1 MiB in float32): fastest on
+# CPU at training lengths up to 512. Above it the chunked form wins by memory.
+_WHOLE_SCORES = 512 * 512
+_CHUNK = 256
+
+
+@functools.cache
+def _announce(requested: str, chosen: str, why: str) -> None:
+    logging.info("attention: %s (requested %s; %s)", chosen, requested, why)
+
+
+def choose_attention(requested: str, *, q_len: int, k_len: int, dropout: bool = False) -> str:
+    """Resolves `auto` and refuses what can't run; logs each choice once.
+
+    Raises:
+      UserError: unknown name, or a request that the implementation can't serve.
+    """
+    if requested not in IMPLEMENTATIONS:
+        raise UserError(
+            f"attention implementation {requested!r} is unknown{nearest(requested, IMPLEMENTATIONS)}"
+            f"; choose one of {', '.join(IMPLEMENTATIONS)}"
+        )
+    if requested == "chunked" and dropout:
+        raise UserError(
+            "attention implementation 'chunked' has no dropout on attention weights; set "
+            "model.attn_dropout to 0 or choose 'reference'"
+        )
+    if requested == "auto":
+        if dropout:
+            chosen, why = "reference", "the only one with dropout on attention weights"
+        elif q_len * k_len <= _WHOLE_SCORES:
+            chosen, why = "reference", "short sequences: all scores at once"
+        else:
+            chosen, why = "chunked", "long sequences: scores a block of queries at a time"
+    else:
+        chosen, why = requested, "as requested"
+    _announce(requested, chosen, why)
+    return chosen
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    q_segments: jax.Array | None = None,
+    k_segments: jax.Array | None = None,
+    q_start: jax.Array | None = None,
+    window: jax.Array | int | None = None,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Causal grouped-query attention.
+
+    Args:
+      q: [B,T,N,H]. k, v: [B,S,K,H] with N a multiple of K; query head n reads kv head n // (N/K).
+      q_segments: int32 [B,T], k_segments: int32 [B,S]; a query sees keys of its own segment only,
+        and segment 0 (padding) is never seen. None: one segment.
+      q_start: int32 [B], slot of the first query among the keys (None: 0); a query in slot i sees
+        keys in slots <= i.
+      window: a query sees at most this many slots, its own included. None: all.
+      scale: factor on q·k, 1/√H by default.
+      dropout_rate, dropout_key: dropout on the attention weights (reference only).
+      implementation: one of `IMPLEMENTATIONS`.
+
+    Returns:
+      [B,T,N,H] in q's dtype, softmax in float32; rows that see no key are 0.
+    """
+    batch, q_len, n_heads, head_dim = q.shape
+    k_len, n_kv = k.shape[1], k.shape[2]
+    groups = n_heads // n_kv
+    scale = head_dim**-0.5 if scale is None else scale
+    dropout = bool(dropout_rate) and dropout_key is not None
+    chosen = choose_attention(implementation, q_len=q_len, k_len=k_len, dropout=dropout)
+    start = jnp.zeros((1,), jnp.int32) if q_start is None else q_start
+    q = jax.lax.reshape(
+        q,
+        (batch, q_len, n_kv, groups, head_dim),
+        out_sharding=spec("batch", "sequence", "kv_heads", None, None),
+    )
+    if chosen == "reference":
+        rate = dropout_rate if dropout else 0.0
+        out = _whole(q, k, v, start, q_segments, k_segments, window, scale, rate, dropout_key)
+    else:
+        out = _per_device(q, k, v, start, q_segments, k_segments, window, scale)
+    return jax.lax.reshape(
+        out,
+        (batch, q_len, n_heads, head_dim),
+        out_sharding=spec("batch", "sequence", "heads", None),
+    )
+
+
+def _collect_keys(k, v, k_segments):
+    """Every query block needs all keys before it: collects keys along the sequence."""
+    k, v = (reshard(x, "batch", None, "kv_heads", None) for x in (k, v))
+    return k, v, None if k_segments is None else reshard(k_segments, "batch", None)
+
+
+def _whole(q, k, v, start, q_segments, k_segments, window, scale, rate, key):
+    """The reference under explicit sharding: the compiler partitions it."""
+    k, v, k_segments = _collect_keys(k, v, k_segments)
+    q_index = reshard(jnp.arange(q.shape[1], dtype=jnp.int32)[None], None, "sequence")
+    q_index = q_index + start[:, None]
+    k_index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+    return reference_attention(
+        *(q, k, v, q_index, k_index, q_segments, k_segments),
+        window=window,
+        scale=scale,
+        dropout_rate=rate,
+        dropout_key=key,
+    )
+
+
+def _per_device(q, k, v, start, q_segments, k_segments, window, scale):
+    """Runs the chunked form on each device's own heads, batch rows and query block."""
+    k, v, k_segments = _collect_keys(k, v, k_segments)
+
+    def local(q, k, v, start, q_segments, k_segments, window):
+        q_index = jnp.arange(q.shape[1], dtype=jnp.int32)[None] + start[:, None]
+        if on_mesh():
+            q_index += jax.lax.axis_index("context").astype(jnp.int32) * q.shape[1]
+        k_index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+        return chunked_attention(
+            *(q, k, v, q_index, k_index, q_segments, k_segments),
+            window=window,
+            scale=scale,
+            chunk=min(_CHUNK, q.shape[1]),
+        )
+
+    operands = (q, k, v, start, q_segments, k_segments, window)
+    if not on_mesh():
+        return local(*operands)
+    queries = spec("batch", "sequence", "kv_heads", None, None)
+    keys = spec("batch", None, "kv_heads", None)
+    return jax.shard_map(
+        local,
+        in_specs=(
+            *(queries, keys, keys),
+            spec("batch") if start.shape[0] > 1 else jax.P(),
+            *(spec("batch", "sequence"), spec("batch", None)),
+            jax.P(),
+        ),
+        out_specs=queries,
+        check_vma=False,
+    )(*operands)

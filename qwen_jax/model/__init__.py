@@ -1,0 +1,38 @@
+"""The network: configuration, parameters and forward pass of every dense Qwen."""
+
+from qwen_jax.model.config import ModelConfig, Yarn
+from qwen_jax.model.options import ForwardOptions
+from qwen_jax.model.rope import ntk_alpha
+from qwen_jax.model.transformer import (
+    KVCache,
+    Params,
+    abstract_params,
+    count_params,
+    decay_mask,
+    declare,
+    forward,
+    hidden_states,
+    init_cache,
+    init_params,
+    logits,
+    output_kernel,
+)
+
+__all__ = [
+    "ForwardOptions",
+    "KVCache",
+    "ModelConfig",
+    "Params",
+    "Yarn",
+    "abstract_params",
+    "count_params",
+    "decay_mask",
+    "declare",
+    "forward",
+    "hidden_states",
+    "init_cache",
+    "init_params",
+    "logits",
+    "ntk_alpha",
+    "output_kernel",
+]

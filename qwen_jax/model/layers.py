@@ -1,0 +1,269 @@
+"""The layers of a Qwen block as Linen modules, each weight declared once where it is used.
+
+Modules are used functionally: `Block(...).apply({"params": p}, x, …)`; stacking, scanning and remat
+are plain JAX in `model/transformer.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
+
+from qwen_jax.kernels import attention
+from qwen_jax.model.config import ModelConfig
+from qwen_jax.model.options import ForwardOptions
+from qwen_jax.model.rope import apply_rope
+from qwen_jax.parallel import gather_weight, reshard, spec
+
+
+@flax.struct.dataclass
+class Weight(meta.AxisMetadata[Any]):
+    """A weight and what is declared about it: logical axes, and whether weight decay applies.
+
+    From this one declaration follow abstract shapes, shardings, decay masks, parameter counts and
+    the Hugging Face mapping's checks.
+    """
+
+    value: Any
+    axes: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+    decay: bool = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        """The bare array."""
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Weight:
+        """The same declaration around another value."""
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> Weight:
+        """Declares a new stacked axis, as `jax.vmap` over an initialiser makes one."""
+        axes = list(self.axes)
+        axes.insert(index, params["name"])
+        return self.replace(axes=tuple(axes))
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> Weight:
+        """Undoes `add_axis`."""
+        return self.replace(axes=self.axes[:index] + self.axes[index + 1 :])
+
+
+def normal(stddev: float):
+    """Initialiser N(0, stddev²), float32, born with its sharding."""
+
+    def init(key, shape, axes):
+        return stddev * jax.random.normal(key, shape, jnp.float32, out_sharding=spec(*axes))
+
+    return init
+
+
+def constant(value: float):
+    """Initialiser of a constant, float32."""
+
+    def init(key, shape, axes):
+        del key
+        return jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes))
+
+    return init
+
+
+class Layer(nn.Module):
+    """Base of all layers: knows the model, how it runs, and how to declare a weight."""
+
+    config: ModelConfig
+    options: ForwardOptions
+
+    def weight(self, name, shape, axes, init, *, decay=True) -> jax.Array:
+        """Declares the float32 weight `name`, and returns it ready for use.
+
+        Ready means: in the compute dtype, and whole along `fsdp`.
+        """
+        value = self.param(name, lambda key: Weight(init(key, shape, axes), axes, decay))
+        return gather_weight(value, axes, self.options.compute_dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Inverted dropout; the identity without a key. The mask does not depend on the mesh."""
+    if key is None or not rate:
+        return x
+    sharding = jax.typeof(x).sharding.spec if spec() is not None else None
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape, out_sharding=sharding)
+    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+class RMSNorm(Layer):
+    """x / rms(x) over the last axis: statistics in float32, scaled in x's dtype (as released)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., C] -> the same shape and dtype."""
+        scale = self.weight("scale", (x.shape[-1],), ("norm",), constant(1.0), decay=False)
+        wide = x.astype(jnp.float32)
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.config.norm_eps)).astype(x.dtype) * scale
+
+
+class Attention(Layer):
+    """Grouped-query attention with RoPE, optional q/k/v biases (v1–2.5) or q/k norms (v3)."""
+
+    @nn.compact
+    def __call__(self, x, rope, logn, segments, window, cache, dropout_key):
+        """x [B,T,D] -> ([B,T,D], (k, v) of this layer's cache); see `Block` for the arguments."""
+        c = self.config
+        heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
+        q = self._project(x, "q", heads, "heads")
+        k = self._project(x, "k", kv_heads, "kv_heads")
+        v = self._project(x, "v", kv_heads, "kv_heads")
+        if c.qk_norm:
+            q = RMSNorm(c, self.options, name="q_norm")(q)
+            k = RMSNorm(c, self.options, name="k_norm")(k)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if logn is not None:
+            q = q * logn[:, :, None, None].astype(q.dtype)
+        q, k, v = (checkpoint_name(t, n) for t, n in ((q, "query"), (k, "key"), (v, "value")))
+        q_segments = k_segments = segments
+        q_start = None
+        if cache is not None:
+            keys, values, k_segments, q_start = cache
+            keys, values = append(keys, k, q_start), append(values, v, q_start)
+            cache, k, v = (keys, values), keys.astype(k.dtype), values.astype(v.dtype)
+        out = attention(
+            *(q, k, v),
+            q_segments=q_segments,
+            k_segments=k_segments,
+            q_start=q_start,
+            window=window,
+            dropout_rate=c.attn_dropout,
+            dropout_key=dropout_key,
+            implementation=self.options.attention,
+        )
+        out = checkpoint_name(out, "attention")
+        w = self.weight(
+            "o",
+            (heads, width, c.d_model),
+            ("heads", "head_dim", "embed"),
+            normal(c.init_std / (2 * c.n_layers) ** 0.5),
+        )
+        sharding = spec("batch", "sequence", "channels")
+        return jnp.einsum("BTNH,NHD->BTD", out, w, out_sharding=sharding), cache
+
+    def _project(self, x, name, heads, axis):
+        c = self.config
+        init = normal(c.init_std)
+        w = self.weight(name, (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim"), init)
+        y = jnp.einsum("BTD,DNH->BTNH", x, w)
+        if c.qkv_bias:
+            y += self.weight(
+                f"{name}_bias",
+                (heads, c.head_dim),
+                (axis, "head_dim"),
+                constant(0.0),
+                decay=False,
+            )
+        return y
+
+
+def append(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+    """Writes `new` [B,T,…] into `cache` [B,S,…] at slot `start` [B] of each row."""
+
+    def row(cache, new, start):
+        index = (start,) + (0,) * (cache.ndim - 1)
+        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), index)
+
+    return jax.vmap(row)(cache, new, start)
+
+
+class MLP(Layer):
+    """SwiGLU: down(silu(gate(x)) · up(x)); in v1's names w2 is the gate and w1 the up projection."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B,T,D] -> [B,T,D]."""
+        c = self.config
+        inward = ((c.d_model, c.d_ff), ("embed", "ffn"), normal(c.init_std))
+        gate = jnp.einsum("BTD,DF->BTF", x, self.weight("gate", *inward))
+        up = jnp.einsum("BTD,DF->BTF", x, self.weight("up", *inward))
+        down = self.weight(
+            "down",
+            (c.d_ff, c.d_model),
+            ("ffn", "embed"),
+            normal(c.init_std / (2 * c.n_layers) ** 0.5),
+        )
+        sharding = spec("batch", "sequence", "channels")
+        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, down, out_sharding=sharding)
+
+
+class Block(Layer):
+    """Pre-norm block: h = x + Attention(norm(x)); y = h + MLP(norm(h))."""
+
+    @nn.compact
+    def __call__(self, x, rope, logn, segments, window, cache, dropout_key):
+        """One layer.
+
+        Args:
+          x: residual stream [B,T,D].
+          rope: (cos, sin) [B,T,R/2].
+          logn: float32 [B,T] or None.
+          segments: int32 [B,T] or None.
+          window: int32 scalar or None.
+          cache: (keys, values, segments of all slots, first free slot) or None.
+          dropout_key: PRNG key or None for no dropout.
+
+        Returns:
+          ([B,T,D], (keys, values) with the new tokens in, or None).
+        """
+        c, o = self.config, self.options
+        keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        with jax.named_scope("attention"):
+            normed = RMSNorm(c, o, name="attn_norm")(x)
+            out, cache = Attention(c, o, name="attn")(
+                normed, rope, logn, segments, window, cache, keys[0]
+            )
+            x += dropout(out, c.residual_dropout, keys[1])
+        with jax.named_scope("mlp"):
+            out = MLP(c, o, name="mlp")(RMSNorm(c, o, name="mlp_norm")(x))
+            x += dropout(out, c.residual_dropout, keys[2])
+        return x, cache
+
+
+class Embed(Layer):
+    """The input embedding table."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, dropout_key=None) -> jax.Array:
+        """tokens int32 [B,T] -> [B,T,D] in the compute dtype."""
+        c = self.config
+        axes = ("table_rows", "table_channels")
+        table = self.param(
+            "table",
+            lambda key: Weight(
+                normal(c.init_std)(key, (c.vocab_size, c.d_model), axes), axes, True
+            ),
+        )
+        # Tokens of the whole fsdp group are looked up in each device's channels, then channels are
+        # traded for rows of the batch.
+        tokens = reshard(tokens, "table_batch", "sequence")
+        rows = table.at[tokens].get(out_sharding=spec("table_batch", "sequence", "table_channels"))
+        rows = rows.astype(self.options.compute_dtype)
+        x = reshard(rows, "table_batch", "sequence", "embed")  # all-gather over tensor,
+        x = reshard(x, "batch", "sequence", "channels")  # all-to-all over fsdp
+        return dropout(x, c.embed_dropout, dropout_key)
+
+
+class Head(Layer):
+    """Output projection, D -> V, kept apart from the embedding unless the model ties them."""
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        """The kernel, float32 [D,V], sharded as at rest."""
+        c = self.config
+        axes = ("embed", "vocab")
+        init = normal(c.init_std)
+        return self.param(
+            "kernel", lambda key: Weight(init(key, (c.d_model, c.vocab_size), axes), axes, True)
+        )

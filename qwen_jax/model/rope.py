@@ -1,0 +1,85 @@
+"""Rotary positions, and the report's training-free context extension: dynamic NTK and LogN (§2.5).
+
+Angles are float32 whatever the compute dtype: in bf16, position 257 and 258 are the same number.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qwen_jax.model.config import ModelConfig, Yarn
+
+
+def ntk_alpha(length: int, trained_length: int) -> float:
+    """Dynamic NTK factor for a prompt of `length` tokens, max(2^ceil(log2(L/S) + 1) − 1, 1).
+
+    Chosen once from the prompt and kept while decoding, as the release does (Qwen-7B
+    modeling_qwen.py): 1 up to S, then 3, 7, 15, … for each doubling.
+    """
+    if length <= trained_length:
+        return 1.0
+    return float(max(2 ** math.ceil(math.log2(length / trained_length) + 1) - 1, 1))
+
+
+def logn_scale(positions: jax.Array, trained_length: int) -> jax.Array:
+    """LogN factor of a query at 0-based `positions`: log_S(p + 1) past S, 1 before. float32."""
+    count = positions.astype(jnp.float32) + 1.0
+    return jnp.maximum(jnp.log(count) / math.log(trained_length), 1.0)
+
+
+def _yarn_inverse_frequencies(base: np.ndarray, theta: float, dim: int, yarn: Yarn) -> np.ndarray:
+    """Keeps fast frequencies, interpolates slow ones, and blends between (YaRN §3.2)."""
+
+    def channel(rotations: float) -> float:  # which channel turns this often over the length
+        return (
+            dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        )
+
+    low = max(math.floor(channel(yarn.beta_fast)), 0)
+    high = min(math.ceil(channel(yarn.beta_slow)), dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    return base / yarn.factor * ramp + base * (1 - ramp)
+
+
+def rope_table(
+    positions: jax.Array, config: ModelConfig, alpha: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines, float32 [B,T,R/2] each, for int32 `positions` [B,T].
+
+    Args:
+      alpha: float32 [B] or scalar, NTK factor per row: the base becomes
+        base · alpha^(R/(R−2)). None is 1.
+    """
+    dim = config.rope_dim
+    exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
+    scale = 1.0
+    if config.yarn is not None:
+        inverse = _yarn_inverse_frequencies(
+            config.rope_theta**-exponent, config.rope_theta, dim, config.yarn
+        )
+        scale = config.yarn.attention_factor
+        if scale is None:
+            scale = 0.1 * math.log(config.yarn.factor) + 1.0 if config.yarn.factor > 1 else 1.0
+        inverse = jnp.asarray(inverse, jnp.float32)[None]
+    else:
+        inverse = jnp.asarray(config.rope_theta**-exponent, jnp.float32)[None]
+    if alpha is not None and dim > 2:
+        # (θ·α^(R/(R−2)))^(−e) = θ^(−e) · α^(−e·R/(R−2))
+        power = jnp.asarray(exponent * dim / (dim - 2), jnp.float32)
+        inverse = inverse * jnp.atleast_1d(alpha).astype(jnp.float32)[:, None] ** -power
+    angles = positions.astype(jnp.float32)[..., None] * inverse[:, None, :]
+    return jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+
+def apply_rope(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the first R channels of x [B,T,heads,H] in float32, half-split (NeoX) layout."""
+    cos, sin = (t[:, :, None, :] for t in table)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return jnp.concatenate([rotated.astype(x.dtype), rest], axis=-1)

@@ -1,0 +1,234 @@
+"""The network as pure functions over a plain nested dict of arrays.
+
+Parameters (every leaf under `layers` has a leading layer axis L)::
+
+    embed/table [V,D]
+    layers/attn_norm/scale [L,D]   layers/attn/{q [L,D,N,H], k, v [L,D,K,H], o [L,N,H,D]}
+    layers/attn/{q_bias [L,N,H], k_bias, v_bias [L,K,H]}       (v1, 1.5, 2, 2.5)
+    layers/attn/{q_norm, k_norm}/scale [L,H]                   (3)
+    layers/mlp_norm/scale [L,D]    layers/mlp/{gate, up [L,D,F], down [L,F,D]}
+    final_norm/scale [D]           head/kernel [D,V]           (no head when embeddings are tied)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from qwen_jax.model.config import ModelConfig
+from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, append
+from qwen_jax.model.options import REMAT, ForwardOptions
+from qwen_jax.model.rope import logn_scale, rope_table
+from qwen_jax.parallel import RULES, current_mesh, gather_weight, on_mesh, reshard, spec
+
+Params = dict[str, Any]
+
+
+class KVCache(NamedTuple):
+    """Keys (already rotated) and values of earlier tokens, one dense block of slots per row.
+
+    Attributes:
+      keys, values: [L,B,S,K,H].
+      segments: int32 [B,S], 0 where a slot is empty or padding.
+      length: int32 [B], slots in use; the next token of row b goes into slot length[b].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+
+def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.bfloat16) -> KVCache:
+    """An empty cache of `slots` tokens for each of `batch` rows."""
+    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
+    axes = ("layers", "batch", None, "kv_heads", "head_dim")
+    return KVCache(
+        keys=jnp.zeros(shape, dtype, out_sharding=spec(*axes)),
+        values=jnp.zeros(shape, dtype, out_sharding=spec(*axes)),
+        segments=jnp.zeros((batch, slots), jnp.int32, out_sharding=spec("batch", None)),
+        length=jnp.zeros((batch,), jnp.int32, out_sharding=spec("batch")),
+    )
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def _boxed_init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Initialises everything, each leaf in the `Weight` box that declares it.
+
+    Linen declares weights while a layer runs, so each runs once on the smallest batch the mesh can
+    split; only the weights are kept, and the compiler drops the rest.
+    """
+    options = ForwardOptions(dtype="float32", attention="reference")
+    shape = current_mesh().shape if on_mesh() else {}
+    batch = math.prod(shape.get(axis, 1) for axis in RULES["batch"])
+    length = shape.get(RULES["sequence"], 1)
+    tokens = jnp.zeros((batch, length), jnp.int32, out_sharding=spec("batch", "sequence"))
+    activations = spec("batch", "sequence", "channels")
+    x = jnp.zeros((batch, length, config.d_model), out_sharding=activations)
+    embed_key, block_key, norm_key, head_key = jax.random.split(key, 4)
+    rope = rope_table(tokens, config)
+
+    def block(key):
+        return Block(config, options).init(key, x, rope, None, None, None, None, None)["params"]
+
+    layers = jax.vmap(block)(jax.random.split(block_key, config.n_layers))
+    boxed = {
+        "embed": Embed(config, options).init(embed_key, tokens)["params"],
+        "layers": meta.add_axis(layers, 0, {"name": "layers"}),
+        "final_norm": RMSNorm(config, options).init(norm_key, x)["params"],
+    }
+    if not config.tie_embeddings:
+        boxed["head"] = Head(config, options).init(head_key)["params"]
+    return boxed
+
+
+def declare(config: ModelConfig) -> dict[str, Any]:
+    """What each weight is: a tree of `Weight` boxes around `ShapeDtypeStruct`s. Computes nothing.
+
+    Under `jax.set_mesh` the structs carry the shardings that `RULES` gives.
+    """
+    return jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
+
+
+def _map_declared(f, config: ModelConfig) -> Params:
+    return jax.tree.map(f, declare(config), is_leaf=lambda x: isinstance(x, Weight))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Random float32 parameters as the release initialises them; call it under `jax.jit`.
+
+    N(0, init_std) for matrices and embeddings, init_std/√(2L) for the two output projections of
+    each layer, ones for norms, zeros for biases (Qwen-7B modeling_qwen.py, `_init_weights`).
+    """
+    return meta.unbox(_boxed_init(config, key))
+
+
+def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) -> Params:
+    """The parameter tree as `ShapeDtypeStruct`s, with concrete shardings when a mesh is given."""
+
+    def leaf(weight: Weight):
+        sharding = None
+        if mesh is not None:
+            sharding = jax.NamedSharding(mesh, jax.P(*(RULES[a] for a in weight.axes)))
+        return jax.ShapeDtypeStruct(weight.value.shape, weight.value.dtype, sharding=sharding)
+
+    return _map_declared(leaf, config)
+
+
+def decay_mask(config: ModelConfig) -> Params:
+    """True where weight decay applies: matrices and embeddings, not norms or biases."""
+    return _map_declared(lambda weight: weight.decay, config)
+
+
+def count_params(config: ModelConfig) -> int:
+    """Number of parameters, embedding padding included."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+# --- forward ------------------------------------------------------------------------------------
+
+
+def hidden_states(
+    params: Params,
+    tokens: jax.Array,
+    config: ModelConfig,
+    options: ForwardOptions,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    ntk_alpha: jax.Array | None = None,
+    logn: bool = False,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Runs the network up to its final norm.
+
+    Args:
+      tokens: int32 [B,T].
+      positions: int32 [B,T], RoPE positions; by default 0… (or from the cache's length).
+      segment_ids: int32 [B,T], 0 for padding; tokens attend within their own segment. None: one.
+      cache: earlier tokens; the new ones are written after them.
+      ntk_alpha: float32 [B] or scalar, dynamic-NTK factor of each request, constant over its life
+        (`rope.ntk_alpha`); None in training.
+      logn: scale queries past `config.trained_length` by LogN; False in training.
+      dropout_key: turns on the model's dropout rates.
+
+    Returns:
+      ([B,T,D] in the compute dtype, the cache with the new tokens or None).
+    """
+    batch, length = tokens.shape
+    start = None if cache is None else cache.length
+    if positions is None:
+        steps = reshard(jnp.arange(length, dtype=jnp.int32)[None], None, "sequence")
+        positions = steps if start is None else start[:, None] + steps
+    rope = rope_table(positions, config, ntk_alpha)
+    logn_factor = logn_scale(positions, config.trained_length) if logn else None
+    slots_segments = None
+    if cache is not None:
+        new = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+        slots_segments = append(cache.segments, new, start)
+        segment_ids = new
+    keys = [None, None] if dropout_key is None else list(jax.random.split(dropout_key))
+    windows, uniform = _windows(config)
+    layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.n_layers)
+    old = None if cache is None else (cache.keys, cache.values)
+
+    def layer(x, per_layer):
+        weights, window, layer_key, kv = per_layer
+        window = uniform if window is None else window
+        kv = None if kv is None else (*kv, slots_segments, start)
+        return Block(config, options).apply(
+            {"params": weights}, x, rope, logn_factor, segment_ids, window, kv, layer_key
+        )
+
+    layer = jax.checkpoint(layer, policy=REMAT[options.remat], prevent_cse=False)
+    with jax.named_scope("embed"):
+        x = Embed(config, options).apply({"params": params["embed"]}, tokens, keys[0])
+    with jax.named_scope("layers"):
+        x, new_kv = jax.lax.scan(layer, x, (params["layers"], windows, layer_keys, old))
+    with jax.named_scope("final_norm"):
+        x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x)
+    if cache is not None:
+        added = (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
+        cache = KVCache(*new_kv, slots_segments, start + added)
+    return x, cache
+
+
+def _windows(config: ModelConfig) -> tuple[jax.Array | None, int | None]:
+    """Sliding windows as (per-layer array, or None) and (the one value all layers share)."""
+    distinct = set(config.windows) or {None}
+    if len(distinct) == 1:
+        return None, distinct.pop()
+    everything = 2**30  # wider than any sequence
+    return jnp.asarray([everything if w is None else w for w in config.windows], jnp.int32), None
+
+
+def output_kernel(params: Params, config: ModelConfig) -> jax.Array:
+    """The matrix from D to vocabulary logits, float32 [D,V], sharded (`embed`, `vocab`)."""
+    if config.tie_embeddings:
+        return reshard(params["embed"]["table"].T, "embed", "vocab")
+    return params["head"]["kernel"]
+
+
+def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
+    """Vocabulary logits, float32 [B,T,V]. For training use `train.losses`, which never holds them.
+
+    The product is taken in hidden's dtype with float32 accumulation, as the loss does.
+    """
+    kernel = gather_weight(output_kernel(params, config), ("embed", "vocab"), hidden.dtype)
+    with jax.named_scope("logits"):
+        return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
+
+
+def forward(
+    params: Params, tokens: jax.Array, config: ModelConfig, options: ForwardOptions, **kwargs
+) -> tuple[jax.Array, KVCache | None]:
+    """Logits float32 [B,T,V] and the cache; keyword arguments as in `hidden_states`."""
+    hidden, cache = hidden_states(params, tokens, config, options, **kwargs)
+    return logits(params, hidden, config), cache
