@@ -43,7 +43,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         attention switches, `transformers_version`, ...) are ignored.
 
     Returns:
-      The description of the same network. `max_length` is `max_position_embeddings` unchanged.
+      The description of the same network. `max_length` is `max_position_embeddings` unchanged;
+      `trained_length` is v1's `seq_length`, else YaRN's original length or `max_length`.
 
     Raises:
       UserError: another architecture (MoE, vision, unknown), quantised weights, a missing or
@@ -245,6 +246,7 @@ def _from_v2_v3(keys: _Keys) -> ModelConfig:
         norm_eps=keys.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         yarn=yarn,
+        trained_length=yarn.original_length if yarn else max_length,
         windows=_windows(keys, n_layers),
         init_std=keys.number("initializer_range", 0.02),
         attn_dropout=keys.number("attention_dropout", 0.0),

@@ -97,21 +97,31 @@ def _local_bytes(leaf) -> int:
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize * shards
 
 
+def distinct_slices(sharding, shape: tuple[int, ...]) -> dict[tuple, list[jax.Device]]:
+    """The different slices of a leaf that this process holds, each with its local devices.
+
+    Args:
+      sharding: where the leaf lives.
+      shape: its global shape.
+
+    Returns:
+      ((start, stop) of each axis) → devices that hold a copy of it.
+    """
+    holders = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
+        holders[bounds].append(device)
+    return dict(holders)
+
+
 def _load_leaf(files, slot: mapping.Slot, leaf, pool, progress: Progress) -> jax.Array:
     """One leaf: for each distinct slice, read once and put on every local device that holds it."""
     sharding = _sharding(leaf)
-    holders = collections.defaultdict(list)
-    for device, index in sharding.addressable_devices_indices_map(slot.shape).items():
-        bounds = tuple(
-            s.indices(n)[:2] for s, n in zip(index or (), slot.shape, strict=bool(index))
-        )
-        holders[bounds or tuple((0, n) for n in slot.shape)].append(device)
     arrays = []
-    for bounds, devices in holders.items():
+    for bounds, devices in distinct_slices(sharding, slot.shape).items():
         host = _read_slice(files, slot, bounds, np.dtype(leaf.dtype), pool)
-        put = [jax.device_put(host, device) for device in devices]
         # Wait, or transfers queue up and keep their host buffers alive.
-        arrays += jax.block_until_ready(put)
+        arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
         progress.add(host.nbytes * len(devices))
         del host
     return jax.make_array_from_single_device_arrays(slot.shape, sharding, arrays)
