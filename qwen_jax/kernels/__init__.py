@@ -1,5 +1,5 @@
 """Attention and its dispatch: one contract, several implementations."""
 
-from qwen_jax.kernels.attention import attention, choose_attention
+from qwen_jax.kernels.dispatch import attention, choose_attention
 
 __all__ = ["attention", "choose_attention"]

@@ -58,7 +58,7 @@ def _sharding_of(x):
 def reference_attention(
     q, k, v, q_index, k_index, q_segments, k_segments, *, window, scale, dropout_rate, dropout_key
 ):
-    """Materialises all scores [B,N,T,S]; arguments as in `kernels.attention.attention`."""
+    """Materialises all scores [B,N,T,S]; arguments as in `kernels.dispatch.attention`."""
     mask = attention_mask(q_index, k_index, q_segments, k_segments, window)
     return _attend(q, k, v, mask, scale, dropout_rate, dropout_key)
 

@@ -17,7 +17,7 @@ Family = Literal["qwen", "qwen2", "qwen3"]
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN rotary scaling (arXiv:2309.00071), as Qwen2.5 and Qwen3 use it past their trained length.
+    """YaRN rotary scaling (arXiv:2309.00071), which Qwen2.5 and 3 use past their trained length.
 
     Attributes:
       factor: context multiple, target length / `original_length`.
@@ -55,7 +55,7 @@ class ModelConfig:
       windows: sliding window of each layer in tokens, None for a full layer; () means all full.
       init_std: standard deviation of every weight matrix at the start; the output projections of
         attention and FFN get init_std/√(2L).
-      embed_dropout, attn_dropout, residual_dropout: rates, applied only when a dropout key is given.
+      embed_dropout, attn_dropout, residual_dropout: rates, used only with a dropout key.
     """
 
     family: Family

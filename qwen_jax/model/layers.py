@@ -179,7 +179,7 @@ def append(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
 
 
 class MLP(Layer):
-    """SwiGLU: down(silu(gate(x)) · up(x)); in v1's names w2 is the gate and w1 the up projection."""
+    """SwiGLU: down(silu(gate(x)) · up(x)); v1 calls the gate w2 and the up projection w1."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

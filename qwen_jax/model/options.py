@@ -35,7 +35,7 @@ class ForwardOptions:
       dtype: compute dtype of matmuls and activations. Norm statistics, softmax, RoPE angles and the
         loss are float32 whatever it is.
       remat: what the backward pass recomputes, a name in `REMAT`.
-      attention: implementation, see `kernels.attention`.
+      attention: implementation, see `kernels.dispatch`.
     """
 
     dtype: str = "bfloat16"

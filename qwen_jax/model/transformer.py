@@ -162,7 +162,7 @@ def hidden_states(
     Returns:
       ([B,T,D] in the compute dtype, the cache with the new tokens or None).
     """
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     start = None if cache is None else cache.length
     if positions is None:
         steps = reshard(jnp.arange(length, dtype=jnp.int32)[None], None, "sequence")

@@ -33,8 +33,8 @@ def choose_attention(requested: str, *, q_len: int, k_len: int, dropout: bool = 
     """
     if requested not in IMPLEMENTATIONS:
         raise UserError(
-            f"attention implementation {requested!r} is unknown{nearest(requested, IMPLEMENTATIONS)}"
-            f"; choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"attention implementation {requested!r} is unknown"
+            f"{nearest(requested, IMPLEMENTATIONS)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
     if requested == "chunked" and dropout:
         raise UserError(

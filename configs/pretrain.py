@@ -1,0 +1,125 @@
+"""Pretraining recipes (report §2.4), from a laptop toy to 72B.
+
+    python -m launch.pretrain --config=configs/pretrain.py:7b --workdir=gs://…/qwen-7b \\
+        --config.tokenizer=qwen.tiktoken --config.data.sources=/data/web=0.7,/data/code=0.3
+
+The argument after the colon is a size of Table 1 (`1.8b`, `7b`, `14b`, and the released `72b`), any
+released model by its full name (`qwen2.5-0.5b`, `qwen3-8b`, …; see qwen_jax/model/presets.py),
+`demo` (what `make demo` trains) or `toy` (seconds on a CPU, for tests).
+
+Where the report is silent (warm-up, decay, clip), numbers are those of the technical memo of the
+first Qwen-7B.
+"""
+
+import dataclasses
+
+import ml_collections
+
+from qwen_jax.config import to_config_dict
+from qwen_jax.data import DataConfig
+from qwen_jax.model import ForwardOptions, ModelConfig
+from qwen_jax.model.presets import preset
+from qwen_jax.parallel import MeshConfig
+from qwen_jax.train.job import PretrainJob, RunConfig
+from qwen_jax.train.optimizer import OptimizerConfig
+from qwen_jax.train.step import LossConfig
+
+# Training tokens: report Table 1; 72B from the release's README.
+TOKENS = {"1.8b": 2.2e12, "7b": 2.4e12, "14b": 3.0e12, "72b": 3.0e12}
+
+
+def get_config(size: str = "7b") -> ml_collections.ConfigDict:
+    """The recipe of this name, as a locked tree of keys that the command line may override."""
+    small = {"toy": toy, "demo": demo}
+    return to_config_dict(small[size]() if size in small else report(size))
+
+
+def report(size: str) -> PretrainJob:
+    """The report's pretraining run for a released architecture."""
+    model = preset(f"qwen-{size}" if size in TOKENS else size)
+    seq_len = 2048  # report §2.4
+    global_batch = 2048  # memo: 2048 sequences; Table 1: 4M tokens
+    # Other families: the 7B's token count; override train.steps.
+    steps = int(TOKENS.get(size, 2.4e12) / (seq_len * global_batch))
+    return PretrainJob(
+        # Long-context switches stay in the model's description; training never applies them.
+        model=dataclasses.replace(model, trained_length=seq_len, max_length=seq_len)
+        if model.family == "qwen"
+        else model,
+        tokenizer="qwen.tiktoken",
+        # The report joins documents and cuts them to length; whether attention is kept inside a
+        # document is not given, and its release resets nothing: plain packing.
+        data=DataConfig(
+            sources="", seq_len=seq_len, global_batch=global_batch, packing="plain", seed=0
+        ),
+        options=ForwardOptions(dtype="bfloat16", remat="full"),  # bf16: report §2.4
+        mesh=MeshConfig(data=1, fsdp=-1, context=1, tensor=1),
+        optimizer=OptimizerConfig(
+            peak_lr=3e-4,  # report Table 1, all three sizes
+            final_lr_ratio=0.1,  # report §2.4: cosine to 10 % of the peak
+            warmup_steps=2000,  # memo
+            decay_steps=steps,
+            b1=0.9,  # report §2.4
+            b2=0.95,
+            eps=1e-8,  # report §2.4 (the memo says 1e-6)
+            weight_decay=0.1,  # memo
+            clip_norm=1.0,  # memo
+        ),
+        loss=LossConfig(z_loss=0.0, chunk=1024),
+        train=RunConfig(
+            steps=steps, log_every=10, eval_every=1000, checkpoint_every=1000, keep_every=10_000
+        ),
+    )
+
+
+def demo() -> PretrainJob:
+    """A few million parameters on the Python standard library, minutes on 8 CPU devices."""
+    steps = 600
+    return PretrainJob(
+        model=ModelConfig(
+            family="qwen",
+            vocab_size=4096,  # 3,840 trained ranks + 208 special tokens, up to a multiple of 128
+            d_model=256,
+            n_layers=4,
+            n_heads=4,
+            n_kv_heads=4,
+            head_dim=64,
+            d_ff=688,  # 8/3 · 256, up to a multiple of 16 (report §2.3)
+            max_length=256,
+            trained_length=256,
+            dynamic_ntk=True,
+            logn=True,
+        ),
+        tokenizer="runs/demo/tokenizer.tiktoken",
+        data=DataConfig(sources="", seq_len=256, global_batch=16, packing="masked", seed=0),
+        options=ForwardOptions(dtype="bfloat16", remat="none"),
+        mesh=MeshConfig(data=1, fsdp=4, context=1, tensor=2),
+        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=40, decay_steps=steps),
+        loss=LossConfig(chunk=512),
+        train=RunConfig(
+            steps=steps, log_every=10, eval_every=200, checkpoint_every=100, keep_last=2
+        ),
+    )
+
+
+def toy() -> PretrainJob:
+    """The smallest thing that is still a Qwen; the tests' recipe."""
+    job = demo()
+    return dataclasses.replace(
+        job,
+        model=dataclasses.replace(
+            job.model,
+            vocab_size=512,
+            d_model=64,
+            n_layers=2,
+            n_heads=2,
+            n_kv_heads=2,
+            head_dim=32,
+            d_ff=96,
+            max_length=64,
+            trained_length=64,
+        ),
+        data=dataclasses.replace(job.data, seq_len=64, global_batch=8),
+        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=4, decay_steps=20),
+        train=RunConfig(steps=20, log_every=1, checkpoint_every=5, tensorboard=False),
+    )

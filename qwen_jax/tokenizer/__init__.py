@@ -1,0 +1,5 @@
+"""Text to ids and back: tiktoken BPE, control tokens, ChatML, vocabulary training."""
+
+from qwen_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
+
+__all__ = ["IncrementalDecoder", "Tokenizer", "load_tokenizer"]

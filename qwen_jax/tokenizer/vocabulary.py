@@ -1,0 +1,212 @@
+"""Reading and writing vocabularies: an ordered list of byte strings whose index is the BPE rank.
+
+The home format is tiktoken's: one line per token, base64 of its bytes, a space, its rank. The
+files of Qwen1.5 and later hold the same list in another dress and are read by `huggingface.py`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import hashlib
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+
+from qwen_jax.errors import UserError
+from qwen_jax.tokenizer import huggingface
+from qwen_jax.tokenizer.huggingface import AddedToken
+
+# The released qwen.tiktoken, the same file in Qwen-1.8B, 7B, 14B and 72B, base and chat.
+QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+QWEN_RANKS = 151_643
+
+_FIRST_LINE = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2} [0-9]+\s*(\n|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What a vocabulary file says.
+
+    Attributes:
+      ranks: the bytes of each token; the index is its rank and its id.
+      added_tokens: control tokens named by a Hugging Face folder; empty for the tiktoken format,
+        which has no place for them.
+    """
+
+    ranks: tuple[bytes, ...]
+    added_tokens: tuple[AddedToken, ...] = ()
+
+
+def tiktoken_text(ranks: Iterable[bytes]) -> bytes:
+    """Returns the canonical tiktoken file: by rank, one space, "\\n" after every line."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
+
+
+def canonical_sha256(ranks: Iterable[bytes]) -> str:
+    """Returns the sha256 (hex) of the canonical text: equal ranks hash equal, whatever the file."""
+    return hashlib.sha256(tiktoken_text(ranks)).hexdigest()
+
+
+def write_tiktoken(ranks: Iterable[bytes], path: str | os.PathLike) -> None:
+    """Writes `ranks` in the tiktoken format; the file appears whole or not at all.
+
+    Raises:
+      UserError: the ranks are no vocabulary, or the folder is not there.
+    """
+    path = pathlib.Path(path)
+    ranks = check_ranks(dict(enumerate(ranks)), f"the vocabulary to be written to {path}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} is not a folder: create it before writing {path.name}.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(tiktoken_text(ranks))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
+    """Reads the vocabulary in a file or a folder.
+
+    A folder (checkpoint or Hugging Face) is searched for `qwen.tiktoken`, then for the only
+    `*.tiktoken`, then for `tokenizer.json`, then for `vocab.json` with `merges.txt`. A file whose
+    name ends in `.json` is taken as one of the last two, any other as tiktoken.
+
+    Raises:
+      UserError: nothing there, or not a vocabulary; names the file and, where it can, the line.
+    """
+    path = _find(pathlib.Path(path))
+    try:
+        if path.suffix == ".json":
+            by_id, added = huggingface.read(path)
+            return Vocabulary(check_ranks(by_id, str(path)), added)
+        with open(path, "rb") as file:
+            head = file.read(512)
+            _refuse_foreign(head, path)
+            data = head + file.read()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from None
+    return Vocabulary(check_ranks(_parse_tiktoken(data, path), str(path)))
+
+
+def _find(path: pathlib.Path) -> pathlib.Path:
+    """Returns the vocabulary file that `path` is or holds."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(
+            f"{path} does not exist: give a tiktoken file, or a folder that holds qwen.tiktoken, "
+            "tokenizer.json, or vocab.json with merges.txt."
+        )
+    if (path / "qwen.tiktoken").is_file():
+        return path / "qwen.tiktoken"
+    found = sorted(path.glob("*.tiktoken"))
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{path} holds {len(found)} vocabularies ({names}): name one of them.")
+    if found:
+        return found[0]
+    if (path / "tokenizer.json").is_file():
+        return path / "tokenizer.json"
+    if (path / "vocab.json").is_file():
+        return path / "vocab.json"
+    raise UserError(
+        f"{path} holds no vocabulary: looked for qwen.tiktoken, *.tiktoken, tokenizer.json, and "
+        "vocab.json with merges.txt."
+    )
+
+
+def _refuse_foreign(head: bytes, path: pathlib.Path) -> None:
+    """Names the usual wrong files by the beginning of their bytes."""
+    wanted = "a tiktoken vocabulary (lines of base64, a space, a rank) was expected"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not start:
+        raise UserError(f"{path} is empty: {wanted}; fetch the file again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in that "
+            "folder, or fetch the file again."
+        )
+    if start.startswith(b"<"):
+        raise UserError(
+            f"{path} is a web page, not a vocabulary: {wanted}; fetch the raw file instead of "
+            "the page that shows it."
+        )
+    if start.startswith((b"{", b"[")):
+        raise UserError(
+            f"{path} is JSON: {wanted}; a Hugging Face tokenizer is read from a file named "
+            "tokenizer.json or vocab.json."
+        )
+    if not _FIRST_LINE.match(head):
+        shown = head.split(b"\n", 1)[0][:40].decode("utf-8", "backslashreplace")
+        raise UserError(f"{path}, line 1, is {shown!r}: {wanted}.")
+
+
+def _parse_tiktoken(data: bytes, path: pathlib.Path) -> dict[int, bytes]:
+    """Returns rank -> token bytes; the order of the lines does not matter."""
+    by_rank: dict[int, bytes] = {}
+    for number, line in enumerate(data.splitlines(), start=1):
+        fields = line.split()
+        if not fields:
+            continue
+        try:
+            encoded, digits = fields
+            token = binascii.a2b_base64(encoded, strict_mode=True)
+            rank = int(digits)
+        except ValueError:
+            shown = line[:40].decode("utf-8", "backslashreplace")
+            raise UserError(
+                f"{path}, line {number}, is {shown!r}: base64, a space and a rank were expected; "
+                "the file is damaged or cut short, so fetch it again."
+            ) from None
+        if rank in by_rank:
+            raise UserError(
+                f"{path}, line {number}, gives rank {rank} a second time: every rank must appear "
+                "once; fetch the file again."
+            )
+        by_rank[rank] = token
+    return by_rank
+
+
+def check_ranks(by_rank: Mapping[int, bytes], name: str) -> tuple[bytes, ...]:
+    """Returns the tokens by rank after checking that they make a byte-level BPE vocabulary.
+
+    Args:
+      by_rank: rank -> token bytes.
+      name: what to call the vocabulary in an error.
+
+    Raises:
+      UserError: ranks that are not 0..n-1, an empty or repeated token, a single byte missing.
+    """
+    missing = next((rank for rank in range(len(by_rank)) if rank not in by_rank), None)
+    if missing is not None:
+        raise UserError(
+            f"{name} has {len(by_rank):,} tokens but none of rank {missing}: ranks must be 0 to "
+            f"{len(by_rank) - 1:,} without a gap; lines are missing, so fetch the file again."
+        )
+    seen: dict[bytes, int] = {}
+    for rank in range(len(by_rank)):
+        token = by_rank[rank]
+        if not token or token in seen:
+            what = f"repeats rank {seen[token]}" if token else "is empty"
+            raise UserError(
+                f"{name}: the token of rank {rank}, {token!r}, {what}; every token must be a "
+                "different, non-empty byte string."
+            )
+        seen[token] = rank
+    absent = [byte for byte in range(256) if bytes([byte]) not in seen]
+    if absent:
+        raise UserError(
+            f"{name} lacks {len(absent)} of the 256 single bytes (the first is "
+            f"0x{absent[0]:02X}): byte-level BPE needs them all to encode any text."
+        )
+    return tuple(seen)

@@ -1,0 +1,343 @@
+"""Checkpoints: any pytree of `jax.Array`, saved without stopping the training, restored exactly.
+
+This module is the only one that knows Orbax. Layout of a checkpoint folder::
+
+    <directory>/
+      step_00000200/               complete: it gets this name in one rename, after the last byte
+        _CHECKPOINT_METADATA       JSON; under custom_metadata.qwen_jax: format, step, identity,
+                                   info, leaves {path: shape, dtype, checksum} and their digest
+        state/                     the arrays (Orbax PyTree: Zarr3 chunks in OCDBT files), as
+                                   nested dicts: state.params["a"]["b"] is params/a/b
+        files.json                 name and size of every file, written right after the rename
+      step_00000300.orbax-checkpoint-tmp/   a save in progress, or one cut short: ignored, removed
+      step_00000200.damaged/                found unreadable on restore: kept for a human
+
+What holds, and where it is checked (`tests/train/test_checkpoint.py`): a kill at any moment leaves
+the newest complete step readable; a truncated, missing or flipped file is noticed and the step
+before it is used; values are exact on any mesh and any number of hosts. See docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from qwen_jax.errors import UserError
+from qwen_jax.parallel.distributed import from_all_processes, on_first_process
+from qwen_jax.train import checkpoint_files as files
+
+
+class Checkpoints:
+    """Saves and restores the training state in one folder; every process of the job makes one.
+
+    Saving is asynchronous (the arrays are copied to the host, then written by a thread), sharded
+    (every host writes what it holds) and atomic. An error of a running save is raised by the next
+    call. Use it as a context manager, or call `close`, so that the last save is finished.
+
+    Args:
+      directory: folder on storage that every host sees (local path, NFS, gs://); made if absent.
+      keep_last: how many of the newest checkpoints stay (>= 1).
+      keep_every: steps divisible by this stay forever; None keeps none of them.
+      identity: JSON-able description of what the state belongs to (model, tokenizer, data,
+        optimizer); stored with every checkpoint and compared on `restore`.
+
+    Raises:
+      UserError: bad retention numbers, or a directory that cannot be used.
+    """
+
+    def __init__(
+        self, directory: str, *, keep_last: int, keep_every: int | None, identity: Mapping
+    ):
+        if keep_last < 1 or (keep_every is not None and keep_every < 1):
+            raise UserError(
+                f"keep_last={keep_last} and keep_every={keep_every} must be at least 1 (keep_every "
+                "may be None): the newest checkpoint is never deleted."
+            )
+        self._directory = files.absolute(directory)
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._identity = files.jsonable(identity)
+        self._pending: concurrent.futures.Future | None = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        files.prepare_directory(self._directory)
+
+    def save(self, step: int, state: Any, info: Mapping, *, wait: bool = False) -> None:
+        """Starts to save `state` as checkpoint `step`; a step that is already there is left alone.
+
+        Waits for the save before it, if that still runs. Afterwards the caller may donate or
+        overwrite the arrays of `state`.
+
+        Args:
+          step: training step, >= 0.
+          state: pytree of `jax.Array`, the same global arrays on all processes.
+          info: free JSON-able facts (data position, metrics); non-finite floats become strings.
+          wait: return only when the checkpoint is complete on disk.
+        """
+        self.wait()
+        path = self._directory / files.step_name(step)
+        if on_first_process(path.exists):
+            logging.info("Checkpoint %s is already there.", path)
+            return
+        leaves = _named_leaves(state)
+        described = {
+            name: {"shape": list(leaf.shape), "dtype": str(leaf.dtype), "checksum": checksum}
+            for (name, leaf), checksum in zip(leaves.items(), _checksums(leaves), strict=True)
+        }
+        facts = {
+            "format": files.FORMAT,
+            "step": step,
+            "identity": self._identity,
+            "info": files.jsonable(info),
+            "leaves": described,
+        }
+        facts["digest"] = files.digest(facts)
+        logging.info("Saving checkpoint %s.", path)
+        response = ocp.save_checkpointables_async(
+            path, {"state": _nested(leaves)}, custom_metadata={"qwen_jax": facts}
+        )
+        self._pending = self._thread.submit(self._finish, response, path)
+        if wait:
+            self.wait()
+
+    def restore(self, abstract_state: Any) -> tuple[Any, dict] | None:
+        """Returns (state, info) of the newest good checkpoint, or None when there is none at all.
+
+        A damaged checkpoint is logged, renamed to `step_N.damaged`, and the one before it is used.
+
+        Args:
+          abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) with the shardings wanted
+            now, on any mesh. A leaf without one is replicated over the mesh of the others.
+
+        Raises:
+          UserError: the checkpoint is of another run or model, or all checkpoints are damaged.
+        """
+        self.wait()
+        while True:
+            found = on_first_process(self._newest_readable)
+            if found is None:
+                return None
+            path, facts = self._directory / found["name"], found["facts"]
+            files.check_identity(path, facts["identity"], self._identity)
+            try:
+                state = _load(path, facts, abstract_state)
+            except files.Damaged as problem:
+                on_first_process(functools.partial(files.set_aside, path, str(problem)))
+                continue
+            logging.info("Restored checkpoint %s.", path)
+            return state, facts["info"]
+
+    def latest_step(self) -> int | None:
+        """Returns the newest complete step on disk, or None; it is not checked for damage."""
+        return max(on_first_process(lambda: files.steps(self._directory)), default=None)
+
+    def wait(self) -> None:
+        """Returns when the save in progress is complete on disk; raises its error if it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finishes the save in progress; raises its error if it failed."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:
+                raise
+            logging.exception("The last save failed too.")  # the first error is the cause
+
+    def _newest_readable(self) -> dict | None:
+        """Process 0: name and facts of the newest step that passes the checks without arrays."""
+        for step in reversed(files.steps(self._directory)):
+            path = self._directory / files.step_name(step)
+            try:
+                facts = files.read_facts(path)
+                files.check_files(path)
+                return {"name": path.name, "facts": facts}
+            except files.Damaged as problem:
+                files.set_aside(path, str(problem))
+        damaged = files.damaged(self._directory)
+        if damaged:
+            raise UserError(
+                f"{self._directory} has no readable checkpoint left, only {', '.join(damaged)}: "
+                "put back a copy under its name without '.damaged', or move these away to start "
+                "from step 0."
+            )
+        return None
+
+    def _finish(self, response: ocp.AsyncResponse, path: epath.Path) -> None:
+        """In the thread: waits for the commit, writes files.json, deletes what need not stay."""
+        response.result()
+        if jax.process_index() != 0:
+            return
+        files.write_manifest(path)
+        logging.info("Checkpoint %s is complete.", path)
+        for step in files.steps(self._directory)[: -self._keep_last]:
+            if self._keep_every is None or step % self._keep_every:
+                files.remove(self._directory / files.step_name(step))
+
+
+def read_identity(directory: str, step: int | None = None) -> dict:
+    """Returns {"step", "identity", "info"} of a checkpoint (default: the newest); loads no arrays.
+
+    Raises UserError when there is no such checkpoint or it is damaged. Changes nothing on disk.
+    """
+    facts = files.facts_to_read(directory, step)[1]
+    return {key: facts[key] for key in ("step", "identity", "info")}
+
+
+def restore_params(
+    directory: str, abstract_params: Any, *, step: int | None = None, subtree: str = "params"
+) -> Any:
+    """Returns one sub-tree of a saved state, such as its parameters, reading nothing else.
+
+    Args:
+      directory: the folder given to `Checkpoints`.
+      abstract_params: the sub-tree as `Checkpoints.restore` takes it: shapes, dtypes, shardings.
+      step: which checkpoint; the newest by default.
+      subtree: name of the sub-tree in the state ("a/b" for a nested one).
+
+    Raises UserError when the checkpoint is missing, damaged or of another shape. Changes nothing
+    on disk.
+    """
+    path, facts = files.facts_to_read(directory, step)
+    if not any(name.startswith(subtree + "/") for name in facts["leaves"]):
+        tops = sorted({name.split("/")[0] for name in facts["leaves"]})
+        raise UserError(f"{path} has no {subtree!r}, only {', '.join(tops)}: name one of these.")
+    try:
+        return _load(path, facts, abstract_params, subtree)
+    except files.Damaged as problem:
+        raise UserError(f"{path} is damaged ({problem}): name an older step.") from problem
+
+
+# --- reading and checking one checkpoint -----------------------------------------------------
+
+
+def _load(path: epath.Path, facts: dict, abstract: Any, subtree: str = "") -> Any:
+    """Reads the arrays of `abstract` (below `subtree`) and proves them by their checksums."""
+    wanted = _placed(_named_leaves(abstract, subtree))
+    files.check_leaves(path, facts["leaves"], wanted, subtree)
+    problem, loaded = "", {}
+    try:
+        # Partial: with a sub-tree the rest of the state is not even opened.
+        with _context(partial=bool(subtree)):
+            tree = ocp.load_checkpointables(path, {"state": _nested(wanted)})["state"]
+        loaded = _named_leaves(tree)
+    except Exception as error:
+        if not _speaks_of_damage(error):
+            raise
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+    for index, text in enumerate(from_all_processes(problem)):
+        if text:
+            raise files.Damaged(text if jax.process_count() == 1 else f"process {index}: {text}")
+    in_order = {name: loaded[name] for name in wanted}
+    for name, checksum in zip(in_order, _checksums(in_order), strict=True):
+        if checksum != facts["leaves"][name]["checksum"]:
+            raise files.Damaged(f"the values of {name} are not those that were saved")
+    return jax.tree.unflatten(jax.tree.structure(abstract), in_order.values())
+
+
+def _context(*, partial: bool) -> ocp.Context:
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    return context
+
+
+def _speaks_of_damage(error: Exception) -> bool:
+    """Whether a failed read blames the files, not the machine: that would ruin good checkpoints."""
+    if isinstance(error, (MemoryError, PermissionError, ConnectionError, TimeoutError)):
+        return False
+    transient = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+    return not any(word in str(error) for word in (*transient, "Barrier timed out"))
+
+
+# --- trees -----------------------------------------------------------------------------------
+
+
+def _named_leaves(tree: Any, subtree: str = "") -> dict[str, Any]:
+    """Returns {"params/embed/weight": leaf}, in tree order, whatever containers the tree has."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not hasattr(leaf, "shape") or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"state leaf {name} must be a jax.Array of numbers, is {type(leaf)}.")
+        leaves[f"{subtree}/{name}" if subtree else name] = leaf
+    return leaves
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict:
+    """Turns {"a/b": x} into {"a": {"b": x}}: plain dicts, readable without this code's classes."""
+    tree: dict = {}
+    for name, leaf in leaves.items():
+        *folders, last = name.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[last] = leaf
+    return tree
+
+
+def _placed(leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Gives every abstract leaf a concrete sharding; None becomes replicated over the mesh."""
+    named = [s for x in leaves.values() if isinstance(s := x.sharding, jax.NamedSharding)]
+    meshes = [s.mesh for s in named if isinstance(s.mesh, jax.sharding.Mesh)]
+    mesh = meshes[0] if meshes else jax.sharding.get_mesh()
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = leaf.sharding
+        if sharding is None:
+            sharding = jax.NamedSharding(mesh, jax.P())
+        elif isinstance(sharding, jax.NamedSharding):
+            # What `jax.eval_shape` returns may name only an abstract mesh.
+            concrete = isinstance(sharding.mesh, jax.sharding.Mesh)
+            sharding = sharding if concrete else jax.NamedSharding(mesh, sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return {name: place(leaf) for name, leaf in leaves.items()}
+
+
+def _checksums(leaves: Mapping[str, jax.Array]) -> list[int]:
+    """Returns one 32-bit number per array, the same on every mesh: it changes with any one bit.
+
+    Σ wordᵢ·wᵢ mod 2³² with odd weights wᵢ from the position i. Integer sums do not depend on their
+    order, so the sharding cannot matter; one changed word moves the sum by ±2ᵏ·odd ≠ 0.
+    """
+    sums = []  # all are dispatched before the first is fetched
+    for leaf in leaves.values():
+        mesh = getattr(leaf.sharding, "mesh", None)
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
+            sums.append(_checksum(leaf))
+    return [int(value) for value in jax.device_get(sums)]
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    words = bits.astype(jnp.uint32)
+    sharding = jax.typeof(words).sharding
+    place = None if sharding.mesh.empty else sharding
+    position = jnp.uint32(0)
+    for axis in range(words.ndim):
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis, out_sharding=place)
+        position = position * jnp.uint32(words.shape[axis]) + index
+    position = position * jnp.uint32(0x9E3779B1)
+    weights = (position ^ (position >> 15)) | jnp.uint32(1)
+    return jnp.sum(words * weights, dtype=jnp.uint32)

@@ -1,0 +1,73 @@
+"""Analytic FLOPs of training, and the share of the hardware's peak they reach (MFU).
+
+XLA's own cost analysis counts the body of a scan once, so the count here is by hand. The convention
+is that of PaLM (appendix B) with causal attention counted at half: per token, 6 × the parameters
+that take part in a matrix product (input embedding excluded, output projection included) plus
+12 × N·H × (average number of keys seen) per layer. Work done again by remat is not counted.
+"""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from qwen_jax.model import ModelConfig
+
+# Dense bf16 FLOP/s per device, by a piece of `device_kind` (vendors' data sheets).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+
+
+def matmul_params(config: ModelConfig) -> int:
+    """Parameters that multiply each token: the layers' matrices and the output projection."""
+    attention = config.d_model * config.head_dim * 2 * (config.n_heads + config.n_kv_heads)
+    ffn = 3 * config.d_model * config.d_ff
+    return config.n_layers * (attention + ffn) + config.d_model * config.vocab_size
+
+
+def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """FLOPs of forward and backward per token at `seq_len`, causal (and windowed) attention."""
+    windows = config.windows or (None,) * config.n_layers
+    # Average keys seen by a query: i + 1 for the i-th, at most the window.
+    keys = 0.0
+    for window in windows:
+        w = min(window or seq_len, seq_len)
+        keys += (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
+    return 6.0 * matmul_params(config) + 12.0 * config.n_heads * config.head_dim * keys
+
+
+def peak_flops(device: jax.Device) -> tuple[float, str]:
+    """Peak FLOP/s of one device, and where the number comes from.
+
+    From the data sheet for known accelerators. For anything else (CPUs) it is *measured*: the best
+    of a few 1024³ float32 products, divided over the devices of this process, which share the host.
+    """
+    for kind, peak in PEAK_FLOPS.items():
+        if kind.lower() in device.device_kind.lower():
+            return peak, f"data sheet of {kind}"
+    n = 1024
+    x = jax.device_put(jnp.ones((n, n), jnp.float32), device)
+    product = jax.jit(lambda a: a @ a)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    peak = 2 * n**3 / best / jax.local_device_count()
+    logging.info("peak of %s measured: %.1f GFLOP/s per device", device.device_kind, peak / 1e9)
+    return peak, "measured float32 matmul"

@@ -1,0 +1,72 @@
+"""AdamW, clipping and the learning-rate schedule of the report (§2.4)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qwen_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay and a warm-up + cosine schedule.
+
+    Defaults are the report's (§2.4: betas, epsilon, peak, floor) and, where it is silent, the
+    technical memo's of the first Qwen-7B (warm-up, decay, clip).
+
+    Attributes:
+      peak_lr: highest learning rate. final_lr_ratio: the cosine ends at this share of it.
+      warmup_steps: linear from 0. decay_steps: step at which the cosine reaches its floor, after
+        which the rate stays there; 0 keeps the peak after warm-up (constant schedule).
+      b1, b2, eps: Adam's. weight_decay: applied to matrices and embeddings only.
+      clip_norm: global gradient norm above which gradients are scaled down.
+    """
+
+    peak_lr: float = 3e-4
+    final_lr_ratio: float = 0.1
+    warmup_steps: int = 2000
+    decay_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        for name in ("peak_lr", "clip_norm", "eps"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+            raise UserError(
+                f"optimizer.decay_steps={self.decay_steps} is not past "
+                f"optimizer.warmup_steps={self.warmup_steps}; raise it or shorten the warm-up"
+            )
+
+
+def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
+    """Learning rate of 0-based `step`, float32: the first step already uses peak/warmup."""
+    step = step.astype(jnp.float32) + 1.0
+    warmup = jnp.minimum(step / max(config.warmup_steps, 1), 1.0)
+    if not config.decay_steps:
+        return config.peak_lr * warmup
+    span = config.decay_steps - config.warmup_steps
+    done = jnp.clip((step - config.warmup_steps) / span, 0.0, 1.0)
+    floor = config.final_lr_ratio
+    cosine = floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * done))
+    return config.peak_lr * warmup * cosine
+
+
+def adamw(config: OptimizerConfig, decay_mask) -> optax.GradientTransformation:
+    """Clip → Adam → decoupled decay, *before* the learning rate, which the step multiplies in.
+
+    Moments are float32 and are sharded as the parameters are.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
+    )
