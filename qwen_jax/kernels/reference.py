@@ -41,8 +41,8 @@ def _attend(q, k, v, mask, scale, dropout_rate, dropout_key):
     scores -= jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     # Masked a second time: in a row without any key every score is the same, and must give 0.
     weights = jnp.where(mask, jnp.exp(scores), 0.0)
-    # The smallest normal denominator of a row with a key is 1 (its maximum is exp(0)).
-    weights /= jnp.maximum(weights.sum(axis=-1, keepdims=True), 1.0)
+    total = weights.sum(axis=-1, keepdims=True)
+    weights /= jnp.where(total > 0, total, 1.0)
     if dropout_rate:
         keep = jax.random.bernoulli(
             dropout_key, 1 - dropout_rate, weights.shape, out_sharding=_sharding_of(weights)
