@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
+from qwen_jax.errors import UserError
 from qwen_jax.interop import load_params, logits, read_config, save_hf, tree_to_hf
 from qwen_jax.model import ForwardOptions, abstract_params, forward
 from tests.interop.folders import toy_mesh
@@ -28,8 +29,7 @@ CASES = {
     "qwen2-untied": Qwen2Config(
         **SIZE, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     ),
-    "qwen2-tied": Qwen2Config(**SIZE, tie_word_embeddings=True),
-    "qwen2-windows": Qwen2Config(**SIZE, **WINDOWS),
+    "qwen2-tied-windows": Qwen2Config(**SIZE, **WINDOWS, tie_word_embeddings=True),
     "qwen2-yarn": Qwen2Config(**SIZE, rope_parameters=YARN),
     "qwen3-head-dim": Qwen3Config(**SIZE, head_dim=32),
     "qwen3-tied-windows-yarn": Qwen3Config(
@@ -95,8 +95,17 @@ def test_logits_gradients_and_the_way_back(tmp_path, case):
         np.testing.assert_array_equal(again.eval()(tokens).logits, expected.logits.detach())
 
 
-def test_the_program_reads_yarn_up_to_its_stretched_length(tmp_path):
-    config = CASES["qwen2-yarn"]
-    theirs_of("qwen2-yarn").save_pretrained(tmp_path)
-    cfg = read_config(tmp_path)
-    assert logits.longest_sequence(cfg) == max(config.max_position_embeddings, 4 * 32)
+def test_the_program_over_two_devices_gives_what_transformers_gives(tmp_path):
+    """File to file, tensor-parallel, past max_position_embeddings as YaRN allows and no further."""
+    theirs = theirs_of("qwen2-yarn")
+    theirs.config.max_position_embeddings = 32
+    theirs.save_pretrained(tmp_path / "hf")
+    ids = np.random.default_rng(1).integers(0, 160, (2, 128))
+    np.savez(tmp_path / "ids.npz", ids_long=ids)
+    logits.write_logits(tmp_path / "hf", tmp_path / "ids.npz", tmp_path / "out.npz", tensor=2)
+    with np.load(tmp_path / "out.npz") as out, torch.no_grad():
+        want = theirs(torch.from_numpy(ids)).logits.numpy()
+        np.testing.assert_allclose(out["logits_long"], want, atol=5e-4, rtol=1e-4)
+    np.savez(tmp_path / "ids.npz", ids_long=np.zeros(129, np.int32))
+    with pytest.raises(UserError, match=r"129 tokens.*128"):
+        logits.write_logits(tmp_path / "hf", tmp_path / "ids.npz", tmp_path / "out.npz")
