@@ -1,0 +1,20 @@
+"""Hugging Face weights in and out: Qwen v1, Qwen1.5, Qwen2, Qwen2.5 and dense Qwen3.
+
+`read_config` and `load_params` bring a downloaded folder straight into sharded arrays; `save_hf`
+writes one back. What is where in the files is one table, `mapping.slots`.
+"""
+
+from qwen_jax.interop.hf_config import config_from_hf, config_to_hf
+from qwen_jax.interop.load import load_params, read_config
+from qwen_jax.interop.mapping import tree_from_hf, tree_to_hf
+from qwen_jax.interop.save import save_hf
+
+__all__ = [
+    "config_from_hf",
+    "config_to_hf",
+    "load_params",
+    "read_config",
+    "save_hf",
+    "tree_from_hf",
+    "tree_to_hf",
+]

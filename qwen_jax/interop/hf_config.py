@@ -1,0 +1,463 @@
+"""Hugging Face `config.json` ⇄ `ModelConfig`, for every released dense Qwen.
+
+Two spellings are read: the hub's (transformers 4: `rope_theta`, `rope_scaling`, `torch_dtype`,
+`use_sliding_window` + `max_window_layers`) and transformers 5 (`rope_parameters`, `dtype`,
+`layer_types`). One is written: the hub's plus `layer_types`, which both versions read.
+
+Sources: config.json and configuration classes of Qwen/Qwen-7B (final, and the August 2023 file with
+its GPT-2 style keys); `Qwen2Config`, `Qwen3Config` and `modeling_rope_utils` of transformers 5.
+A key that may be missing takes the default of those classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_jax.errors import UserError, nearest
+from qwen_jax.model.config import ModelConfig, Yarn
+
+SUPPORTED = "qwen (Qwen v1), qwen2 (Qwen1.5, Qwen2, Qwen2.5) and qwen3 (dense)"
+
+# Keys of the first Qwen-7B files (August 2023) and what the final ones call them.
+_EARLY_KEYS = {
+    "n_embd": "hidden_size",
+    "n_head": "num_attention_heads",
+    "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings",
+    "ffn_hidden_size": "intermediate_size",
+    "attn_pdrop": "attn_dropout_prob",
+    "embd_pdrop": "emb_dropout_prob",
+    "padded_vocab_size": "vocab_size",
+    "rms_norm_eps": "layer_norm_epsilon",
+}
+_REQUIRED = object()
+
+
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Reads a parsed `config.json`.
+
+    Args:
+      config: the JSON object. Keys that do not change the network (token ids, cache and flash
+        attention switches, `transformers_version`, ...) are ignored.
+
+    Returns:
+      The description of the same network. `max_length` is `max_position_embeddings` unchanged;
+      `trained_length` is v1's `seq_length`, else YaRN's original length or `max_length`.
+
+    Raises:
+      UserError: another architecture (MoE, vision, unknown), quantised weights, a missing or
+        malformed key, or a setting this network does not have (output biases, other activations,
+        other RoPE scalings, chunked layers, ...).
+    """
+    keys = _Keys(config)
+    _refuse_other_architectures(config)
+    return _from_v1(keys) if config["model_type"] == "qwen" else _from_v2_v3(keys)
+
+
+def config_to_hf(
+    cfg: ModelConfig, *, dtype: str = "bfloat16", extra: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Writes the `config.json` object of `cfg`; `config_from_hf` of it gives `cfg` back.
+
+    Dropout rates the released class has no key for (`residual_dropout`; `embed_dropout` after v1)
+    are left out: they exist in training only.
+
+    Args:
+      cfg: the network.
+      dtype: what `torch_dtype` says: "bfloat16", "float16" or "float32".
+      extra: further keys, such as `eos_token_id`; they may not change the ones written here.
+
+    Raises:
+      UserError: `cfg` has something its family's released class cannot express.
+    """
+    _refuse_inexpressible(cfg)
+    out = _to_v1(cfg, dtype) if cfg.family == "qwen" else _to_v2_v3(cfg, dtype)
+    for key, value in (extra or {}).items():
+        if out.setdefault(key, value) != value:
+            raise UserError(
+                f"config.json key {key} would be {value!r}, but the model has {out[key]!r}; "
+                "leave the key out"
+            )
+    return out
+
+
+class _Keys:
+    """Typed access to a `config.json` object; a wrong type is named with its key and value."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+
+    def _get(self, name, default, kind, wanted):
+        value = self.config.get(name)
+        if value is None:
+            if default is _REQUIRED:
+                raise UserError(
+                    f"config.json has no {name!r}{nearest(name, self.config)}; it must give "
+                    f"{wanted}: add it, or download the file again"
+                )
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UserError(f"config.json: {name} is {value!r}; it must be {wanted}")
+        return value
+
+    def integer(self, name, default=_REQUIRED) -> int:
+        value = self._get(name, default, int, "a positive integer")
+        if value is not None and value < 1:
+            raise UserError(f"config.json: {name} is {value}; it must be a positive integer")
+        return value
+
+    def number(self, name, default=_REQUIRED) -> float:
+        value = self._get(name, default, (int, float), "a number")
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise UserError(f"config.json: {name} is {value}; it must be a finite number ≥ 0")
+        return value if value is None else float(value)
+
+    def flag(self, name, default=_REQUIRED) -> bool:
+        return self._get(name, default, bool, "true or false")
+
+    def table(self, name) -> Mapping[str, Any]:
+        return self._get(name, {}, dict, "a JSON object")
+
+    def only(self, name, allowed, default, why):
+        """Refuses `name` unless it is absent or `allowed`."""
+        value = self.config.get(name, default)
+        if value is not None and value != allowed:
+            raise UserError(
+                f"config.json: {name} is {value!r}; this network has {why}, so only "
+                f"{allowed!r} can be loaded"
+            )
+
+
+def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
+    if not isinstance(config, Mapping):
+        raise UserError("config.json is not a JSON object; download it again")
+    kind = config.get("model_type")
+    if kind is None:
+        raise UserError(f"config.json has no 'model_type'; it must be one of {SUPPORTED}")
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
+        raise UserError(
+            f"config.json has a quantization_config (quant_method {method!r}): these weights are "
+            "packed integers, which this loader does not read; use the unquantised release"
+        )
+    if kind in ("qwen", "qwen2", "qwen3"):
+        if "visual" in config or "vision_config" in config:
+            raise UserError(
+                "config.json describes a vision-language model (Qwen-VL); only text models are "
+                f"supported: {SUPPORTED}"
+            )
+        return
+    name = str(kind)
+    if "moe" in name or "num_experts" in config or "num_local_experts" in config:
+        what = "a mixture of experts"
+    elif any(s in name for s in ("_vl", "vision", "_audio", "omni")):
+        what = "a multi-modal model"
+    else:
+        what = "an architecture this network does not implement"
+    raise UserError(f"config.json: model_type {name!r} is {what}; supported are {SUPPORTED}")
+
+
+def _from_v1(keys: _Keys) -> ModelConfig:
+    config = dict(keys.config)
+    for early, final in _EARLY_KEYS.items():
+        # The padded size is the number of rows stored; the early file gave both.
+        if early in config and (final not in config or early == "padded_vocab_size"):
+            config[final] = config[early]
+    keys = _Keys(config)
+    keys.only("no_bias", True, True, "no biases outside the q, k, v projections")
+    keys.only("scale_attn_weights", True, True, "attention scores divided by √head_dim")
+    keys.only("activation", "swiglu", "swiglu", "a SwiGLU feed-forward")
+    keys.only("pos_emb", "rotary", "rotary", "rotary positions")
+    keys.only("apply_residual_connection_post_layernorm", False, False, "pre-norm residuals")
+    d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    if d_model % n_heads or keys.integer("kv_channels", d_model // n_heads) * n_heads != d_model:
+        raise UserError(
+            f"config.json: hidden_size {d_model} must be num_attention_heads {n_heads} × "
+            f"kv_channels {config.get('kv_channels')}; correct one of them"
+        )
+    twice_d_ff = keys.integer("intermediate_size")
+    if twice_d_ff % 2:
+        raise UserError(
+            f"config.json: intermediate_size is {twice_d_ff}; a Qwen v1 config holds twice the "
+            "width of w1 and w2, so it must be even"
+        )
+    return ModelConfig(
+        family="qwen",
+        vocab_size=keys.integer("vocab_size"),
+        d_model=d_model,
+        n_layers=keys.integer("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_heads,
+        head_dim=d_model // n_heads,
+        d_ff=twice_d_ff // 2,
+        max_length=keys.integer("max_position_embeddings"),
+        tie_embeddings=keys.flag("tie_word_embeddings", False),
+        norm_eps=keys.number("layer_norm_epsilon", 1e-6),
+        rope_theta=keys.number("rotary_emb_base", 10_000.0),
+        rope_fraction=keys.number("rotary_pct", 1.0),
+        trained_length=keys.integer("seq_length"),
+        # The two classes that shipped had different defaults; every released file says which.
+        dynamic_ntk=keys.flag("use_dynamic_ntk"),
+        logn=keys.flag("use_logn_attn"),
+        init_std=keys.number("initializer_range", 0.02),
+        # `resid_pdrop` of the early file was read by no released code.
+        embed_dropout=keys.number("emb_dropout_prob", 0.0),
+        attn_dropout=keys.number("attn_dropout_prob", 0.0),
+    )
+
+
+def _from_v2_v3(keys: _Keys) -> ModelConfig:
+    family = keys.config["model_type"]
+    keys.only("hidden_act", "silu", "silu", "a SwiGLU feed-forward")
+    if family == "qwen3":  # Qwen2's class reads no such key: q, k, v always have biases.
+        keys.only("attention_bias", False, False, "no biases in Qwen3's attention")
+    keys.only("mlp_bias", False, False, "no biases in the feed-forward")
+    d_model, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    if family == "qwen3":
+        head_dim = keys.integer("head_dim", 128)
+    else:
+        head_dim = keys.integer("head_dim", None)
+        if head_dim is None and d_model % n_heads:
+            raise UserError(
+                f"config.json: hidden_size {d_model} is not a multiple of num_attention_heads "
+                f"{n_heads}; correct one of them or give head_dim"
+            )
+        head_dim = head_dim or d_model // n_heads
+    n_layers = keys.integer("num_hidden_layers")
+    max_length = keys.integer("max_position_embeddings")
+    if "num_key_value_heads" not in keys.config:
+        keys.integer("num_key_value_heads")  # Says what is missing; null means as many as q heads.
+    theta, yarn = _rope(keys, max_length)
+    return ModelConfig(
+        family=family,
+        vocab_size=keys.integer("vocab_size"),
+        d_model=d_model,
+        n_layers=n_layers,
+        n_heads=n_heads,
+        n_kv_heads=keys.integer("num_key_value_heads", n_heads),
+        head_dim=head_dim,
+        d_ff=keys.integer("intermediate_size"),
+        max_length=max_length,
+        tie_embeddings=keys.flag("tie_word_embeddings", False),
+        qkv_bias=family == "qwen2",
+        qk_norm=family == "qwen3",
+        norm_eps=keys.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        yarn=yarn,
+        trained_length=yarn.original_length if yarn else max_length,
+        windows=_windows(keys, n_layers),
+        init_std=keys.number("initializer_range", 0.02),
+        attn_dropout=keys.number("attention_dropout", 0.0),
+    )
+
+
+def _rope(keys: _Keys, max_length: int) -> tuple[float, Yarn | None]:
+    """RoPE base and YaRN from either spelling; when both are present they must agree."""
+    new, old = dict(keys.table("rope_parameters")), dict(keys.table("rope_scaling"))
+    if any(isinstance(v, dict) for v in new.values()):
+        raise UserError(
+            "config.json: rope_parameters differ by layer type; this network has one RoPE for "
+            "all layers"
+        )
+    theta = keys.number("rope_theta", None)
+    new_theta = _Keys(new).number("rope_theta", None)
+    if theta is not None and new_theta is not None and theta != new_theta:
+        raise UserError(
+            f"config.json gives two RoPE bases, rope_theta {theta} and "
+            f"rope_parameters.rope_theta {new_theta}; remove one"
+        )
+    for table in (new, old):
+        table.pop("rope_theta", None)
+    if new and old and _rope_kind(new) != _rope_kind(old):
+        raise UserError(
+            "config.json: rope_parameters and rope_scaling disagree; remove one of them"
+        )
+    table = new or old
+    if table.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(
+            f"config.json: partial_rotary_factor is {table['partial_rotary_factor']}; Qwen2 and "
+            "Qwen3 rotate whole heads, so it must be 1.0"
+        )
+    base = next((t for t in (theta, new_theta) if t is not None), 10_000.0)
+    kind = _rope_kind(table)[0]
+    if kind == "default":
+        return base, None
+    if kind != "yarn":
+        raise UserError(
+            f"config.json: RoPE type {kind!r} is not supported; it must be 'default' or 'yarn'"
+        )
+    return base, _yarn(table, max_length)
+
+
+def _rope_kind(table: Mapping[str, Any]) -> tuple[str, Any]:
+    """Type ("default" when none is named) and factor of a table of RoPE settings."""
+    return table.get("rope_type", table.get("type")) or "default", table.get("factor")
+
+
+def _yarn(table: Mapping[str, Any], max_length: int) -> Yarn:
+    keys = _Keys(table)
+    keys.only("truncate", True, True, "YaRN's rounded correction range")
+    original = keys.integer("original_max_position_embeddings", max_length)
+    factor = keys.number("factor", None) or max_length / original
+    attention = keys.number("attention_factor", None)
+    mscale, mscale_all = keys.number("mscale", None), keys.number("mscale_all_dim", None)
+    if attention is None and mscale and mscale_all:
+        log = max(math.log(factor), 0.0)
+        attention = (0.1 * mscale * log + 1.0) / (0.1 * mscale_all * log + 1.0)
+    return Yarn(
+        factor=factor,
+        original_length=original,
+        beta_fast=keys.number("beta_fast", None) or 32.0,
+        beta_slow=keys.number("beta_slow", None) or 1.0,
+        attention_factor=attention,
+    )
+
+
+def _windows(keys: _Keys, n_layers: int) -> tuple[int | None, ...]:
+    """Sliding window of each layer; () when every layer sees everything."""
+    window = (
+        keys.integer("sliding_window", None) if keys.flag("use_sliding_window", False) else None
+    )
+    kinds = keys.config.get("layer_types")
+    if kinds is None:
+        first = keys.number("max_window_layers", 28.0)
+        kinds = ["sliding_attention" if window and i >= first else "full_attention"
+                 for i in range(n_layers)]  # fmt: skip
+    if len(kinds) != n_layers:
+        raise UserError(
+            f"config.json: layer_types names {len(kinds)} layers but num_hidden_layers is "
+            f"{n_layers}; they must agree"
+        )
+    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise UserError(
+            f"config.json: layer type {unknown[0]!r} is not supported; it must be "
+            "'full_attention' or 'sliding_attention'"
+        )
+    if "sliding_attention" not in kinds:
+        return ()
+    if window is None:
+        raise UserError(
+            "config.json: layer_types has sliding layers, but use_sliding_window is false or "
+            "sliding_window is missing; set both or make every layer 'full_attention'"
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _refuse_inexpressible(cfg: ModelConfig) -> None:
+    """Names the first setting of `cfg` that the family's released class has no word for."""
+    v1 = cfg.family == "qwen"
+    wanted: dict[str, Any] = {
+        "qkv_bias": cfg.family != "qwen3",
+        "qk_norm": cfg.family == "qwen3",
+    }
+    if v1:
+        wanted |= {
+            "n_kv_heads": cfg.n_heads,
+            "head_dim": cfg.d_model // cfg.n_heads,
+            "yarn": None,
+            "windows": (),
+        }
+    else:
+        wanted |= {"rope_fraction": 1.0, "dynamic_ntk": False, "logn": False}
+    for name, value in wanted.items():
+        if getattr(cfg, name) != value:
+            raise UserError(
+                f"model.{name} is {getattr(cfg, name)!r}, which Hugging Face's {cfg.family!r} "
+                f"format cannot express: it must be {value!r}; choose another family or setting"
+            )
+    if v1 and cfg.d_model % cfg.n_heads:
+        raise UserError(
+            f"model.d_model={cfg.d_model} is not a multiple of model.n_heads={cfg.n_heads}, which "
+            "Hugging Face's 'qwen' format requires; choose another family or setting"
+        )
+    if len({w for w in cfg.windows if w is not None}) > 1:
+        raise UserError(
+            f"model.windows has several lengths {sorted(set(filter(None, cfg.windows)))}, but "
+            "Hugging Face's format holds one for all sliding layers; use one length"
+        )
+
+
+def _to_v1(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        # transformers has no class of its own for v1; this is where the released code is published.
+        "auto_map": {
+            "AutoConfig": "Qwen/Qwen-7B--configuration_qwen.QWenConfig",
+            "AutoModelForCausalLM": "Qwen/Qwen-7B--modeling_qwen.QWenLMHeadModel",
+        },
+        "model_type": "qwen",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "kv_channels": cfg.head_dim,
+        "intermediate_size": 2 * cfg.d_ff,
+        "max_position_embeddings": cfg.max_length,
+        "seq_length": cfg.trained_length,
+        "use_dynamic_ntk": cfg.dynamic_ntk,
+        "use_logn_attn": cfg.logn,
+        "rotary_pct": cfg.rope_fraction,
+        "rotary_emb_base": cfg.rope_theta,
+        "layer_norm_epsilon": cfg.norm_eps,
+        "initializer_range": cfg.init_std,
+        "emb_dropout_prob": cfg.embed_dropout,
+        "attn_dropout_prob": cfg.attn_dropout,
+        "no_bias": True,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "fp32": dtype == "float32",
+    }
+
+
+def _to_v2_v3(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
+    window = next((w for w in cfg.windows if w is not None), None)
+    out = {
+        "architectures": ["Qwen2ForCausalLM" if cfg.family == "qwen2" else "Qwen3ForCausalLM"],
+        "model_type": cfg.family,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.d_model,
+        "intermediate_size": cfg.d_ff,
+        "num_hidden_layers": cfg.n_layers,
+        "num_attention_heads": cfg.n_heads,
+        "num_key_value_heads": cfg.n_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.max_length,
+        "initializer_range": cfg.init_std,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": None,
+        "attention_dropout": cfg.attn_dropout,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": next(
+            (i for i, w in enumerate(cfg.windows) if w is not None), cfg.n_layers
+        ),
+        "layer_types": [
+            "full_attention" if w is None else "sliding_attention"
+            for w in cfg.windows or (None,) * cfg.n_layers
+        ],
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "use_cache": True,
+        "torch_dtype": dtype,
+    }
+    if cfg.family == "qwen3":
+        out["attention_bias"] = False
+    if cfg.yarn is not None:
+        scaling = {
+            "rope_type": "yarn",
+            "factor": cfg.yarn.factor,
+            "original_max_position_embeddings": cfg.yarn.original_length,
+            "beta_fast": cfg.yarn.beta_fast,
+            "beta_slow": cfg.yarn.beta_slow,
+            "attention_factor": cfg.yarn.attention_factor,
+        }
+        out["rope_scaling"] = {k: v for k, v in scaling.items() if v is not None}
+    return out

@@ -1,0 +1,222 @@
+"""Native parameters as a Hugging Face folder: shards, index, config and tokenizer files.
+
+One layer of one leaf is in host memory at a time. The folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from qwen_jax.errors import UserError
+from qwen_jax.interop import hf_config, mapping, safetensors_io
+from qwen_jax.interop.progress import Progress
+from qwen_jax.model.config import ModelConfig
+
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+def save_hf(
+    folder: str | pathlib.Path,
+    params: Mapping[str, Any],
+    cfg: ModelConfig,
+    *,
+    dtype: str = "bfloat16",
+    max_shard_bytes: int = 5_000_000_000,
+    tokenizer_files: Sequence[str | pathlib.Path] = (),
+    generation_config: Mapping[str, Any] | None = None,
+    config_extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a folder that transformers and other engines load as a released Qwen.
+
+    Tensors are cast to `dtype`, so weights that came from a folder in that dtype go back bit for
+    bit. With several processes all must call it; process 0 writes.
+
+    Args:
+      folder: where to write; it must not exist or be empty.
+      params: the native tree of `jax.Array` (any sharding) or numpy arrays.
+      cfg: its network.
+      dtype: "bfloat16", "float16" or "float32".
+      max_shard_bytes: a file holds at most this many bytes of data, or a single tensor.
+      tokenizer_files: files copied in under their own names.
+      generation_config: written as `generation_config.json`.
+      config_extra: further `config.json` keys such as `eos_token_id`.
+
+    Raises:
+      UserError: the folder is not empty, the disk is too small, a file to copy is missing, `cfg`
+        or a leaf has no Hugging Face name, a value overflows float16.
+    """
+    folder = pathlib.Path(folder)
+    config = _check(folder, params, cfg, dtype, tokenizer_files, config_extra)
+    shards = _plan(cfg, DTYPES[dtype].itemsize, max_shard_bytes)
+    partial = folder.parent / f".{folder.name}.hf-export-partial"
+    writes = jax.process_index() == 0
+    try:
+        if writes:
+            _prepare(partial, cfg, dtype)
+            _write_json(partial / "config.json", config)
+            if generation_config is not None:
+                _write_json(partial / "generation_config.json", generation_config)
+            for file in tokenizer_files:
+                shutil.copyfile(file, partial / pathlib.Path(file).name)
+        progress = Progress("save", _total_bytes(cfg, dtype))
+        for name, tensors in shards.items():
+            shapes = {n: t.shape for n, t in tensors.items()}
+            blocks = _blocks(params, tensors, DTYPES[dtype])
+            if writes:
+                file = partial / name
+                for nbytes in safetensors_io.write_file(file, shapes, DTYPES[dtype], blocks):
+                    progress.add(nbytes)
+            else:
+                for _ in blocks:  # Takes part in the gathers.
+                    pass
+        if writes:
+            if len(shards) > 1:
+                _write_json(partial / "model.safetensors.index.json", _index(shards, dtype))
+            os.replace(partial, folder)
+    except BaseException:
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf")
+    logging.info("saved %s to %s", cfg.family, folder)
+
+
+def _total_bytes(cfg: ModelConfig, dtype: str) -> int:
+    return sum(t.size for t in mapping.hf_tensors(cfg).values()) * DTYPES[dtype].itemsize
+
+
+def _check(folder, params, cfg, dtype, tokenizer_files, config_extra) -> dict[str, Any]:
+    """Refuses what cannot be written; returns the `config.json` object."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    config = hf_config.config_to_hf(cfg, dtype=dtype, extra=config_extra)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already exists and is not an empty folder; choose a new one")
+    for file in map(pathlib.Path, tokenizer_files):
+        if not file.is_file():
+            raise UserError(f"{file} to be copied into {folder} does not exist; correct its name")
+    known = {slot.path: slot.shape for slot in mapping.slots(cfg)}
+    found = {
+        tuple(key.key for key in path): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for path in sorted(known.keys() ^ found.keys()):
+        state = "is missing from the parameters" if path in known else "has no Hugging Face name"
+        raise UserError(
+            f"parameter {'/'.join(path)} {state} for family {cfg.family!r}; save the language "
+            "model alone, with the config it was made from"
+        )
+    for path, shape in known.items():
+        if found[path] != shape:
+            raise UserError(
+                f"parameter {'/'.join(path)} has shape {list(found[path])}, but the config asks "
+                f"for {list(shape)}; save with the config the parameters were made from"
+            )
+    return config
+
+
+def _prepare(partial: pathlib.Path, cfg: ModelConfig, dtype: str) -> None:
+    """Makes the hidden folder beside the target, empty even after a killed run."""
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        free = shutil.disk_usage(partial).free
+    except OSError as e:
+        raise UserError(
+            f"{partial.parent} cannot be written to ({e.strerror}); choose another place"
+        ) from e
+    need = _total_bytes(cfg, dtype)
+    if free < need:
+        raise UserError(
+            f"{partial.parent} has {free / 1e9:.1f} GB free, but the weights take "
+            f"{need / 1e9:.1f} GB; free some space or choose another place"
+        )
+
+
+def _plan(cfg: ModelConfig, itemsize: int, max_bytes: int) -> dict[str, dict]:
+    """File name → its tensors: filled in model order, sorted by name inside a file."""
+    if max_bytes < 1:
+        raise UserError(f"max_shard_bytes is {max_bytes}; it must be at least 1")
+    groups: list[dict[str, mapping.HFTensor]] = [{}]
+    used = 0
+    for name, tensor in mapping.hf_tensors(cfg).items():
+        nbytes = tensor.size * itemsize
+        if groups[-1] and used + nbytes > max_bytes:
+            groups.append({})
+            used = 0
+        groups[-1][name] = tensor
+        used += nbytes
+    ordered = [dict(sorted(group.items())) for group in groups]
+    if len(ordered) == 1:
+        return {"model.safetensors": ordered[0]}
+    total = len(ordered)
+    return {f"model-{i + 1:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(ordered)}
+
+
+def _index(shards: Mapping[str, Mapping[str, mapping.HFTensor]], dtype: str) -> dict[str, Any]:
+    weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+    size = sum(t.size for tensors in shards.values() for t in tensors.values())
+    return {
+        "metadata": {"total_size": size * DTYPES[dtype].itemsize},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+
+
+def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _blocks(params, tensors: Mapping[str, mapping.HFTensor], dtype) -> Iterator[np.ndarray]:
+    """The data of `tensors` in order, one (leaf, layer) block at a time, in host memory."""
+    for name, tensor in tensors.items():
+        for slot, layer in tensor.parts:
+            leaf = mapping.leaf_of(params, slot.path)
+            block = _fetch(leaf, layer if slot.stacked else None, dtype)
+            # Cast from a finite float32 or bfloat16: infinity can only be an overflow.
+            if dtype == np.float16 and not np.isfinite(block).all():
+                raise UserError(
+                    f"{name} has values that float16 cannot hold; use dtype bfloat16 or float32"
+                )
+            yield slot.to_hf(block)
+
+
+def _fetch(leaf, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    """`leaf[layer]` (or the whole leaf) in `dtype` on this host, whatever its sharding."""
+    if isinstance(leaf, np.ndarray):
+        with np.errstate(over="ignore"):  # Reported by the caller.
+            return (leaf if layer is None else leaf[layer]).astype(dtype)
+    sharding = leaf.sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.P())
+    out = _gather(sharding, dtype, layer is None)(leaf, layer or 0)
+    return np.asarray(out.addressable_data(0))
+
+
+@functools.lru_cache(maxsize=16)
+def _gather(sharding, dtype: np.dtype, whole: bool):
+    """Jitted (leaf, layer) → one layer, cast and replicated; the layer index is traced."""
+
+    def gather(leaf, layer):
+        if not whole:
+            leaf = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+        return leaf.astype(dtype)
+
+    return jax.jit(gather, out_shardings=sharding)

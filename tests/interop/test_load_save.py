@@ -1,0 +1,261 @@
+"""Weights survive the way in and out bit for bit, on any mesh, reading no byte twice."""
+
+import dataclasses
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qwen_jax.errors import UserError
+from qwen_jax.interop import load_params, read_config, save_hf, tree_from_hf, tree_to_hf
+from qwen_jax.interop import save as save_module
+from qwen_jax.interop.folder import scan
+from qwen_jax.interop.load import distinct_slices, load_from
+from qwen_jax.interop.mapping import hf_tensors, slots
+from qwen_jax.interop.safetensors_io import TensorFiles
+from qwen_jax.model import abstract_params, count_params
+from tests.interop.folders import ALL, V1, V2, V3, random_tensors, toy_mesh, write
+
+
+def cast(abstract, dtype):
+    """The abstract tree with another dtype."""
+
+    def leaf(x):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+    return jax.tree.map(leaf, abstract)  # fmt: skip
+
+
+def as_numpy(tensor):
+    return tensor.to(torch.float32).numpy()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_table_has_exactly_the_parameters_of_the_network(name):
+    for tied in (True, False):
+        cfg = dataclasses.replace(ALL[name], tie_embeddings=tied)
+        declared = {
+            tuple(k.key for k in path): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg))
+        }
+        assert {s.path: s.shape for s in slots(cfg)} == declared
+        assert sum(t.size for t in hf_tensors(cfg).values()) == count_params(cfg)
+
+
+def test_native_kernels_compute_what_the_torch_linears_do():
+    """q, o and the SwiGLU through native einsums equal x @ W.T of the stored matrices."""
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.standard_normal(t.shape) for n, t in hf_tensors(V1).items()}
+    layers = tree_from_hf(tensors, V1)["layers"]
+    x = rng.standard_normal((5, V1.d_model))
+    pre = "transformer.h.2."
+    qkv = x @ tensors[pre + "attn.c_attn.weight"].T + tensors[pre + "attn.c_attn.bias"]
+    for i, leaf in enumerate("qkv"):
+        ours = (
+            np.einsum("TD,DNH->TNH", x, layers["attn"][leaf][2]) + layers["attn"][f"{leaf}_bias"][2]
+        )
+        np.testing.assert_allclose(ours.reshape(5, -1), np.split(qkv, 3, axis=-1)[i], atol=1e-12)
+    heads = rng.standard_normal((5, V1.n_heads, V1.head_dim))
+    np.testing.assert_allclose(
+        np.einsum("TNH,NHD->TD", heads, layers["attn"]["o"][2]),
+        heads.reshape(5, -1) @ tensors[pre + "attn.c_proj.weight"].T, atol=1e-12,
+    )  # fmt: skip
+    # The released MLP is c_proj(w1(x)·SiLU(w2(x))): the gate is w2.
+    np.testing.assert_array_equal(layers["mlp"]["gate"][2], tensors[pre + "mlp.w2.weight"].T)
+    np.testing.assert_array_equal(layers["mlp"]["up"][2], tensors[pre + "mlp.w1.weight"].T)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("native", ["float32", "bfloat16"])
+def test_round_trip_is_bit_exact_on_a_mesh(tmp_path, name, native):
+    cfg = ALL[name]
+    tensors = random_tensors(cfg, "bfloat16")
+    write(tmp_path / "in", cfg, tensors, shards=3)
+    assert read_config(tmp_path / "in") == cfg
+    params = load_params(tmp_path / "in", cfg, cast(abstract_params(cfg, toy_mesh()), native))
+    save_hf(tmp_path / "out", params, cfg, dtype="bfloat16", max_shard_bytes=20_000)
+    files = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1
+    found = {}
+    for file in files:
+        part = load_file(tmp_path / "out" / file)
+        size = sum(t.nbytes for t in part.values())
+        assert size <= 20_000 or len(part) == 1
+        found |= part
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(found[key].view(torch.int16), tensor.view(torch.int16)), key
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys()
+    assert read_config(tmp_path / "out") == cfg
+
+
+def test_the_released_files_layout_comes_back_byte_for_byte(tmp_path, qwen1_small):
+    cfg = read_config(qwen1_small)
+    params = load_params(qwen1_small, cfg, abstract_params(cfg))
+    save_hf(tmp_path / "out", params, cfg, dtype="float32")
+    ours = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert ours == (qwen1_small / "model.safetensors").read_bytes()
+    assert not (tmp_path / "out" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("mesh", [(1, 4, 2), (1, 8, 1), (2, 2, 2), (1, 1, 2), (4, 1, 1)])
+def test_any_mesh_gets_the_same_values_and_reads_each_byte_once(tmp_path, mesh):
+    """Exact byte counts: the union of the devices' slices, however often they are replicated."""
+    cfg = V2
+    dtypes = {"model.norm.weight": "float32", "lm_head.weight": "float16"}
+    tensors = random_tensors(cfg, lambda name: dtypes.get(name, "bfloat16"))
+    write(tmp_path, cfg, tensors, shards=2)
+    abstract = abstract_params(cfg, toy_mesh(*mesh))
+    with TensorFiles(scan(tmp_path)) as files:
+        params = load_from(files, cfg, abstract)
+        assert files.bytes_read == sum(t.nbytes for t in tensors.values())
+    for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
+        assert leaf.sharding == want.sharding and leaf.dtype == np.float32
+    back = tree_to_hf(params, cfg)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(back[name], as_numpy(tensor), err_msg=name)
+
+
+def test_a_process_reads_only_what_its_devices_hold(tmp_path):
+    """Half of the devices of a mesh, as one of two hosts has them: half of the sharded bytes."""
+    cfg = V3
+    tensors = random_tensors(cfg)
+    write(tmp_path, cfg, tensors)
+    mesh = toy_mesh(1, 4, 2)
+    abstract = abstract_params(cfg, mesh)
+    mine = set(mesh.devices[:, :2].flat)
+
+    class HalfOfTheDevices:
+        def __init__(self, sharding):
+            self._sharding = sharding
+
+        def addressable_devices_indices_map(self, shape):
+            full = self._sharding.devices_indices_map(shape)
+            return {d: index for d, index in full.items() if d in mine}
+
+    wanted = 0
+    for slot in slots(cfg):
+        leaf = abstract
+        for key in slot.path:
+            leaf = leaf[key]
+        for bounds in distinct_slices(HalfOfTheDevices(leaf.sharding), slot.shape):
+            wanted += 4 * int(np.prod([stop - start for start, stop in bounds]))
+    norms = 4 * sum(np.prod(s.shape) for s in slots(cfg) if "scale" in s.path)
+    total = sum(t.nbytes for t in tensors.values())
+    assert wanted == norms + (total - norms) // 2
+
+
+def test_every_slice_of_every_leaf_is_the_slice_of_the_whole(tmp_path):
+    """Odd splits (inside heads, of layers, strided columns) read the right bytes of mixed files."""
+    cfg = V1
+    tensors = random_tensors(cfg, lambda n: "float16" if "mlp" in n else "bfloat16")
+    write(tmp_path, cfg, tensors, shards=2)
+    whole = tree_from_hf({n: as_numpy(t) for n, t in tensors.items()}, cfg)
+    mesh = jax.make_mesh((2, 4), ("a", "b"))
+    rng = np.random.default_rng(1)
+
+    def shard(leaf):
+        axes = [None] * leaf.ndim
+        for axis, size in (("a", 2), ("b", 4)):
+            free = [i for i, n in enumerate(leaf.shape) if axes[i] is None and n % size == 0]
+            if free:
+                axes[int(rng.choice(free))] = axis
+        return jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=jax.NamedSharding(mesh, jax.P(*axes))
+        )
+
+    params = load_params(tmp_path, cfg, jax.tree.map(shard, abstract_params(cfg)))
+    jax.tree.map(np.testing.assert_array_equal, params, whole)
+
+
+def test_one_device_without_a_mesh_in_half_precision(tmp_path):
+    write(tmp_path, V2, tensors := random_tensors(V2))
+    params = load_params(tmp_path, V2, cast(abstract_params(V2), ml_dtypes.bfloat16))
+    for name, ours in tree_to_hf(params, V2).items():
+        want = tensors[name].to(torch.bfloat16)  # Both round to nearest, ties to even.
+        np.testing.assert_array_equal(ours.astype(np.float32), as_numpy(want))
+
+
+def test_tied_head_and_constant_buffers_are_ignored(tmp_path):
+    tensors = random_tensors(V3)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write(tmp_path, V3, tensors)
+    params = load_params(tmp_path, V3, abstract_params(V3))
+    save_hf(tmp_path / "out", params, V3, dtype="float32")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == hf_tensors(V3).keys()
+
+
+def test_numpy_parameters_are_saved_too_with_their_files(tmp_path):
+    tensors = random_tensors(V2)
+    tree = tree_from_hf({n: t.numpy() for n, t in tensors.items()}, V2)
+    (tmp_path / "qwen.tiktoken").write_text("QQ== 0\n")
+    save_hf(
+        tmp_path / "out", tree, V2, dtype="float32", tokenizer_files=[tmp_path / "qwen.tiktoken"],
+        generation_config={"eos_token_id": 3}, config_extra={"eos_token_id": 3},
+    )  # fmt: skip
+    assert (tmp_path / "out" / "qwen.tiktoken").read_text() == "QQ== 0\n"
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {
+        "eos_token_id": 3
+    }
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 3
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(saved[n], t) for n, t in tensors.items())
+
+
+def test_a_failed_save_leaves_nothing_and_a_killed_one_is_swept_up(tmp_path, monkeypatch):
+    tree = tree_from_hf({n: t.numpy() for n, t in random_tensors(V2).items()}, V2)
+    leftover = tmp_path / ".out.hf-export-partial"
+    leftover.mkdir()
+    (leftover / "model-00009-of-00009.safetensors").write_text("from a killed run")
+
+    def no_space(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(save_module.os, "replace", no_space)
+    with pytest.raises(OSError, match="No space"):
+        save_hf(tmp_path / "out", tree, V2)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()  # An empty folder is as good as none.
+    save_hf(tmp_path / "out", tree, V2)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_saving_refuses_what_it_cannot_write(tmp_path):
+    tree = tree_from_hf({n: t.numpy() for n, t in random_tensors(V2).items()}, V2)
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"int8.*bfloat16"):
+        save_hf(out, tree, V2, dtype="int8")
+    with pytest.raises(UserError, match=r"gone\.json"):
+        save_hf(out, tree, V2, tokenizer_files=[tmp_path / "gone.json"])
+    with pytest.raises(UserError, match="value_head/kernel has no Hugging Face name"):
+        save_hf(out, tree | {"value_head": {"kernel": np.zeros((2, 1))}}, V2)
+    with pytest.raises(UserError, match="head/kernel is missing"):
+        save_hf(out, {k: v for k, v in tree.items() if k != "head"}, V2)
+    with pytest.raises(UserError, match=r"embed/table has shape \[64, 32\].*\[65, 32\]"):
+        save_hf(out, tree, dataclasses.replace(V2, vocab_size=65))
+    big = tree | {"final_norm": {"scale": np.full(32, 1e6, np.float32)}}
+    with pytest.raises(UserError, match=r"model\.norm\.weight.*float16"):
+        save_hf(out, big, V2, dtype="float16")
+    monkey = save_module.shutil.disk_usage(tmp_path)._replace(free=10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module.shutil, "disk_usage", lambda path: monkey)
+        with pytest.raises(UserError, match="GB free"):
+            save_hf(out, tree, V2)
+    assert list(tmp_path.iterdir()) == []
+    out.mkdir()
+    (out / "keep.txt").write_text("mine")
+    with pytest.raises(UserError, match="not an empty folder"):
+        save_hf(out, tree, V2)
+    assert (out / "keep.txt").read_text() == "mine"
