@@ -239,6 +239,13 @@ def _load(path: epath.Path, facts: dict, abstract: Any, subtree: str = "") -> An
     files.check_leaves(path, facts["leaves"], wanted, subtree)
     failure, loaded = None, {}
     try:
+        files.check_metadata(path)
+    except Exception as error:
+        failure = error
+    # Before Orbax, which counts its operations: a process that fails ahead of the count would be
+    # out of step with the others at the next save.
+    _agree_on(failure)
+    try:
         # Partial: with a sub-tree the rest of the state is not even opened.
         with _context(reading=True, partial=bool(subtree)):
             loaded = ocp.load_checkpointables(path, {"state": _nested(wanted)})["state"]

@@ -510,9 +510,10 @@ def _fail_on_process_1(error: Exception):
     real = ocp.load_checkpointables
 
     def load(path, *args, **kwargs):
+        tree = real(path, *args, **kwargs)
         if jax.process_index() == 1 and path.name == "step_00000004":
             raise error
-        return real(path, *args, **kwargs)
+        return tree
 
     return mock.patch.object(checkpoint.ocp, "load_checkpointables", load)
 
