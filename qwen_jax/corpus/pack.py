@@ -37,7 +37,6 @@ from absl import logging
 from array_record.python import array_record_module
 
 from qwen_jax.corpus.documents import Document
-from qwen_jax.corpus.progress import Progress
 from qwen_jax.corpus.windows import (
     FORMAT,
     MANIFEST,
@@ -51,6 +50,7 @@ from qwen_jax.corpus.windows import (
     write_manifest,
 )
 from qwen_jax.errors import UserError
+from qwen_jax.progress import Progress
 
 # Text handed to the tokenizer at once; bounds the Python integers that exist at any time.
 _ENCODE_BYTES = 1 << 20

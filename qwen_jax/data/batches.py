@@ -1,8 +1,8 @@
 """Batches as a pure function of the step, and a background reader that keeps ahead of the device.
 
-Global batch s is rows s·B .. s·B + B - 1 of the mixture; process p of P has the p-th P-th of them.
-So joining the processes' batches in order gives the same global batch for every P, the data
-position is the step number, and a run resumes exactly on another number of hosts.
+Global batch s is rows s·B .. s·B + B - 1 of the mixture, and each host reads the rows its devices
+hold. So the global batch is the same for any number of hosts, the data position is the step number,
+and a run resumes exactly on another number of hosts.
 
 Keys of a batch of b rows and T = seq_len tokens:
 
@@ -58,19 +58,6 @@ def make_batch(records: Sequence[bytes], seq_len: int, packing: Packing) -> Batc
     }
 
 
-def _rows(global_batch: int, process_index: int, process_count: int) -> tuple[int, int]:
-    """First row and number of rows of a process; UserError when the batch does not divide."""
-    if not 0 <= process_index < process_count:
-        raise UserError(f"process_index is {process_index} of {process_count} processes.")
-    if global_batch % process_count:
-        raise UserError(
-            f"The global batch of {global_batch} rows does not divide over {process_count} "
-            "processes; choose a multiple."
-        )
-    rows = global_batch // process_count
-    return process_index * rows, rows
-
-
 class Batches:
     """The training batches of a config. All checks of the sources happen here, before training.
 
@@ -86,34 +73,31 @@ class Batches:
         self.config = config
         self._mixture = mix(open_sources(config, tokenizer_sha256), config)
 
-    def local_batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The rows of global batch `step` that belong to a process; depends on nothing else.
-
-        Joining the results of processes 0 .. P-1 along the rows gives the batch of one process.
+    def rows(self, step: int, first: int = 0, count: int | None = None) -> Batch:
+        """Rows [first, first + count) of global batch `step` (all by default); a pure function.
 
         Raises:
-          UserError: the rows do not divide over the processes, or a record is damaged.
+          UserError: a record is damaged.
         """
-        first, rows = _rows(self.config.global_batch, process_index, process_count)
+        count = self.config.global_batch - first if count is None else count
         start = step * self.config.global_batch + first
-        records = [self._mixture[row] for row in range(start, start + rows)]
+        records = [self._mixture[row] for row in range(start, start + count)]
         return make_batch(records, self.config.seq_len, self.config.packing)
 
     def iterate(
-        self, start_step: int, process_index: int = 0, process_count: int = 1, prefetch: int = 2
+        self, start_step: int, first: int = 0, count: int | None = None, prefetch: int = 2
     ) -> Prefetch:
-        """Endless (step, local batch) from `start_step`, read ahead by a background thread.
+        """Endless (step, rows [first, first + count) of its batch), read ahead by a thread.
 
         Args:
           start_step: first step, the checkpoint's step on resume.
-          process_index, process_count: `jax.process_index()`, `jax.process_count()`.
+          first, count: the rows this host needs, see `rows`.
           prefetch: batches read ahead; bounds the memory.
 
         Raises:
-          UserError: as `local_batch`; errors while reading ahead come out of `next()`.
+          UserError: as `rows`; errors while reading ahead come out of `next()`.
         """
-        _rows(self.config.global_batch, process_index, process_count)
-        return Prefetch(self, start_step, process_index, process_count, prefetch)
+        return Prefetch(self, start_step, first, count, prefetch)
 
 
 class Prefetch:
@@ -123,8 +107,8 @@ class Prefetch:
         self,
         batches: Batches,
         start_step: int,
-        process_index: int,
-        process_count: int,
+        first: int,
+        count: int | None,
         depth: int,
     ):
         self._queue: queue.Queue = queue.Queue(max(1, depth))
@@ -132,16 +116,16 @@ class Prefetch:
         self._failure: BaseException | None = None
         self._thread = threading.Thread(
             target=self._read,
-            args=(batches, start_step, process_index, process_count),
+            args=(batches, start_step, first, count),
             name="batches",
             daemon=True,
         )
         self._thread.start()
 
-    def _read(self, batches: Batches, step: int, process_index: int, process_count: int) -> None:
+    def _read(self, batches: Batches, step: int, first: int, count: int | None) -> None:
         while not self._stop.is_set():
             try:
-                item = (step, batches.local_batch(step, process_index, process_count))
+                item = (step, batches.rows(step, first, count))
             except BaseException as error:
                 item = error
             while not self._stop.is_set():
@@ -191,21 +175,21 @@ def eval_batches(
     packing: Packing = "plain",
     seq_len: int | None = None,
     tokenizer_sha256: str | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    first: int = 0,
+    count: int | None = None,
 ) -> Iterator[Batch]:
     """Every window of one packed folder once, in stream order.
 
     The last batch is filled with rows of padding (segment 0, loss_mask 0, n_bytes 0), so all
-    batches have `batch_size` rows and every process gets the same number of batches. Sums of loss
-    and n_bytes over all batches and processes are exact.
+    batches have `batch_size` rows and every host gets the same number of batches. Sums of loss and
+    n_bytes over all batches and hosts are exact.
 
     Args:
       path: packed folder.
-      batch_size: rows per batch over all processes.
+      batch_size: rows per batch over all hosts.
       packing: as in `DataConfig`; the one the model is trained with.
       seq_len, tokenizer_sha256: when given, must be the folder's.
-      process_index, process_count: which rows of each batch to read.
+      first, count: the rows of each batch to read; all by default.
 
     Raises:
       UserError: as `WindowSource`, at the call; a damaged record, while iterating.
@@ -213,7 +197,7 @@ def eval_batches(
     if batch_size < 1:
         raise UserError(f"The evaluation batch size is {batch_size}; it must be at least 1.")
     check_packing(packing)
-    first, rows = _rows(batch_size, process_index, process_count)
+    rows = batch_size - first if count is None else count
     source = WindowSource(path, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
     length = source.manifest.seq_len
     padding = bytes(record_size(length))

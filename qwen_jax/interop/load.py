@@ -15,9 +15,9 @@ from absl import logging
 
 from qwen_jax.interop import folder as hf_folder
 from qwen_jax.interop import hf_config, mapping
-from qwen_jax.interop.progress import Progress
 from qwen_jax.interop.safetensors_io import TensorFiles
 from qwen_jax.model.config import ModelConfig
+from qwen_jax.progress import Progress
 
 _READERS = min(8, os.cpu_count() or 1)
 _TILE = 256  # Columns of a transposed copy done at a time: 2.5x faster than row by row (measured).
@@ -75,7 +75,9 @@ def load_from(files: TensorFiles, cfg: ModelConfig, abstract: Mapping[str, Any])
     params: dict[str, Any] = {}
     table = mapping.slots(cfg)
     assert len(jax.tree.leaves(abstract)) == len(table), "the tree has leaves without HF names"
-    progress = Progress("load", sum(_local_bytes(mapping.leaf_of(abstract, s.path)) for s in table))
+    progress = Progress(
+        "load", sum(_local_bytes(mapping.leaf_of(abstract, s.path)) for s in table), "B", every=5.0
+    )
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         for slot in table:
             leaf = mapping.leaf_of(abstract, slot.path)

@@ -21,8 +21,8 @@ from jax.experimental import multihost_utils
 
 from qwen_jax.errors import UserError
 from qwen_jax.interop import hf_config, mapping, safetensors_io
-from qwen_jax.interop.progress import Progress
 from qwen_jax.model.config import ModelConfig
+from qwen_jax.progress import Progress
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -74,7 +74,7 @@ def save_hf(
                 _write_json(partial / "generation_config.json", generation_config)
             for file in tokenizer_files:
                 shutil.copyfile(file, partial / pathlib.Path(file).name)
-        progress = Progress("save", _total_bytes(cfg, dtype))
+        progress = Progress("save", _total_bytes(cfg, dtype), "B", every=5.0)
         for name, tensors in shards.items():
             shapes = {n: t.shape for n, t in tensors.items()}
             blocks = _blocks(params, tensors, DTYPES[dtype])

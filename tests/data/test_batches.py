@@ -61,10 +61,11 @@ def source_of(row):
 def test_hosts_joined_in_order_are_the_one_host_batch(packed, packing):
     cfg = config(packed, packing=packing)
     for step in (0, 5, 1000, 123456):
-        whole = Batches(cfg).local_batch(step)
+        whole = Batches(cfg).rows(step)
         for count in (1, 2, 4, 8):
             reader = Batches(cfg)  # Each host opens its own.
-            parts = [reader.local_batch(step, index, count) for index in range(count)]
+            size = cfg.global_batch // count
+            parts = [reader.rows(step, index * size, size) for index in range(count)]
             joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
             assert_equal(joined, whole)
 
@@ -82,7 +83,7 @@ def test_resume_at_any_step_equals_the_uninterrupted_run(packed):
 
 
 def test_keys_shapes_and_dtypes(packed):
-    batch = Batches(config(packed)).local_batch(3, 1, 2)
+    batch = Batches(config(packed)).rows(3, 12, 12)
     assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {
         "tokens": ("int32", (12, T)),
         "targets": ("int32", (12, T)),
@@ -100,7 +101,7 @@ def test_mixture_shares_are_in_tokens(packed):
     reader = Batches(cfg)
     letters = []
     for step in range(-(-500 // 24)):
-        letters += [source_of(row) for row in reader.local_batch(step)["tokens"]]
+        letters += [source_of(row) for row in reader.rows(step)["tokens"]]
     assert [letters[:500].count(letter) for letter in LETTERS] == [250, 150, 100]
     for prefix in range(10, 500, 10):
         counts = [letters[:prefix].count(letter) for letter in LETTERS]
@@ -129,14 +130,14 @@ def test_each_epoch_has_every_window_once_in_another_order(packed):
         row.tobytes() for batch in eval_batches(packed / "a", 1) for row in batch["tokens"]
     )
     epochs = [
-        [reader.local_batch(epoch * windows + i)["tokens"].tobytes() for i in range(windows)]
+        [reader.rows(epoch * windows + i)["tokens"].tobytes() for i in range(windows)]
         for epoch in range(3)
     ]
     for epoch in epochs:
         assert sorted(epoch) == everything
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     other = Batches(config(packed, weights=(1.0,), global_batch=1, seed=1))
-    assert [other.local_batch(i)["tokens"].tobytes() for i in range(windows)] != epochs[0]
+    assert [other.rows(i)["tokens"].tobytes() for i in range(windows)] != epochs[0]
 
 
 def test_packing_modes_equal_a_loop(packed):
@@ -171,8 +172,9 @@ def test_packing_modes_equal_a_loop(packed):
 @pytest.mark.parametrize(("batch_size", "count"), [(1, 1), (8, 1), (8, 2), (8, 8), (1000, 2)])
 def test_evaluation_covers_every_window_once(packed, batch_size, count):
     source = WindowSource(packed / "a")
+    size = batch_size // count
     parts = [
-        list(eval_batches(packed / "a", batch_size, process_index=i, process_count=count))
+        list(eval_batches(packed / "a", batch_size, first=i * size, count=size))
         for i in range(count)
     ]
     assert len({len(part) for part in parts}) == 1
@@ -214,8 +216,8 @@ def test_fingerprint_names_the_data_not_the_place(packed, tmp_path):
 def test_the_reader_thread_is_bounded_and_ends(packed):
     reader = Batches(config(packed))
     asked = []
-    original = reader.local_batch
-    reader.local_batch = lambda step, *rest: asked.append(step) or original(step, *rest)
+    original = reader.rows
+    reader.rows = lambda step, *rest: asked.append(step) or original(step, *rest)
     before = threading.active_count()
     prefetch = reader.iterate(7, prefetch=3)
     deadline = time.time() + 10
@@ -316,14 +318,6 @@ def test_an_empty_source_is_refused(packed, tmp_path):
         Batches(DataConfig(str(folder), T, 4))
 
 
-def test_rows_must_divide_over_processes(packed):
-    reader = Batches(config(packed, global_batch=6))
-    for call in (reader.local_batch, reader.iterate):
-        with pytest.raises(UserError, match="6 rows does not divide over 4 processes"):
-            call(0, 0, 4)
-        with pytest.raises(UserError, match="process_index is 2 of 2"):
-            call(0, 2, 2)
-    with pytest.raises(UserError, match="10 rows does not divide"):
-        eval_batches(packed / "a", 10, process_count=4)
+def test_evaluation_needs_rows(packed):
     with pytest.raises(UserError, match="batch size is 0"):
         eval_batches(packed / "a", 0)

@@ -7,10 +7,13 @@ import time
 from absl import logging
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 42s, 3m07s, 2h05m."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 class Progress:
@@ -19,13 +22,16 @@ class Progress:
     Args:
       label: what is being done.
       total: amount of work, in `unit`; None when unknown (then no percentage and no time left).
-      unit: what is counted; "B" is shown in megabytes.
+      unit: what is counted; "B" is shown in megabytes, or gigabytes when there are many.
       every: seconds between lines.
     """
 
     def __init__(self, label: str, total: int | None, unit: str, every: float = 10.0):
         self._label, self._total, self._every = label, total, every
-        self._scale, self._unit = (1e6, "MB") if unit == "B" else (1, unit)
+        self._scale, self._unit = (1, unit)
+        if unit == "B":
+            large = total is not None and total >= 1e10
+            self._scale, self._unit = (1e9, "GB") if large else (1e6, "MB")
         self._done = self._skipped = 0
         self._start = self._last = time.monotonic()
 
@@ -45,7 +51,7 @@ class Progress:
         line = f"{self._label}: {self._done / self._scale:.4g} {self._unit}"
         speed = f"{rate / self._scale:.3g} {self._unit}/s"
         if self._total:
-            left = _duration((self._total - self._done) / rate) if rate > 0 else "unknown time"
+            left = duration((self._total - self._done) / rate) if rate > 0 else "unknown time"
             share = f"{100 * self._done / self._total:.0f} %"
             total = f"{self._total / self._scale:.4g} {self._unit}"
             logging.info("%s of %s (%s), %s, %s left", line, total, share, speed, left)
