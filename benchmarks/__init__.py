@@ -1,0 +1,1 @@
+"""Dated, re-runnable measurements, each against a named peer in the same run."""

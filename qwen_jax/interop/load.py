@@ -75,9 +75,8 @@ def load_from(files: TensorFiles, cfg: ModelConfig, abstract: Mapping[str, Any])
     params: dict[str, Any] = {}
     table = mapping.slots(cfg)
     assert len(jax.tree.leaves(abstract)) == len(table), "the tree has leaves without HF names"
-    progress = Progress(
-        "load", sum(_local_bytes(mapping.leaf_of(abstract, s.path)) for s in table), "B", every=5.0
-    )
+    total = sum(_local_bytes(mapping.leaf_of(abstract, slot.path)) for slot in table)
+    progress = Progress("load", total, "B", every=5.0)
     with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
         for slot in table:
             leaf = mapping.leaf_of(abstract, slot.path)

@@ -37,8 +37,6 @@ def to_global(
             start, stop, _ = index[0].indices(global_batch)
             return rows[(slice(start - first, stop - first), *index[1:])]
 
-        return jax.make_array_from_callback(
-            shape, named_sharding(mesh, *_AXES[: rows.ndim]), piece
-        )
+        return jax.make_array_from_callback(shape, named_sharding(mesh, *_AXES[: rows.ndim]), piece)
 
     return {name: globalise(rows) for name, rows in batch.items()}

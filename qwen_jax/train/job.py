@@ -54,7 +54,7 @@ class PretrainJob:
 
     Attributes:
       tokenizer: vocabulary file, or a folder that has one.
-      eval: held-out shards to evaluate on, `DIR,DIR,…` ("": none).
+      eval: held-out shards to evaluate on, `name=FOLDER,name=FOLDER` ("": none).
       model, data, train, options, mesh, optimizer, loss: see their classes.
     """
 

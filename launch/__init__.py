@@ -1,0 +1,1 @@
+"""One program per job: it parses a config, calls one stage, and nothing else."""

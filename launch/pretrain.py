@@ -1,0 +1,40 @@
+"""Pretrains a Qwen, or goes on where a killed run was.
+
+    python -m launch.pretrain --config=configs/pretrain.py:7b --workdir=DIR \\
+        --config.tokenizer=qwen.tiktoken --config.data.sources=DIR=0.7,DIR=0.3
+
+Everything in the recipe can be changed with `--config.key=value`. On several hosts, start the same
+command on each (see qwen_jax/parallel/distributed.py for how they find each other). Checkpoints,
+metrics.jsonl and TensorBoard files go to --workdir. Exit status: 0 done or stopped on request with
+a checkpoint, 2 bad input.
+"""
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from launch import program
+from qwen_jax.config import from_config_dict
+from qwen_jax.errors import UserError
+from qwen_jax.train.job import PretrainJob
+from qwen_jax.train.loop import pretrain
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, configs/pretrain.py:SIZE.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics.")
+
+
+def main() -> None:
+    """Parses, trains, reports."""
+    if CONFIG.value is None:
+        raise UserError("--config is missing: give a recipe, such as configs/pretrain.py:7b")
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing: give a folder for checkpoints and metrics")
+    job = from_config_dict(PretrainJob, CONFIG.value)
+    outcome = pretrain(job, WORKDIR.value)
+    for name, held_out in outcome.held_out.items():
+        logging.info("%s: %.4f bits per byte held out", name, held_out.bits_per_byte)
+    if not outcome.finished:
+        logging.info("stopped at step %d; the same command goes on from there", outcome.step)
+
+
+if __name__ == "__main__":
+    program.run(main)

@@ -1,0 +1,313 @@
+"""The pretraining program, top to bottom: mesh, data, state, step, loop.
+
+The loop owns logging, evaluation, checkpoints, preemption and profiling; everything that computes
+is a pure jitted function from elsewhere. Metrics of a step are fetched while the next one runs, so
+the host never holds the device up.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+import time
+
+import jax
+from absl import logging
+
+from qwen_jax.data import Batches, data_fingerprint, epochs_at
+from qwen_jax.errors import UserError
+from qwen_jax.model import count_params
+from qwen_jax.parallel import make_mesh
+from qwen_jax.parallel.feed import local_rows, to_global
+from qwen_jax.tokenizer import load_tokenizer
+from qwen_jax.train.checkpoint import Checkpoints
+from qwen_jax.train.evaluation import HeldOut, evaluate, parse_eval_sources
+from qwen_jax.train.flops import peak_flops, train_flops_per_token
+from qwen_jax.train.job import PretrainJob, check_vocabulary, identity
+from qwen_jax.train.metrics import MultiWriter, make_writer
+from qwen_jax.train.preemption import Preemption
+from qwen_jax.train.progress import Throughput, format_count, format_duration, memory_stats
+from qwen_jax.train.step import TrainState, abstract_state, check_mesh, init_state, train_step
+
+
+class TrainingDiverged(UserError):
+    """Too many non-finite steps in a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `pretrain` ended.
+
+    step: batches consumed so far; finished: all steps are done (else it was asked to stop);
+    held_out: the last evaluation, by source.
+    """
+
+    step: int
+    finished: bool
+    held_out: dict[str, HeldOut]
+
+
+def pretrain(job: PretrainJob, workdir: str) -> Outcome:
+    """Trains until `job.train.steps`, from wherever `workdir/checkpoints` is.
+
+    Killed at any moment and called again with the same job, it goes on with the same batches and,
+    on the same mesh, the same bits.
+
+    Raises:
+      UserError: anything in the job, the data or the checkpoints that does not fit together; before
+        any training.
+      TrainingDiverged: `train.max_skipped` non-finite steps in a row.
+    """
+    # --- everything that can be wrong, checked before anything is computed
+    mesh = make_mesh(job.mesh)
+    check_mesh(
+        job.model,
+        mesh,
+        global_batch=job.data.global_batch,
+        microbatches=job.train.microbatches,
+        seq_len=job.data.seq_len,
+    )
+    tokenizer = load_tokenizer(job.tokenizer)
+    check_vocabulary(job, tokenizer)
+    batches = Batches(job.data, tokenizer.sha256)
+    held_out_sources = parse_eval_sources(job.eval)
+    described = identity(job, tokenizer, data_fingerprint(job.data))
+    peak, _ = peak_flops(jax.local_devices()[0])
+    mfu_per_rate = train_flops_per_token(job.model, job.data.seq_len) / (peak * mesh.size)
+
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(
+            os.path.join(workdir, "checkpoints"),
+            keep_last=job.train.keep_last,
+            keep_every=job.train.keep_every or None,
+            identity=described,
+        ) as checkpoints,
+        Preemption() as preemption,
+    ):
+        # --- state: restored or born sharded
+        config = job.step_config
+        abstract = abstract_state(config, mesh)
+        state = _restore(checkpoints, abstract)
+        if state is None:
+            born = functools.partial(init_state, config)
+            shardings = jax.tree.map(lambda a: a.sharding, abstract)
+            state = jax.jit(born, out_shardings=shardings)(jax.random.key(job.train.seed))
+        start = int(state.step)
+        _announce(job, mesh, start)
+
+        # --- the step, compiled once for this mesh
+        first, count = local_rows(mesh, job.data.global_batch)
+        feed = functools.partial(
+            to_global, mesh=mesh, first=first, global_batch=job.data.global_batch
+        )
+        step_fn = _compile(job, abstract, feed(batches.rows(0, first, count)))
+
+        # --- the loop
+        with make_writer(
+            workdir,
+            total_steps=job.train.steps,
+            resume_step=start,
+            names=_writers(job),
+            wandb_project=job.train.wandb_project or "qwen_jax",
+            config=described,
+        ) as writer:
+            run = _Run(
+                job=job,
+                mesh=mesh,
+                tokenizer_sha256=tokenizer.sha256,
+                checkpoints=checkpoints,
+                writer=writer,
+                sources=held_out_sources,
+                mfu_per_rate=mfu_per_rate,
+                profile_folder=os.path.join(workdir, "profile"),
+            )
+            with batches.iterate(start, first, count) as reader:
+                finished = True
+                for step, rows in reader:
+                    if step >= job.train.steps:
+                        break
+                    run.profile(step - start)
+                    state, metrics = step_fn(state, feed(rows))
+                    run.note(step + 1, metrics)
+                    run.after(step + 1, state)
+                    if preemption.should_stop(step + 1):
+                        finished = step + 1 >= job.train.steps
+                        break
+                run.flush()
+            run.finish(state, evaluate_too=finished)
+    return Outcome(int(state.step), finished, run.held_out)
+
+
+class _Run:
+    """Host-side bookkeeping of one call of `pretrain`: what happens around the steps."""
+
+    def __init__(
+        self,
+        *,
+        job: PretrainJob,
+        mesh: jax.sharding.Mesh,
+        tokenizer_sha256: str,
+        checkpoints: Checkpoints,
+        writer: MultiWriter,
+        sources: dict[str, str],
+        mfu_per_rate: float,
+        profile_folder: str,
+    ):
+        self.job, self.mesh, self.tokenizer_sha256 = job, mesh, tokenizer_sha256
+        self.checkpoints, self.writer, self.sources = checkpoints, writer, sources
+        self.mfu_per_rate, self.profile_folder = mfu_per_rate, profile_folder
+        self.held_out: dict[str, HeldOut] = {}
+        self._pending: collections.deque = collections.deque()
+        self._speed = Throughput()
+        self._tokens = job.data.global_batch * job.data.seq_len
+        self._evaluated = self._saved = -1
+        self._profiling = False
+
+    def note(self, step: int, metrics) -> None:
+        """Keeps this step's metrics on the device and handles the step before it."""
+        self._pending.append((step, metrics))
+        while len(self._pending) > 1:
+            self._handle(*self._pending.popleft())
+
+    def flush(self) -> None:
+        """Handles the metrics that are still on the device."""
+        while self._pending:
+            self._handle(*self._pending.popleft())
+
+    def _handle(self, step: int, metrics) -> None:
+        values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        self._speed.add(self._tokens)
+        in_a_row = int(values.pop("skipped_in_a_row"))
+        if in_a_row:
+            logging.warning("step %d: loss or gradient is not finite, step skipped", step)
+        if in_a_row >= self.job.train.max_skipped:
+            raise TrainingDiverged(
+                f"training stopped at step {step}: the last {in_a_row} steps had a non-finite loss "
+                "or gradient (train.max_skipped); go back to an earlier checkpoint with a lower "
+                "optimizer.peak_lr, or look at the data around this step"
+            )
+        if step % self.job.train.log_every and step != self.job.train.steps:
+            return
+        rate = self._speed.per_second()
+        if rate is not None:
+            values["tokens_per_second"] = rate
+            values["mfu"] = rate * self.mfu_per_rate
+        self.writer.write(step, values | memory_stats())
+
+    def after(self, step: int, state: TrainState) -> None:
+        """Evaluation and checkpoint where they are due."""
+        every = self.job.train.eval_every
+        if every and step % every == 0 and step != self.job.train.steps:
+            self._evaluate(step, state)
+        if step % self.job.train.checkpoint_every == 0:
+            self._save(step, state)
+
+    def finish(self, state: TrainState, *, evaluate_too: bool) -> None:
+        """Saves the last state and waits for it; evaluates it when the run is complete."""
+        step = int(state.step)
+        self._stop_profile()
+        self._save(step, state)
+        if evaluate_too:
+            self._evaluate(step, state)
+        self.checkpoints.wait()
+
+    def _save(self, step: int, state: TrainState) -> None:
+        if self._saved == step:
+            return
+        self._saved = step
+        epochs = epochs_at(self.job.data, step)
+        info = {"data_position": step, "tokens_seen": step * self._tokens, "epochs": epochs}
+        self.checkpoints.save(step, state, info)
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        if not self.sources or self._evaluated == step:
+            return
+        self.flush()
+        self._evaluated = step
+        self.held_out = evaluate(
+            state.params,
+            self.sources,
+            self.job.step_config,
+            self.mesh,
+            batch_size=self.job.data.global_batch,
+            seq_len=self.job.data.seq_len,
+            packing=self.job.data.packing,
+            tokenizer_sha256=self.tokenizer_sha256,
+        )
+        scalars = {}
+        for name, result in self.held_out.items():
+            scalars[f"eval/{name}/loss"] = result.loss
+            scalars[f"eval/{name}/bits_per_byte"] = result.bits_per_byte
+        self.writer.write(step, scalars)
+        self._speed.restart()
+
+    def profile(self, steps_done: int) -> None:
+        """Starts and stops the trace of `train.profile_steps` steps."""
+        run = self.job.train
+        if run.profile_steps and steps_done == run.profile_start:
+            jax.profiler.start_trace(self.profile_folder)
+            self._profiling = True
+        elif self._profiling and steps_done >= run.profile_start + run.profile_steps:
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        if self._profiling:
+            self.flush()
+            jax.profiler.stop_trace()
+            self._profiling = False
+
+
+def _restore(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:
+    restored = checkpoints.restore(abstract)
+    if restored is None:
+        return None
+    state, info = restored
+    assert info["data_position"] == int(state.step), "data position and step are one number"
+    return state
+
+
+def _compile(job: PretrainJob, abstract: TrainState, batch):
+    """The jitted step with donated state, compiled ahead: the first step is like the rest."""
+    model = job.model
+    drops = any((model.embed_dropout, model.attn_dropout, model.residual_dropout))
+    key = jax.random.key(job.train.seed + 1) if drops else None
+    step = functools.partial(train_step, config=job.step_config, dropout_key=key)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    started = time.monotonic()
+    compiled = (
+        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+        .lower(abstract, batch)
+        .compile()
+    )
+    logging.info("step compiled in %s", format_duration(time.monotonic() - started))
+    return compiled
+
+
+def _writers(job: PretrainJob) -> tuple[str, ...]:
+    names = ["console", "jsonl"]
+    if job.train.tensorboard:
+        names.append("tensorboard")
+    if job.train.wandb_project:
+        names.append("wandb")
+    return tuple(names)
+
+
+def _announce(job: PretrainJob, mesh: jax.sharding.Mesh, start: int) -> None:
+    """The run in three lines: what, where, from which step."""
+    device = jax.devices()[0]
+    tokens = job.data.global_batch * job.data.seq_len
+    logging.info(
+        "%s parameters, %s tokens per step, %s tokens in all",
+        format_count(count_params(job.model)),
+        format_count(tokens),
+        format_count(tokens * job.train.steps),
+    )
+    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    logging.info(
+        "%d × %s in %d process(es), mesh %s",
+        jax.device_count(), device.device_kind, jax.process_count(), shape,
+    )  # fmt: skip
+    logging.info("step %d of %d", start, job.train.steps)
