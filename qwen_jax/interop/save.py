@@ -5,7 +5,6 @@ One layer of one leaf is in host memory at a time. The folder appears complete o
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pathlib
@@ -195,28 +194,46 @@ def _blocks(params, tensors: Mapping[str, mapping.HFTensor], dtype) -> Iterator[
                 raise UserError(
                     f"{name} has values that float16 cannot hold; use dtype bfloat16 or float32"
                 )
-            yield slot.to_hf(block)
+            block = slot.to_hf(block)
+            yield block
+            del block  # Before the next one is fetched.
 
 
 def _fetch(leaf, layer: int | None, dtype: np.dtype) -> np.ndarray:
     """`leaf[layer]` (or the whole leaf) in `dtype` on this host, whatever its sharding."""
-    if isinstance(leaf, np.ndarray):
-        with np.errstate(over="ignore"):  # Reported by the caller.
+    with np.errstate(over="ignore"):  # Reported by the caller.
+        if isinstance(leaf, np.ndarray):
             return (leaf if layer is None else leaf[layer]).astype(dtype)
-    sharding = leaf.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.P())
-    out = _gather(sharding, dtype, layer is None)(leaf, layer or 0)
+        if leaf.is_fully_addressable:
+            return _assemble(leaf, layer, dtype)
+    replicated = jax.NamedSharding(leaf.sharding.mesh, jax.P())
+    cut = jax.jit(_cut, static_argnames=("whole", "dtype"), out_shardings=replicated)
+    out = cut(leaf, layer or 0, whole=layer is None, dtype=dtype)
     return np.asarray(out.addressable_data(0))
 
 
-@functools.lru_cache(maxsize=16)
-def _gather(sharding, dtype: np.dtype, whole: bool):
-    """Jitted (leaf, layer) → one layer, cast and replicated; the layer index is traced."""
+def _cut(x: jax.Array, layer: jax.Array, *, whole: bool, dtype: np.dtype) -> jax.Array:
+    """x[layer] (x when `whole`) in `dtype`; the layer is traced, so one program does all layers."""
+    return (x if whole else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)).astype(dtype)
 
-    def gather(leaf, layer):
-        if not whole:
-            leaf = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
-        return leaf.astype(dtype)
 
-    return jax.jit(gather, out_shardings=sharding)
+_cut_on_device = jax.jit(_cut, static_argnames=("whole", "dtype"))
+
+
+def _assemble(leaf: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    """Puts the shards together on the host, so that no device needs room for the whole."""
+    out = np.empty(leaf.shape if layer is None else leaf.shape[1:], dtype)
+    for shard in leaf.addressable_shards:
+        index, own = shard.index, layer
+        if layer is not None:
+            first, stop = index[0].indices(leaf.shape[0])[:2]
+            if not first <= layer < stop:
+                continue
+            index, own = index[1:], layer - first
+        if shard.replica_id == 0:
+            if shard.device.platform == "cpu":  # Its memory is the host's: no program, no copy.
+                data = np.asarray(shard.data)
+                out[index] = data if layer is None else data[own]
+            else:
+                out[index] = _cut_on_device(shard.data, own or 0, whole=layer is None, dtype=dtype)
+    return out
