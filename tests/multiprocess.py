@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -125,6 +124,7 @@ def start(
     processes: int = 2,
     devices: int = 4,
     distributed: bool = True,
+    numbered: bool = False,
     env: dict[str, str] | None = None,
     **arguments: Any,
 ) -> Group:
@@ -135,6 +135,7 @@ def start(
       processes: how many; with more than one they are joined before `function` is called.
       devices: CPU devices in each.
       distributed: False leaves `jax.distributed` alone (for tests of the start-up itself).
+      numbered: sets JAX_PROCESS_ID for each process.
       env: variables added to the environment of all.
       **arguments: JSON-able keyword arguments, the same for all processes.
     """
@@ -160,7 +161,12 @@ def start(
                 subprocess.Popen(
                     [sys.executable, "-m", "tests.multiprocess", str(folder), str(index)],
                     cwd=ROOT,
-                    env={**clean, **settings, **(env or {})},
+                    env={
+                        **clean,
+                        **settings,
+                        **({"JAX_PROCESS_ID": str(index)} if numbered else {}),
+                        **(env or {}),
+                    },
                     stdout=sink,
                     stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL,
@@ -199,14 +205,10 @@ def _worker(folder: pathlib.Path, index: int) -> None:
     module = importlib.import_module(job["module"])
     jax.config.update("jax_num_cpu_devices", job["devices"])
     if job["coordinator"]:
-        jax.distributed.initialize(job["coordinator"], job["processes"], index)
-    try:
-        result = getattr(module, job["function"])(**job["arguments"])
-    except BaseException:
-        # Not a plain exit: that waits minutes for the others to shut down too.
-        traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)
+        from qwen_jax.parallel import distributed
+
+        distributed.initialize(job["coordinator"], job["processes"], index, timeout_s=60)
+    result = getattr(module, job["function"])(**job["arguments"])
     partial = folder / f"result.{index}.partial"
     partial.write_text(json.dumps(result))
     os.replace(partial, folder / f"result.{index}")

@@ -52,7 +52,7 @@ def _cut_runs(text: str, inside: Callable[[str], bool], limit: int) -> list[str]
             while end < len(text) and inside(text[end]):
                 end += 1
             cuts.extend(range(start + limit, end, limit))
-            position = end - end % limit
+            position = end
         position += limit
     if not cuts:
         return [text]

@@ -289,9 +289,10 @@ class IncrementalDecoder:
 
     def flush(self) -> str:
         """Ends the stream: returns what is held back; the decoder can then start another."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
+        try:
+            return self._utf8.decode(b"", final=True)
+        finally:
+            self._utf8.reset()
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:

@@ -35,6 +35,9 @@ from qwen_jax.errors import UserError
 from qwen_jax.parallel.distributed import from_all_processes, on_first_process
 from qwen_jax.train import checkpoint_files as files
 
+# What TensorStore and XLA say when the machine, not the file, is at fault.
+_TROUBLE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
 
 class Checkpoints:
     """Saves and restores the training state in one folder; every process of the job makes one.
@@ -100,9 +103,10 @@ class Checkpoints:
         }
         facts["digest"] = files.digest(facts)
         logging.info("Saving checkpoint %s.", path)
-        response = ocp.save_checkpointables_async(
-            path, {"state": _nested(leaves)}, custom_metadata={"qwen_jax": facts}
-        )
+        with _context(reading=False):
+            response = ocp.save_checkpointables_async(
+                path, {"state": _nested(leaves)}, custom_metadata={"qwen_jax": facts}
+            )
         self._pending = self._thread.submit(self._finish, response, path)
         if wait:
             self.wait()
@@ -233,19 +237,22 @@ def _load(path: epath.Path, facts: dict, abstract: Any, subtree: str = "") -> An
     """Reads the arrays of `abstract` (below `subtree`) and proves them by their checksums."""
     wanted = _placed(_named_leaves(abstract, subtree))
     files.check_leaves(path, facts["leaves"], wanted, subtree)
-    problem, loaded = "", {}
+    failure, loaded = None, {}
+    try:
+        files.check_metadata(path)
+    except Exception as error:
+        failure = error
+    # Before Orbax, which counts its operations: a process that fails ahead of the count would be
+    # out of step with the others at the next save.
+    _agree_on(failure)
     try:
         # Partial: with a sub-tree the rest of the state is not even opened.
-        with _context(partial=bool(subtree)):
-            tree = ocp.load_checkpointables(path, {"state": _nested(wanted)})["state"]
-        loaded = _named_leaves(tree)
+        with _context(reading=True, partial=bool(subtree)):
+            loaded = ocp.load_checkpointables(path, {"state": _nested(wanted)})["state"]
     except Exception as error:
-        if not _speaks_of_damage(error):
-            raise
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
-    for index, text in enumerate(from_all_processes(problem)):
-        if text:
-            raise files.Damaged(text if jax.process_count() == 1 else f"process {index}: {text}")
+        failure = error
+    _agree_on(failure)
+    loaded = _named_leaves(loaded)
     in_order = {name: loaded[name] for name in wanted}
     for name, checksum in zip(in_order, _checksums(in_order), strict=True):
         if checksum != facts["leaves"][name]["checksum"]:
@@ -253,18 +260,40 @@ def _load(path: epath.Path, facts: dict, abstract: Any, subtree: str = "") -> An
     return jax.tree.unflatten(jax.tree.structure(abstract), in_order.values())
 
 
-def _context(*, partial: bool) -> ocp.Context:
+def _context(*, reading: bool, partial: bool = False) -> ocp.Context:
+    """Options of a call to Orbax.
+
+    By default the processes meet inside Orbax by a collective on the devices: from the thread of a
+    save it would race with those of the training step, and it waits for ever when one process has
+    failed. With the processes named, savers meet through the coordinator, with a time limit; a
+    reader meets nobody, and the processes compare afterwards how it went.
+    """
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
+    if jax.process_count() > 1:
+        everyone, me = set(range(jax.process_count())), jax.process_index()
+        context.multiprocessing.active_processes = {me} if reading else everyone
+        context.multiprocessing.primary_host = me if reading else 0
     return context
 
 
-def _speaks_of_damage(error: Exception) -> bool:
-    """Whether a failed read blames the files, not the machine: that would ruin good checkpoints."""
-    if isinstance(error, (MemoryError, PermissionError, ConnectionError, TimeoutError)):
-        return False
-    transient = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
-    return not any(word in str(error) for word in (*transient, "Barrier timed out"))
+def _agree_on(failure: Exception | None) -> None:
+    """Raises on all processes when reading failed on one: _Damaged only if the files are to blame.
+
+    A machine in trouble (no memory, no permission, no network) condemns no checkpoint.
+    """
+    text, trouble = "", False
+    if failure is not None:
+        text = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:300]}"
+        trouble = isinstance(failure, (MemoryError, PermissionError, ConnectionError, TimeoutError))
+        trouble |= any(word in str(failure) for word in _TROUBLE)
+    reports = from_all_processes(f"{'trouble' if trouble else 'damage'} {text}" if text else "")
+    found = [(i, *report.split(" ", 1)) for i, report in enumerate(reports) if report]
+    for index, kind, text in found:
+        if kind == "trouble":
+            raise failure or RuntimeError(f"Process {index} could not read a checkpoint: {text}")
+    for index, _, text in found:
+        raise files.Damaged(text if jax.process_count() == 1 else f"process {index}: {text}")
 
 
 # --- trees -----------------------------------------------------------------------------------

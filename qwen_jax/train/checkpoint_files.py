@@ -76,6 +76,12 @@ def read_facts(path: epath.Path) -> dict:
     return facts
 
 
+def check_metadata(path: epath.Path) -> None:
+    """Raises OSError or ValueError when Orbax's own description is not there or not JSON."""
+    for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
+        json.loads((path / name).read_text())
+
+
 def check_files(path: epath.Path) -> None:
     """Raises Damaged naming a file that is missing or has another size than when written."""
     if not (path / _MARKER).exists():

@@ -1,6 +1,7 @@
 """The ids are those of the released tokenizer; nothing a text holds can break or forge them."""
 
 import pickle
+import re
 import sysconfig
 import unicodedata
 from pathlib import Path
@@ -17,6 +18,7 @@ from qwen_jax.tokenizer.pretokenize import (
     MAX_COMBINING_RUN,
     MAX_WHITESPACE_RUN,
     PATTERN,
+    _cut_runs,
     normalize,
     split_long_whitespace,
 )
@@ -137,6 +139,18 @@ def test_whitespace_is_only_cut_beyond_the_limit(qwen):
     ]
 
 
+@given(st.text("ab  ", max_size=60), st.integers(1, 6))
+@settings(max_examples=500, deadline=None)
+def test_runs_are_cut_wherever_they_start(text, limit):
+    expected = []
+    for run in re.findall(r" +|[^ ]+", text):
+        pieces = [run[i : i + limit] for i in range(0, len(run), limit)] if run[0] == " " else [run]
+        # The first piece of a run belongs to what is before it, the others start anew.
+        first, *rest = pieces
+        expected = [*expected[:-1], (expected or [""])[-1] + first, *rest]
+    assert _cut_runs(text, str.isspace, limit) == (expected or [""])
+
+
 def test_normalising_hostile_marks_takes_linear_time_and_leaves_ordinary_text_alone():
     # Plain NFC needs minutes for these: it sorts the marks in quadratic time.
     hostile = "a" + "\u0301\u0316" * 300_000
@@ -219,6 +233,14 @@ def test_stream_never_shows_half_a_character(byte_tokenizer):
     assert "".join(shown) == text and "\ufffd" not in "".join(shown)
     assert all(len(piece) <= 1 for piece in shown)
     assert decoder.flush() == ""
+
+
+def test_stream_can_start_anew_after_a_strict_error(byte_tokenizer):
+    decoder = IncrementalDecoder(byte_tokenizer, errors="strict")
+    decoder.push(byte_tokenizer.encode("é")[0])
+    with pytest.raises(UnicodeDecodeError):
+        decoder.flush()
+    assert decoder.push(byte_tokenizer.encode("a")[0]) == "a"
 
 
 def test_stream_refuses_a_stranger_and_goes_on(byte_tokenizer):

@@ -1,0 +1,74 @@
+"""Learns a vocabulary from JSONL documents and writes it in the tiktoken format.
+
+    python -m launch.train_tokenizer --input=a.jsonl,b.jsonl --vocab_size=4096 \
+        --output=runs/demo/qwen.tiktoken
+
+4,000 merges on 10 MB of text take a few seconds on one core. The report's own way, more tokens on
+top of cl100k_base: --base=cl100k_base.tiktoken (numbers of several digits are left out of it).
+"""
+
+import os
+import sys
+import time
+
+from absl import app, flags, logging
+
+from qwen_jax.errors import UserError
+from qwen_jax.tokenizer import Tokenizer, load_tokenizer
+from qwen_jax.tokenizer.train import JsonlTexts, train_bpe, without_long_numbers
+
+INPUT = flags.DEFINE_list("input", [], "JSONL files, separated by commas.")
+FIELD = flags.DEFINE_string("field", "text", "Field of each line that holds the document.")
+VOCAB_SIZE = flags.DEFINE_integer(
+    "vocab_size", 4_096, "Number of BPE tokens, the 256 bytes included; control tokens add 208."
+)
+MIN_COUNT = flags.DEFINE_integer("min_count", 2, "Least number of occurrences of a merge.")
+BASE = flags.DEFINE_string("base", None, "Vocabulary to go on from; its ranks stay in order.")
+OUTPUT = flags.DEFINE_string("output", None, "File to write, for example qwen.tiktoken.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")
+
+
+def run() -> None:
+    """Trains and writes; every flag is checked before the first document is read."""
+    if not INPUT.value:
+        raise UserError("--input is missing: give one or more JSONL files, separated by commas.")
+    if not OUTPUT.value:
+        raise UserError("--output is missing: give the file to write, such as qwen.tiktoken.")
+    for path in INPUT.value:
+        if not os.path.isfile(path):
+            raise UserError(f"--input names {path}, which is not a file.")
+    if os.path.exists(OUTPUT.value) and not OVERWRITE.value:
+        raise UserError(
+            f"--output={OUTPUT.value} is already there: choose another name, or replace it with "
+            "--overwrite."
+        )
+    folder = os.path.dirname(os.path.abspath(OUTPUT.value))
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output cannot be written: {folder} is missing or not writable.")
+    base = without_long_numbers(load_tokenizer(BASE.value).ranks) if BASE.value else None
+    start = time.monotonic()
+    texts = JsonlTexts(tuple(INPUT.value), FIELD.value)
+    ranks = train_bpe(texts, VOCAB_SIZE.value, min_count=MIN_COUNT.value, base=base)
+    tokenizer = Tokenizer(tuple(ranks))
+    tokenizer.save(OUTPUT.value)
+    print(
+        f"{OUTPUT.value}: {tokenizer.n_ranks:,} ranks and {tokenizer.vocab_size:,} ids, "
+        f"sha256 {tokenizer.sha256[:12]}, {time.monotonic() - start:.1f} s"
+    )
+
+
+def main(argv: list[str]) -> int:
+    """Turns bad input into one sentence and exit status 2."""
+    try:
+        if argv[1:]:
+            raise UserError(f"{argv[1]!r} is not a flag: write --name=value.")
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.INFO)
+    app.run(main)

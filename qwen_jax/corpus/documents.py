@@ -1,0 +1,140 @@
+"""Documents as JSON lines: one `{"id", "text", "source"}` object per line, UTF-8, optionally gzip.
+
+Lines end at "\\n" and nowhere else: U+0085 and U+2028, at which `str.splitlines` also breaks, are
+ordinary characters inside a text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+
+from qwen_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text.
+
+    Attributes:
+      id: unique name within its corpus; shuffles and splits are keyed by it.
+      text: the text, at most one document of the world per `Document`.
+      source: name of the mixture component it belongs to ("" where there is only one).
+    """
+
+    id: str
+    text: str
+    source: str = ""
+
+
+def unit_hash(seed: int, key: str) -> float:
+    """Uniform number in [0, 1) that depends on `seed` and `key` alone (SHA-256, first 53 bits).
+
+    The base of every split and subsample: the same on every machine, in every run, whatever the
+    order or number of the other keys.
+    """
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def _parse(line: bytes, where: str) -> Document:
+    """One line to a document; `where` ("file:line") starts every error."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not UTF-8 (byte {error.start} of the line); re-encode the file as UTF-8."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{where} is not JSON ({error.msg}, column {error.colno}); "
+            'each line must be one object {"id": ..., "text": ...}.'
+        ) from None
+    if not isinstance(row, dict):
+        raise UserError(
+            f"{where} holds a JSON {type(row).__name__}, not an object with the keys id and text."
+        )
+    for key in ("id", "text"):
+        if not isinstance(row.get(key), str):
+            found = type(row[key]).__name__ if key in row else "nothing"
+            raise UserError(f"{where} has {found} under {key!r} where a string is needed.")
+    source = row.get("source", "")
+    if not isinstance(source, str):
+        raise UserError(f"{where} has {type(source).__name__} under 'source', not a string.")
+    for key, value in (("id", row["id"]), ("text", row["text"])):
+        if "\\u" in line.decode("utf-8") and not _encodable(value):
+            raise UserError(
+                f"{where} holds a lone surrogate in {key!r}, which UTF-8 cannot represent; "
+                "remove it or join the pair."
+            )
+    return Document(row["id"], row["text"], source)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class JsonLines:
+    """The documents of a JSONL file, in file order; each `iter()` starts a new pass.
+
+    Keys other than id, text and source are ignored. Blank lines are skipped.
+
+    Args:
+      path: a `.jsonl` file, or gzip of one when the name ends in `.gz`.
+
+    Raises:
+      UserError: no such file (at construction); a line that is not a document, or a truncated gzip
+        stream (while iterating), naming file and line.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise UserError(f"The corpus {self.path} is not a file; give a .jsonl or .jsonl.gz.")
+
+    def __iter__(self) -> Iterator[Document]:
+        number = 0
+        opener = gzip.open if self.path.suffix == ".gz" else open
+        try:
+            with opener(self.path, "rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield _parse(line, f"{self.path}:{number}")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(
+                f"{self.path} is a damaged gzip file after line {number} ({error}); "
+                "copy or compress it again."
+            ) from None
+
+
+def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:
+    """Writes documents to `path` (gzip when it ends in `.gz`), atomically; returns their number.
+
+    The bytes depend on the documents alone (no time stamp in the gzip header).
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    count = 0
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(open(temporary, "wb"))
+        file = raw
+        if path.suffix == ".gz":
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+        for document in documents:
+            row = dataclasses.asdict(document)
+            file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")
+            count += 1
+    os.replace(temporary, path)
+    return count

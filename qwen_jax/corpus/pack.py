@@ -1,0 +1,458 @@
+"""Documents to shuffled, tokenised, fixed-length training windows (report §2.1).
+
+As the report says: documents are shuffled and merged, then cut to the context length. Each document
+is followed by `<|endoftext|>`; documents are put in the order of a hash of (seed, document id), so
+the result does not depend on the order of the input; the stream is cut into windows of
+`seq_len + 1` tokens that overlap by one, so that each token of the stream is predicted exactly
+once. Not trained: the first token of a document, whose context is another document (the last one
+*is* trained to predict `<|endoftext|>`), and the padding of the last window.
+
+How it is done, so that memory is bounded and a kill costs minutes:
+
+1. *Census*: one pass over the documents counts bytes and computes the digest that identifies them.
+2. *Runs*: the documents are taken `run_bytes` of text at a time, tokenised, sorted by key and
+   written to `<out>.partial/run-XXXXX.*`. A finished run survives a kill and is not done again.
+3. *Merge*: the sorted runs are read side by side in key order, windows are written to shards in
+   `<out>.partial/final`, which is renamed to `<out>` when complete.
+
+Memory: text and tokens of one run (about 3 · `run_bytes`), plus about 60 bytes per document of the
+whole corpus for the global order. Disk: 4 bytes per token beside the output until the rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from absl import logging
+from array_record.python import array_record_module
+
+from qwen_jax.corpus.documents import Document
+from qwen_jax.corpus.progress import Progress
+from qwen_jax.corpus.windows import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    Shard,
+    check_shards,
+    cut_windows,
+    differences,
+    encode_window,
+    read_manifest,
+    write_manifest,
+)
+from qwen_jax.errors import UserError
+
+# Text handed to the tokenizer at once; bounds the Python integers that exist at any time.
+_ENCODE_BYTES = 1 << 20
+_KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
+
+
+class PackTokenizer(Protocol):
+    """What packing needs of a tokenizer; `qwen_jax.tokenizer.Tokenizer` has it."""
+
+    @property
+    def eod_id(self) -> int: ...  # noqa: D102
+
+    @property
+    def vocab_size(self) -> int: ...  # noqa: D102
+
+    @property
+    def sha256(self) -> str: ...  # noqa: D102
+
+    @property
+    def token_lengths(self) -> np.ndarray: ...  # noqa: D102
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...  # noqa: D102
+
+
+@dataclasses.dataclass(frozen=True)
+class PackConfig:
+    """How documents become windows.
+
+    Attributes:
+      seq_len: targets per window T.
+      seed: of the document order.
+      shards: output files; fewer when there are fewer windows.
+      run_bytes: UTF-8 bytes of text tokenised and sorted in memory at a time; no effect on the
+        result.
+
+    Raises:
+      UserError: a number out of range.
+    """
+
+    seq_len: int
+    seed: int = 0
+    shards: int = 1
+    run_bytes: int = 1 << 26
+
+    def __post_init__(self):
+        for name in ("seq_len", "shards", "run_bytes"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Census:
+    """Number, UTF-8 bytes and order-independent digest of the documents."""
+
+    documents: int
+    text_bytes: int
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """Documents of one run in key order: keys [n], tokens per document [n], all tokens, ids."""
+
+    keys: np.ndarray
+    lengths: np.ndarray
+    tokens: np.ndarray
+    ids: list[str]
+
+
+def pack(
+    documents: Iterable[Document],
+    out: str | os.PathLike,
+    tokenizer: PackTokenizer,
+    config: PackConfig,
+) -> Manifest:
+    """Packs `documents` into windows at `out`, or finds that this was done before.
+
+    Args:
+      documents: something that can be iterated several times (a sequence, a `JsonLines`); ids must
+        be unique.
+      out: folder to create. If it holds the windows of the same documents, tokenizer, seq_len,
+        seed and shards, nothing is done.
+      tokenizer: see `PackTokenizer`; text is encoded without parsing special tokens.
+      config: see `PackConfig`.
+
+    Returns:
+      The manifest, as in `out/manifest.json`.
+
+    Raises:
+      UserError: no documents or no tokens; an id twice; a text that encodes to the end-of-document
+        token; `out` is taken by something else; another process is packing into `out`.
+    """
+    if iter(documents) is documents:
+        raise TypeError("documents can be iterated only once; pass a list or a JsonLines.")
+    out = pathlib.Path(out)
+    census = _take_census(documents)
+    if census.documents == 0:
+        raise UserError(f"There are no documents to pack into {out}; check the corpus and split.")
+    wanted = _fingerprint(census, tokenizer, config)
+    partial = out.with_name(out.name + ".partial")
+    if (done := _existing(out, wanted)) is not None:
+        if partial.is_dir():  # Killed between the rename and the clean-up.
+            with _lock(partial / "lock", out):
+                shutil.rmtree(partial)
+        return done
+    partial.mkdir(parents=True, exist_ok=True)
+    with _lock(partial / "lock", out):
+        _discard_foreign(partial, wanted)
+        empty = _write_runs(documents, census, partial, tokenizer, config)
+        final = partial / "final"
+        shutil.rmtree(final, ignore_errors=True)
+        final.mkdir()
+        manifest = _merge(partial, final, wanted, empty, tokenizer, config)
+        write_manifest(final, manifest)
+        _sync_folder(final)
+        if out.is_dir():
+            out.rmdir()  # Empty, as checked above; a folder made in the meantime is not harmed.
+        os.replace(final, out)
+        _sync_folder(out.parent)
+        shutil.rmtree(partial)
+    logging.info(
+        "Packed %d documents (%.1f MB, %d tokens) into %d windows of %d at %s.",
+        manifest.documents,
+        manifest.text_bytes / 1e6,
+        manifest.tokens,
+        manifest.windows,
+        manifest.seq_len,
+        out,
+    )
+    return manifest
+
+
+def _document_hash(document: Document) -> int:
+    payload = f"{len(document.id)}:{document.id}:{document.text}".encode()
+    return int.from_bytes(hashlib.blake2b(payload, digest_size=16).digest(), "big")
+
+
+def _take_census(documents: Iterable[Document]) -> _Census:
+    """Hashes add up modulo 2^128, so the digest names the set and not the order."""
+    count = total = digest = 0
+    progress = Progress("Reading", None, "B")
+    for document in documents:
+        count += 1
+        size = len(document.text.encode())
+        total += size
+        progress.add(size)
+        digest = (digest + _document_hash(document)) % 2**128
+    return _Census(count, total, f"{digest:032x}")
+
+
+def _fingerprint(census: _Census, tokenizer: PackTokenizer, config: PackConfig) -> dict[str, Any]:
+    """What two packings must share to be the same."""
+    return {
+        "format": FORMAT,
+        "seq_len": config.seq_len,
+        "seed": config.seed,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "documents_digest": census.digest,
+        "text_bytes": census.text_bytes,
+        "shards": config.shards,
+    }
+
+
+def _existing(out: pathlib.Path, wanted: dict[str, Any]) -> Manifest | None:
+    """The manifest at `out` when it is complete and the same; None when `out` is free."""
+    if not out.exists():
+        return None
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise UserError(f"{out} exists and is not a packed data folder; choose another output.")
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(out)
+    shards = min(wanted["shards"], manifest.windows)
+    found = manifest.content() | {"shards": len(manifest.shards)}
+    different = differences(found, wanted | {"shards": shards})
+    if different:
+        raise UserError(
+            f"{out} already holds other data: {different}; choose another output or delete it."
+        )
+    check_shards(out, manifest, deep=True)
+    logging.info("%s already holds exactly this data; nothing to do.", out)
+    return manifest
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
+    """Exclusive advisory lock, released by the kernel when the process dies."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is packing into {out}; wait for it or choose another output."
+            ) from None
+        yield
+
+
+def _discard_foreign(partial: pathlib.Path, wanted: dict[str, Any]) -> None:
+    """Removes what an interrupted packing of something else left behind."""
+    path = partial / "fingerprint.json"
+    text = json.dumps(wanted)
+    if path.is_file() and path.read_text("utf-8") == text:
+        return
+    for old in partial.iterdir():
+        if old.name != "lock":
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    _write_atomic(path, text.encode())
+
+
+def _write_atomic(path: pathlib.Path, data: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _chunks(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]:
+    """Consecutive documents of about `limit` UTF-8 bytes together (at least one document)."""
+    chunk, size = [], 0
+    for document in documents:
+        chunk.append(document)
+        size += len(document.text.encode())
+        if size >= limit:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write_runs(
+    documents: Iterable[Document],
+    census: _Census,
+    partial: pathlib.Path,
+    tokenizer: PackTokenizer,
+    config: PackConfig,
+) -> int:
+    """Writes the runs that are not there yet; returns the number of documents without a token."""
+    progress = Progress("Tokenising", census.text_bytes, "B")
+    empty = number = 0
+    for number, chunk in enumerate(_chunks(documents, config.run_bytes)):
+        wanted = f"{sum(map(_document_hash, chunk)) % 2**128:032x}"
+        # The index is written last and names the chunk, so that it marks a complete, right run.
+        index = partial / f"run-{number:05d}.json"
+        known = json.loads(index.read_text("utf-8")) if index.is_file() else {}
+        if known.get("digest") == wanted:
+            progress.skip(sum(len(document.text.encode()) for document in chunk))
+        else:
+            run = _make_run(chunk, tokenizer, config.seed, progress)
+            index.unlink(missing_ok=True)
+            for name in ("keys", "lengths", "tokens"):
+                with open(partial / f"run-{number:05d}.{name}.npy", "wb") as file:
+                    np.save(file, getattr(run, name))
+                    file.flush()
+                    os.fsync(file.fileno())
+            known = {"digest": wanted, "empty": len(chunk) - len(run.ids), "ids": run.ids}
+            _write_atomic(index, json.dumps(known).encode())
+        empty += known["empty"]
+    # Runs beyond the last belong to an interrupted packing with a smaller run_bytes.
+    for index in partial.glob("run-*.json"):
+        if int(index.stem.removeprefix("run-")) > number:
+            index.unlink()
+    return empty
+
+
+def _make_run(
+    chunk: list[Document], tokenizer: PackTokenizer, seed: int, progress: Progress
+) -> _Run:
+    """Tokenises and sorts one chunk of documents."""
+    ids, arrays = [], []
+    for batch in _chunks(chunk, _ENCODE_BYTES):
+        encoded = tokenizer.encode_batch([document.text for document in batch])
+        for document, tokens in zip(batch, encoded, strict=True):
+            array = np.asarray(tokens, "<u4")
+            if (array == tokenizer.eod_id).any():
+                raise UserError(
+                    f"Document {document.id!r} encodes to the end-of-document token "
+                    f"{tokenizer.eod_id}; use a tokenizer that takes special tokens for plain text."
+                )
+            if array.size:
+                ids.append(document.id)
+                arrays.append(array)
+        progress.add(sum(len(document.text.encode()) for document in batch))
+    keys = np.frombuffer(
+        b"".join(
+            hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=16).digest() for name in ids
+        ),
+        _KEY,
+    )
+    order = np.lexsort((keys["low"], keys["high"]))
+    return _Run(
+        keys=keys[order],
+        lengths=np.array([array.size for array in arrays], "<u8")[order],
+        tokens=np.concatenate([arrays[i] for i in order]) if arrays else np.zeros(0, "<u4"),
+        ids=[ids[i] for i in order],
+    )
+
+
+def _merge(
+    partial: pathlib.Path,
+    final: pathlib.Path,
+    wanted: dict[str, Any],
+    empty: int,
+    tokenizer: PackTokenizer,
+    config: PackConfig,
+) -> Manifest:
+    """Writes the shards from the sorted runs."""
+    stems = sorted(index.with_suffix("") for index in partial.glob("run-*.json"))
+    keys = np.concatenate([np.load(f"{stem}.keys.npy") for stem in stems])
+    lengths = [np.load(f"{stem}.lengths.npy") for stem in stems]
+    run_of = np.repeat(np.arange(len(stems)), [len(part) for part in lengths])
+    order = np.lexsort((keys["low"], keys["high"]))
+    _check_unique(keys, order, stems)
+    if not order.size:
+        raise UserError("The documents have no tokens: all texts are empty.")
+    total = int(sum(int(part.sum()) for part in lengths)) + len(order)
+    windows = max(1, -(-(total - 1) // config.seq_len))
+
+    def in_order() -> Iterator[np.ndarray]:
+        tokens = [np.load(f"{stem}.tokens.npy", mmap_mode="r") for stem in stems]
+        ends = [np.concatenate([[0], np.cumsum(part)]).astype(np.int64) for part in lengths]
+        next_in_run = [0] * len(stems)
+        for run in run_of[order]:
+            at = next_in_run[run]
+            next_in_run[run] += 1
+            yield np.asarray(tokens[run][ends[run][at] : ends[run][at + 1]])
+
+    stream = cut_windows(in_order(), config.seq_len, tokenizer.eod_id)
+    shards, target_tokens, target_bytes = _write_shards(
+        stream, windows, final, config.shards, tokenizer.token_lengths
+    )
+    return Manifest(
+        format=FORMAT,
+        seq_len=config.seq_len,
+        seed=config.seed,
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=tokenizer.vocab_size,
+        documents=len(order),
+        empty_documents=empty,
+        text_bytes=wanted["text_bytes"],
+        documents_digest=wanted["documents_digest"],
+        tokens=total,
+        target_tokens=target_tokens,
+        target_bytes=target_bytes,
+        windows=windows,
+        shards=shards,
+    )
+
+
+def _check_unique(keys: np.ndarray, order: np.ndarray, stems: list[pathlib.Path]) -> None:
+    """Equal keys are neighbours in key order; they mean equal ids."""
+    ordered = keys[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if not same.size:
+        return
+    position = int(order[same[0]])
+    for stem in stems:
+        ids = json.loads(stem.with_suffix(".json").read_text("utf-8"))["ids"]
+        if position < len(ids):
+            raise UserError(
+                f"The document id {ids[position]!r} occurs more than once; ids must be unique."
+            )
+        position -= len(ids)
+    raise AssertionError("a key belongs to no run")
+
+
+def _write_shards(
+    stream: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    windows: int,
+    final: pathlib.Path,
+    shards: int,
+    token_lengths: np.ndarray,
+) -> tuple[tuple[Shard, ...], int, int]:
+    """Writes `windows` records into `shards` nearly equal files; also sums targets and bytes."""
+    shards = min(shards, windows)
+    progress = Progress("Writing windows", windows, "windows")
+    written, target_tokens, target_bytes = [], 0, 0
+    for number in range(shards):
+        count = (number + 1) * windows // shards - number * windows // shards
+        path = final / f"windows-{number:05d}-of-{shards:05d}.array_record"
+        writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+        for _ in range(count):
+            tokens, segment_ids, mask = next(stream)
+            n_bytes = int(token_lengths[tokens[1:][mask.astype(bool)]].sum())
+            target_tokens += int(mask.sum())
+            target_bytes += n_bytes
+            writer.write(encode_window(tokens, segment_ids, mask, n_bytes))
+            progress.add(1)
+        writer.close()
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        written.append(Shard(path.name, count, path.stat().st_size, sha256))
+    assert next(stream, None) is None, "more windows than the lengths promised"
+    return tuple(written), target_tokens, target_bytes

@@ -1,0 +1,1 @@
+"""Measuring models: held-out text and benchmarks, beside honest baselines."""
