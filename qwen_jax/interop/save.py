@@ -16,12 +16,12 @@ import jax
 import ml_dtypes
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from qwen_jax.errors import UserError
-from qwen_jax.interop import hf_config, mapping, safetensors_io
+from qwen_jax.interop import hf_config_write, mapping, safetensors_io
 from qwen_jax.interop.progress import Progress
 from qwen_jax.model.config import ModelConfig
+from qwen_jax.parallel.distributed import on_first_process
 
 DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -61,56 +61,56 @@ def save_hf(
         or a leaf has no Hugging Face name, a value overflows float16.
     """
     folder = pathlib.Path(folder)
-    config = _check(folder, params, cfg, dtype, tokenizer_files, config_extra)
+    config = _check(params, cfg, dtype, tokenizer_files, config_extra)
     shards = _plan(cfg, DTYPES[dtype].itemsize, max_shard_bytes)
     partial = folder.parent / f".{folder.name}.hf-export-partial"
+    on_first_process(lambda: _prepare(folder, partial, _total_bytes(cfg, dtype)))
     writes = jax.process_index() == 0
     try:
         if writes:
-            _prepare(partial, cfg, dtype)
             _write_json(partial / "config.json", config)
             if generation_config is not None:
                 _write_json(partial / "generation_config.json", generation_config)
-            for file in tokenizer_files:
-                shutil.copyfile(file, partial / pathlib.Path(file).name)
-        progress = Progress("save", _total_bytes(cfg, dtype))
-        for name, tensors in shards.items():
-            shapes = {n: t.shape for n, t in tensors.items()}
-            blocks = _blocks(params, tensors, DTYPES[dtype])
-            if writes:
-                file = partial / name
-                for nbytes in safetensors_io.write_file(file, shapes, DTYPES[dtype], blocks):
-                    progress.add(nbytes)
-            else:
-                for _ in blocks:  # Takes part in the gathers.
-                    pass
-        if writes:
             if len(shards) > 1:
                 _write_json(partial / "model.safetensors.index.json", _index(shards, dtype))
-            os.replace(partial, folder)
+            for file in tokenizer_files:
+                shutil.copyfile(file, partial / pathlib.Path(file).name)
+        _write_shards(partial if writes else None, params, shards, dtype)
+        on_first_process(lambda: os.replace(partial, folder))
     except BaseException:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_hf")
     logging.info("saved %s to %s", cfg.family, folder)
+
+
+def _write_shards(folder: pathlib.Path | None, params, shards: Mapping, dtype: str) -> None:
+    """Writes all files into `folder`; with None takes part in collecting the arrays only."""
+    sizes = (t.size for tensors in shards.values() for t in tensors.values())
+    progress = Progress("save", sum(sizes) * DTYPES[dtype].itemsize)
+    for name, tensors in shards.items():
+        blocks = _blocks(params, tensors, DTYPES[dtype])
+        if folder is None:
+            for _ in blocks:
+                pass
+            continue
+        shapes = {n: t.shape for n, t in tensors.items()}
+        for nbytes in safetensors_io.write_file(folder / name, shapes, DTYPES[dtype], blocks):
+            progress.add(nbytes)
 
 
 def _total_bytes(cfg: ModelConfig, dtype: str) -> int:
     return sum(t.size for t in mapping.hf_tensors(cfg).values()) * DTYPES[dtype].itemsize
 
 
-def _check(folder, params, cfg, dtype, tokenizer_files, config_extra) -> dict[str, Any]:
+def _check(params, cfg, dtype, tokenizer_files, config_extra) -> dict[str, Any]:
     """Refuses what cannot be written; returns the `config.json` object."""
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    config = hf_config.config_to_hf(cfg, dtype=dtype, extra=config_extra)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already exists and is not an empty folder; choose a new one")
+    config = hf_config_write.config_to_hf(cfg, dtype=dtype, extra=config_extra)
     for file in map(pathlib.Path, tokenizer_files):
         if not file.is_file():
-            raise UserError(f"{file} to be copied into {folder} does not exist; correct its name")
+            raise UserError(f"{file}, to be copied, does not exist; correct its name")
     known = {slot.path: slot.shape for slot in mapping.slots(cfg)}
     found = {
         tuple(key.key for key in path): tuple(leaf.shape)
@@ -131,18 +131,20 @@ def _check(folder, params, cfg, dtype, tokenizer_files, config_extra) -> dict[st
     return config
 
 
-def _prepare(partial: pathlib.Path, cfg: ModelConfig, dtype: str) -> None:
+def _prepare(folder: pathlib.Path, partial: pathlib.Path, need: int) -> None:
     """Makes the hidden folder beside the target, empty even after a killed run."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already exists and is not an empty folder; choose a new one")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        free = shutil.disk_usage(partial).free
+        free = shutil.disk_usage(partial.parent).free
+        if free >= need:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
     except OSError as e:
         raise UserError(
             f"{partial.parent} cannot be written to ({e.strerror}); choose another place"
         ) from e
-    need = _total_bytes(cfg, dtype)
     if free < need:
         raise UserError(
             f"{partial.parent} has {free / 1e9:.1f} GB free, but the weights take "

@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qwen_jax.errors import UserError
 from qwen_jax.interop import load, load_params, logits, read_config
@@ -205,8 +206,6 @@ def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
     stale = {**tensors, "model.norm.weight": torch.full((32,), 7.0)}
     first = tmp_path / "model-00001-of-00002.safetensors"
     listed = {n: stale[n] for n, i in infos.items() if i.file == first}
-    from safetensors.torch import save_file
-
     save_file(listed | {"model.norm.weight": stale["model.norm.weight"]}, first)
     where = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert scan(tmp_path)["model.norm.weight"].file.name == where["model.norm.weight"]
