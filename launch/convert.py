@@ -49,7 +49,7 @@ def to_native(hf_dir: str, out: str, *, dtype: str = "float32") -> ModelConfig:
     _check_dtype(dtype)
     cfg = interop.read_config(hf_dir)
     target = pathlib.Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or any(map(_finished, target.iterdir()))):
         raise UserError(f"{out} already exists and is not an empty folder; choose a new one")
     params = interop.load_params(hf_dir, cfg, _abstract(cfg, dtype))
     identity = {"model": dataclasses.asdict(cfg)}
@@ -91,6 +91,11 @@ def to_hf(
     params = restore_params(checkpoint, _abstract(cfg, stored), step=facts["step"])
     interop.save_hf(out, params, cfg, dtype=dtype, **extras)
     return cfg
+
+
+def _finished(path: pathlib.Path) -> bool:
+    """Whether an entry is more than what a killed conversion leaves, which a new one replaces."""
+    return not path.name.endswith(".orbax-checkpoint-tmp")
 
 
 def _check_dtype(dtype: str) -> None:

@@ -4,7 +4,8 @@
 writes one back. What is where in the files is one table, `mapping.slots`.
 """
 
-from qwen_jax.interop.hf_config import config_from_hf, config_to_hf
+from qwen_jax.interop.hf_config import config_from_hf
+from qwen_jax.interop.hf_config_write import config_to_hf
 from qwen_jax.interop.load import load_params, read_config
 from qwen_jax.interop.mapping import tree_from_hf, tree_to_hf
 from qwen_jax.interop.save import save_hf

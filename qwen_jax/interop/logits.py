@@ -116,9 +116,10 @@ def read_ids(file: str | pathlib.Path, cfg: ModelConfig) -> dict[str, np.ndarray
         vocabulary, a prompt that is empty or too long.
     """
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            if not isinstance(stored, np.lib.npyio.NpzFile):
-                raise ValueError("not an archive")
+        stored = np.load(file, allow_pickle=False)
+        if not isinstance(stored, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one array, without a name")
+        with stored:
             prompts = {name: stored[name] for name in stored.files if name.startswith("ids_")}
             others = [name for name in stored.files if not name.startswith("ids_")]
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as e:
@@ -170,5 +171,7 @@ def _write_npz(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
             np.savez(f, **arrays)
         os.replace(partial, file)
     except OSError as e:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{file} cannot be written ({e.strerror}); choose another place") from e
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -35,6 +35,7 @@ _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16
     name: 8 * dtype.itemsize for name, dtype in FLOAT_DTYPES.items()
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+_ROWS = 256  # Few enough that the columns they are taken from stay in cache.
 _MAX_HEADER = 100_000_000  # The public reader's own limit, in bytes.
 
 
@@ -189,7 +190,13 @@ def write_file(
         f.write(header_bytes(tensors, dtype))
         for block in blocks:
             assert block.dtype == dtype, (block.dtype, dtype)
-            f.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
-            yield block.nbytes
+            nbytes = block.nbytes
+            # A transposed block is straightened out a few rows at a time, never copied whole.
+            rows = len(block) if block.flags.c_contiguous else _ROWS
+            for start in range(0, len(block), rows):
+                piece = np.ascontiguousarray(block[start : start + rows])
+                f.write(piece.reshape(-1).view(np.uint8).data)
+            del block, piece  # Before the next one is made.
+            yield nbytes
         f.flush()
         os.fsync(f.fileno())

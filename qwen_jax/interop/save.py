@@ -5,7 +5,6 @@ One layer of one leaf is in host memory at a time. The folder appears complete o
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import pathlib
@@ -17,11 +16,11 @@ import jax
 import ml_dtypes
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from qwen_jax.errors import UserError
-from qwen_jax.interop import hf_config, mapping, safetensors_io
+from qwen_jax.interop import hf_config_write, mapping, safetensors_io
 from qwen_jax.model.config import ModelConfig
+from qwen_jax.parallel.distributed import on_first_process
 from qwen_jax.progress import Progress
 
 DTYPES = {
@@ -62,56 +61,56 @@ def save_hf(
         or a leaf has no Hugging Face name, a value overflows float16.
     """
     folder = pathlib.Path(folder)
-    config = _check(folder, params, cfg, dtype, tokenizer_files, config_extra)
+    config = _check(params, cfg, dtype, tokenizer_files, config_extra)
     shards = _plan(cfg, DTYPES[dtype].itemsize, max_shard_bytes)
     partial = folder.parent / f".{folder.name}.hf-export-partial"
+    on_first_process(lambda: _prepare(folder, partial, _total_bytes(cfg, dtype)))
     writes = jax.process_index() == 0
     try:
         if writes:
-            _prepare(partial, cfg, dtype)
             _write_json(partial / "config.json", config)
             if generation_config is not None:
                 _write_json(partial / "generation_config.json", generation_config)
-            for file in tokenizer_files:
-                shutil.copyfile(file, partial / pathlib.Path(file).name)
-        progress = Progress("save", _total_bytes(cfg, dtype), "B", every=5.0)
-        for name, tensors in shards.items():
-            shapes = {n: t.shape for n, t in tensors.items()}
-            blocks = _blocks(params, tensors, DTYPES[dtype])
-            if writes:
-                file = partial / name
-                for nbytes in safetensors_io.write_file(file, shapes, DTYPES[dtype], blocks):
-                    progress.add(nbytes)
-            else:
-                for _ in blocks:  # Takes part in the gathers.
-                    pass
-        if writes:
             if len(shards) > 1:
                 _write_json(partial / "model.safetensors.index.json", _index(shards, dtype))
-            os.replace(partial, folder)
+            for file in tokenizer_files:
+                shutil.copyfile(file, partial / pathlib.Path(file).name)
+        _write_shards(partial if writes else None, params, shards, dtype)
+        on_first_process(lambda: os.replace(partial, folder))
     except BaseException:
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("save_hf")
     logging.info("saved %s to %s", cfg.family, folder)
+
+
+def _write_shards(folder: pathlib.Path | None, params, shards: Mapping, dtype: str) -> None:
+    """Writes all files into `folder`; with None takes part in collecting the arrays only."""
+    sizes = (t.size for tensors in shards.values() for t in tensors.values())
+    progress = Progress("save", sum(sizes) * DTYPES[dtype].itemsize, "B", every=5.0)
+    for name, tensors in shards.items():
+        blocks = _blocks(params, tensors, DTYPES[dtype])
+        if folder is None:
+            for _ in blocks:
+                pass
+            continue
+        shapes = {n: t.shape for n, t in tensors.items()}
+        for nbytes in safetensors_io.write_file(folder / name, shapes, DTYPES[dtype], blocks):
+            progress.add(nbytes)
 
 
 def _total_bytes(cfg: ModelConfig, dtype: str) -> int:
     return sum(t.size for t in mapping.hf_tensors(cfg).values()) * DTYPES[dtype].itemsize
 
 
-def _check(folder, params, cfg, dtype, tokenizer_files, config_extra) -> dict[str, Any]:
+def _check(params, cfg, dtype, tokenizer_files, config_extra) -> dict[str, Any]:
     """Refuses what cannot be written; returns the `config.json` object."""
     if dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    config = hf_config.config_to_hf(cfg, dtype=dtype, extra=config_extra)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already exists and is not an empty folder; choose a new one")
+    config = hf_config_write.config_to_hf(cfg, dtype=dtype, extra=config_extra)
     for file in map(pathlib.Path, tokenizer_files):
         if not file.is_file():
-            raise UserError(f"{file} to be copied into {folder} does not exist; correct its name")
+            raise UserError(f"{file}, to be copied, does not exist; correct its name")
     known = {slot.path: slot.shape for slot in mapping.slots(cfg)}
     found = {
         tuple(key.key for key in path): tuple(leaf.shape)
@@ -132,18 +131,20 @@ def _check(folder, params, cfg, dtype, tokenizer_files, config_extra) -> dict[st
     return config
 
 
-def _prepare(partial: pathlib.Path, cfg: ModelConfig, dtype: str) -> None:
+def _prepare(folder: pathlib.Path, partial: pathlib.Path, need: int) -> None:
     """Makes the hidden folder beside the target, empty even after a killed run."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already exists and is not an empty folder; choose a new one")
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        free = shutil.disk_usage(partial).free
+        free = shutil.disk_usage(partial.parent).free
+        if free >= need:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
     except OSError as e:
         raise UserError(
             f"{partial.parent} cannot be written to ({e.strerror}); choose another place"
         ) from e
-    need = _total_bytes(cfg, dtype)
     if free < need:
         raise UserError(
             f"{partial.parent} has {free / 1e9:.1f} GB free, but the weights take "
@@ -195,28 +196,46 @@ def _blocks(params, tensors: Mapping[str, mapping.HFTensor], dtype) -> Iterator[
                 raise UserError(
                     f"{name} has values that float16 cannot hold; use dtype bfloat16 or float32"
                 )
-            yield slot.to_hf(block)
+            block = slot.to_hf(block)
+            yield block
+            del block  # Before the next one is fetched.
 
 
 def _fetch(leaf, layer: int | None, dtype: np.dtype) -> np.ndarray:
     """`leaf[layer]` (or the whole leaf) in `dtype` on this host, whatever its sharding."""
-    if isinstance(leaf, np.ndarray):
-        with np.errstate(over="ignore"):  # Reported by the caller.
+    with np.errstate(over="ignore"):  # Reported by the caller.
+        if isinstance(leaf, np.ndarray):
             return (leaf if layer is None else leaf[layer]).astype(dtype)
-    sharding = leaf.sharding
-    if isinstance(sharding, jax.sharding.NamedSharding):
-        sharding = jax.sharding.NamedSharding(sharding.mesh, jax.P())
-    out = _gather(sharding, dtype, layer is None)(leaf, layer or 0)
+        if leaf.is_fully_addressable:
+            return _assemble(leaf, layer, dtype)
+    replicated = jax.NamedSharding(leaf.sharding.mesh, jax.P())
+    cut = jax.jit(_cut, static_argnames=("whole", "dtype"), out_shardings=replicated)
+    out = cut(leaf, layer or 0, whole=layer is None, dtype=dtype)
     return np.asarray(out.addressable_data(0))
 
 
-@functools.lru_cache(maxsize=16)
-def _gather(sharding, dtype: np.dtype, whole: bool):
-    """Jitted (leaf, layer) → one layer, cast and replicated; the layer index is traced."""
+def _cut(x: jax.Array, layer: jax.Array, *, whole: bool, dtype: np.dtype) -> jax.Array:
+    """x[layer] (x when `whole`) in `dtype`; the layer is traced, so one program does all layers."""
+    return (x if whole else jax.lax.dynamic_index_in_dim(x, layer, 0, keepdims=False)).astype(dtype)
 
-    def gather(leaf, layer):
-        if not whole:
-            leaf = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
-        return leaf.astype(dtype)
 
-    return jax.jit(gather, out_shardings=sharding)
+_cut_on_device = jax.jit(_cut, static_argnames=("whole", "dtype"))
+
+
+def _assemble(leaf: jax.Array, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    """Puts the shards together on the host, so that no device needs room for the whole."""
+    out = np.empty(leaf.shape if layer is None else leaf.shape[1:], dtype)
+    for shard in leaf.addressable_shards:
+        index, own = shard.index, layer
+        if layer is not None:
+            first, stop = index[0].indices(leaf.shape[0])[:2]
+            if not first <= layer < stop:
+                continue
+            index, own = index[1:], layer - first
+        if shard.replica_id == 0:
+            if shard.device.platform == "cpu":  # Its memory is the host's: no program, no copy.
+                data = np.asarray(shard.data)
+                out[index] = data if layer is None else data[own]
+            else:
+                out[index] = _cut_on_device(shard.data, own or 0, whole=layer is None, dtype=dtype)
+    return out

@@ -36,6 +36,13 @@ def test_into_a_checkpoint_and_out_again_is_the_same_file(qwen1_small, tmp_path)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 287
 
 
+def test_a_killed_conversion_is_simply_started_again(tmp_path):
+    write(tmp_path / "in", V3, random_tensors(V3))
+    (tmp_path / "native" / "step_00000000.orbax-checkpoint-tmp").mkdir(parents=True)
+    convert.to_native(str(tmp_path / "in"), str(tmp_path / "native"))
+    restore_params(str(tmp_path / "native"), abstract_params(V3, toy_mesh(1, 1, 1)))
+
+
 def test_half_precision_checkpoints_keep_the_bits(tmp_path):
     tensors = random_tensors(V3, "bfloat16")
     write(tmp_path / "in", V3, tensors)

@@ -18,6 +18,7 @@ from qwen_jax.interop.load import distinct_slices, load_from
 from qwen_jax.interop.mapping import hf_tensors, slots
 from qwen_jax.interop.safetensors_io import TensorFiles
 from qwen_jax.model import abstract_params, count_params
+from qwen_jax.model.presets import preset
 from tests.interop.folders import ALL, V1, V2, V3, random_tensors, toy_mesh, write
 
 
@@ -44,6 +45,33 @@ def test_the_table_has_exactly_the_parameters_of_the_network(name):
         }
         assert {s.path: s.shape for s in slots(cfg)} == declared
         assert sum(t.size for t in hf_tensors(cfg).values()) == count_params(cfg)
+
+
+@pytest.mark.parametrize(
+    ("size", "tensors", "nbytes"),
+    [
+        # Total sizes in the official safetensors indices of Qwen-7B and -72B; the others follow
+        # from the released shapes.
+        ("qwen-1.8b", 195, 3_673_657_344),
+        ("qwen-7b", 259, 15_442_649_088),
+        ("qwen-14b", 323, 28_334_581_760),
+        ("qwen-72b", 643, 144_575_840_256),
+    ],
+)
+def test_released_sizes_to_the_byte(size, tensors, nbytes):
+    found = hf_tensors(preset(size))
+    assert (len(found), 2 * sum(t.size for t in found.values())) == (tensors, nbytes)
+
+
+def test_layers_are_cut_and_cast_on_an_accelerator_as_on_the_host():
+    """The program used where device memory is not the host's gives the same bits."""
+    x = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
+    for dtype in save_module.DTYPES.values():
+        for layer in (0, 2):
+            cut = save_module._cut_on_device(jax.numpy.asarray(x), layer, whole=False, dtype=dtype)
+            np.testing.assert_array_equal(np.asarray(cut), x[layer].astype(dtype))
+        whole = save_module._cut_on_device(jax.numpy.asarray(x), 0, whole=True, dtype=dtype)
+        np.testing.assert_array_equal(np.asarray(whole), x.astype(dtype))
 
 
 def test_native_kernels_compute_what_the_torch_linears_do():
