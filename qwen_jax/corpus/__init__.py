@@ -2,3 +2,18 @@
 
 Nothing here imports jax: packing runs on machines without an accelerator.
 """
+
+from qwen_jax.corpus.documents import Document, JsonLines, Subset, write_jsonl
+from qwen_jax.corpus.packing import PackConfig, pack
+from qwen_jax.corpus.windows import Manifest, read_manifest
+
+__all__ = [
+    "Document",
+    "JsonLines",
+    "Manifest",
+    "PackConfig",
+    "Subset",
+    "pack",
+    "read_manifest",
+    "write_jsonl",
+]

@@ -118,6 +118,28 @@ class JsonLines:
             ) from None
 
 
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """One side of a split by document id; each `iter()` starts a new pass over `documents`.
+
+    Attributes:
+      documents: what is split, iterable several times.
+      heldout: expected share of documents held out.
+      seed: of the split: a document is held out when `unit_hash(seed, id) < heldout`.
+      held: True for the held-out documents, False for the others.
+    """
+
+    documents: Iterable[Document]
+    heldout: float
+    seed: int
+    held: bool
+
+    def __iter__(self) -> Iterator[Document]:
+        for document in self.documents:
+            if (unit_hash(self.seed, document.id) < self.heldout) == self.held:
+                yield document
+
+
 def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:
     """Writes documents to `path` (gzip when it ends in `.gz`), atomically; returns their number.
 

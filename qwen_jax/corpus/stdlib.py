@@ -110,7 +110,7 @@ def load(
         module = _read(root, path)
         documents = _extract(module) if module else []
         if documents:
-            taken.append((path in held, module, documents))
+            taken.append((path in held, path, module.text, documents))  # Not its tree.
         total += sum(len(document.text.encode()) for document in documents)
         if max_bytes is not None and total >= max_bytes:
             break
@@ -125,8 +125,8 @@ def load(
     return corpus
 
 
-def _split(taken: list[tuple[bool, _Module, list[Document]]]) -> Corpus:
-    """Divides, and drops modules and documents that are exact copies of others.
+def _split(taken: list[tuple[bool, str, str, list[Document]]]) -> Corpus:
+    """Divides (held out?, path, source text, documents), and drops exact copies.
 
     Of several copies the first by (training before held-out, path) stays: a module is never held
     out while a copy of it is trained on.
@@ -138,9 +138,9 @@ def _split(taken: list[tuple[bool, _Module, list[Document]]]) -> Corpus:
         key = hashlib.sha256(text.strip().encode()).digest()
         return not (key in seen or seen.add(key))
 
-    for is_held, module, documents in sorted(taken, key=lambda entry: (entry[0], entry[1].path)):
-        if is_new(module.text):
-            whole = [d for d in documents if d.text is module.text or is_new(d.text)]
+    for is_held, _, text, documents in sorted(taken, key=lambda entry: entry[:2]):
+        if is_new(text):
+            whole = [d for d in documents if d.text is text or is_new(d.text)]
             sides[is_held].extend(whole)
     train, heldout = (tuple(sorted(side, key=lambda d: d.id)) for side in sides)
     return Corpus(train, heldout)

@@ -15,7 +15,7 @@ PACKINGS = ("plain", "masked")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A packed folder (as written by `corpus.pack`) and its share of the tokens (any scale)."""
+    """A folder written by `qwen_jax.corpus.pack` and its share of the tokens (any scale)."""
 
     path: str
     weight: float = 1.0

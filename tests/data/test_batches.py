@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.corpus.documents import Document
-from qwen_jax.corpus.pack import PackConfig, pack
+from qwen_jax.corpus.packing import PackConfig, pack
+from qwen_jax.data import mixture
 from qwen_jax.data.batches import Batches, eval_batches, make_batch
 from qwen_jax.data.config import DataConfig, Source, parse_sources
 from qwen_jax.data.mixture import (
@@ -211,6 +212,20 @@ def test_fingerprint_names_the_data_not_the_place(packed, tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             check_fingerprint(found, other)
+
+
+def test_fingerprint_probes_the_order_itself(packed, monkeypatch):
+    """As if another version of Grain shuffled differently."""
+    cfg = config(packed)
+    found = data_fingerprint(cfg)
+    monkeypatch.setattr(mixture, "_source_seed", lambda seed, index: index)
+    with pytest.raises(UserError, match="order is"):
+        check_fingerprint(found, cfg)
+
+
+def test_the_order_is_pinned(packed):
+    """Runs of earlier days resume only while this holds; found with grain 0.2.18."""
+    assert data_fingerprint(config(packed))["order"] == "ba3182032fda210f"
 
 
 def test_the_reader_thread_is_bounded_and_ends(packed):

@@ -15,8 +15,9 @@ How it is done, so that memory is bounded and a kill costs minutes:
 3. *Merge*: the sorted runs are read side by side in key order, windows are written to shards in
    `<out>.partial/final`, which is renamed to `<out>` when complete.
 
-Memory: text and tokens of one run (about 3 · `run_bytes`), plus about 60 bytes per document of the
-whole corpus for the global order. Disk: 4 bytes per token beside the output until the rename.
+Memory: about 6 · `run_bytes` for the run in work, plus about 60 bytes per document of the whole
+corpus for the global order. (The merge maps the runs into memory; those pages are clean, the system
+takes them back when it needs room.) Disk: 4 bytes per token beside the output until the rename.
 """
 
 from __future__ import annotations
@@ -160,17 +161,8 @@ def pack(
     with _lock(partial / "lock", out):
         _discard_foreign(partial, wanted)
         empty = _write_runs(documents, census, partial, tokenizer, config)
-        final = partial / "final"
-        shutil.rmtree(final, ignore_errors=True)
-        final.mkdir()
-        manifest = _merge(partial, final, wanted, empty, tokenizer, config)
-        write_manifest(final, manifest)
-        _sync_folder(final)
-        if out.is_dir():
-            out.rmdir()  # Empty, as checked above; a folder made in the meantime is not harmed.
-        os.replace(final, out)
-        _sync_folder(out.parent)
-        shutil.rmtree(partial)
+        manifest = _merge(partial, wanted, empty, tokenizer, config)
+        _publish(partial, out, manifest)
     logging.info(
         "Packed %d documents (%.1f MB, %d tokens) into %d windows of %d at %s.",
         manifest.documents,
@@ -361,13 +353,15 @@ def _make_run(
 
 def _merge(
     partial: pathlib.Path,
-    final: pathlib.Path,
     wanted: dict[str, Any],
     empty: int,
     tokenizer: PackTokenizer,
     config: PackConfig,
 ) -> Manifest:
-    """Writes the shards from the sorted runs."""
+    """Writes the shards from the sorted runs to `partial/final`."""
+    final = partial / "final"
+    shutil.rmtree(final, ignore_errors=True)
+    final.mkdir()
     stems = sorted(index.with_suffix("") for index in partial.glob("run-*.json"))
     keys = np.concatenate([np.load(f"{stem}.keys.npy") for stem in stems])
     lengths = [np.load(f"{stem}.lengths.npy") for stem in stems]
@@ -408,6 +402,17 @@ def _merge(
         windows=windows,
         shards=shards,
     )
+
+
+def _publish(partial: pathlib.Path, out: pathlib.Path, manifest: Manifest) -> None:
+    """Completes `partial/final`, makes it `out` in one step, and cleans up."""
+    write_manifest(partial / "final", manifest)
+    _sync_folder(partial / "final")
+    if out.is_dir():
+        out.rmdir()  # Empty, as checked before; one that was filled meanwhile is not harmed.
+    os.replace(partial / "final", out)
+    _sync_folder(out.parent)
+    shutil.rmtree(partial)
 
 
 def _check_unique(keys: np.ndarray, order: np.ndarray, stems: list[pathlib.Path]) -> None:

@@ -15,9 +15,9 @@ from array_record.python import array_record_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.corpus import pack as pack_module
+from qwen_jax.corpus import packing
 from qwen_jax.corpus.documents import Document
-from qwen_jax.corpus.pack import PackConfig, pack
+from qwen_jax.corpus.packing import PackConfig, pack
 from qwen_jax.corpus.windows import cut_windows, decode_windows, read_manifest
 from qwen_jax.errors import UserError
 from tests.byte_tokenizer import ByteTokenizer
@@ -209,7 +209,7 @@ def test_leftovers_of_other_inputs_are_not_used(tmp_path, monkeypatch):
 
     for documents in (corpus(seed=1), corpus()[::-1]):
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(pack_module, "_merge", killed)
+            patch.setattr(packing, "_merge", killed)
             pack(documents, out, ByteTokenizer(), config)
     small = PackConfig(seq_len=32, run_bytes=5000)
     assert pack(corpus(), out, ByteTokenizer(), small) == pack(
@@ -221,9 +221,9 @@ def test_sigkill_in_the_middle(tmp_path):
     """A real process, a real SIGKILL while it tokenises, and a second one that goes on."""
     program = """
 import sys, time
-from qwen_jax.corpus.pack import PackConfig, pack
+from qwen_jax.corpus.packing import PackConfig, pack
 from tests.byte_tokenizer import ByteTokenizer
-from tests.corpus.test_pack import corpus
+from tests.corpus.test_packing import corpus
 
 class Slow(ByteTokenizer):
     def encode_batch(self, texts):
