@@ -111,6 +111,22 @@ def test_the_state_may_be_donated_right_after_save_returns(tmp_path, mesh):
             assert_state(restored, step, mesh, width=512)
 
 
+def test_saving_again_and_again_does_not_fill_the_memory(tmp_path, mesh):
+    def resident() -> int:
+        status = pathlib.Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+
+    state = state_at(1, mesh, width=512)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    with open_at(tmp_path, keep_last=1) as checkpoints:
+        for step in range(1, 25):
+            checkpoints.save(step, state, {}, wait=True)
+            if step == 8:
+                early = resident()
+    # One state kept per save would be 16 by now.
+    assert resident() - early < 4 * size
+
+
 def test_a_second_resume_continues_where_the_first_ended(tmp_path, mesh):
     for resume in range(3):
         with open_at(tmp_path, keep_last=2) as checkpoints:
