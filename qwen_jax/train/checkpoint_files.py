@@ -175,10 +175,21 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def is_remote(directory: epath.Path) -> bool:
+    """Whether this is an object store: no atomic rename there, the commit marker comes last."""
+    return "://" in str(directory)
+
+
 def steps(directory: epath.Path) -> list[int]:
-    """Complete steps, oldest first; whatever else lies in the folder is not ours."""
-    matches = (_STEP.match(path.name) for path in directory.iterdir())
-    return sorted(int(match.group(1)) for match in matches if match)
+    """Returns the complete steps, oldest first; whatever else lies in the folder is not ours.
+
+    Locally a missing marker is damage, for the name itself came last; remotely it is a save cut
+    short.
+    """
+    found = [p for p in directory.iterdir() if _STEP.match(p.name)]
+    if is_remote(directory):
+        found = [p for p in found if (p / _MARKER).exists()]
+    return sorted(int(_STEP.match(p.name).group(1)) for p in found)
 
 
 def damaged(directory: epath.Path) -> list[str]:
@@ -216,7 +227,8 @@ def prepare_directory(directory: epath.Path) -> None:
                 "choose a folder that can be made and written."
             ) from error
         for path in directory.iterdir():
-            if _LEFTOVER.match(path.name):
+            unfinished = is_remote(path) and _STEP.match(path.name)
+            if _LEFTOVER.match(path.name) or (unfinished and not (path / _MARKER).exists()):
                 logging.info("Removing %s, left by a run that was stopped.", path)
                 path.rmtree()
         return probe.name
@@ -251,6 +263,9 @@ def set_aside(path: epath.Path, reason: str) -> None:
 
 def remove(path: epath.Path) -> None:
     """Deletes a checkpoint so that a kill half-way leaves no step that looks complete."""
-    doomed = path.parent / f"{path.name}.deleting"
-    path.rename(doomed)
-    doomed.rmtree()
+    if is_remote(path):
+        (path / _MARKER).unlink()
+        path.rmtree()
+    else:
+        path.rename(path.parent / f"{path.name}.deleting")
+        (path.parent / f"{path.name}.deleting").rmtree()

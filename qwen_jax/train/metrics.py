@@ -1,0 +1,303 @@
+"""Where the numbers of a run go: one interface, several writers, and a reader for reports.
+
+`metrics.jsonl` is the record: one JSON object per line, {"step": 20, "time": 1.7e9, "loss": 2.5}.
+JSON has no NaN, so non-finite values are the strings "NaN", "Infinity", "-Infinity"; `read_metrics`
+turns them back into floats. A run that resumes at step s first removes the lines after s: the steps
+that are about to be done again. They move to `metrics.dropped.jsonl`, so nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, Self
+
+import jax
+from absl import logging
+
+from qwen_jax.errors import UserError, nearest
+from qwen_jax.train.progress import Eta, format_count, format_duration
+
+WRITERS = ("console", "jsonl", "tensorboard", "wandb")
+
+
+class MetricsWriter(Protocol):
+    """A place for scalars. `write` takes Python floats; steps never go down within a run."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of one step."""
+
+    def close(self) -> None:
+        """Flushes and releases what the writer holds."""
+
+
+class ConsoleWriter:
+    """One aligned log line per write: step, share of the run, values, time to the end."""
+
+    def __init__(self, total_steps: int):
+        self._eta = Eta(total_steps)
+        self._widths: dict[str, int] = {}
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs one line at level INFO."""
+        total = self._eta.total_steps
+        left = self._eta.seconds_left(step)
+        digits = len(f"{total:,}")
+        cells = [f"step {step:>{digits},}/{total:,} {100 * step / max(total, 1):3.0f}%"]
+        cells += [self._cell(name, value) for name, value in scalars.items()]
+        cells.append(f"eta {format_duration(left) if left is not None else '?'}")
+        logging.info("%s", "  ".join(cells))
+
+    def _cell(self, name: str, value: float) -> str:
+        text = format_value(value)
+        self._widths[name] = width = max(len(text), self._widths.get(name, 0))
+        return f"{name} {text:>{width}}"
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def format_value(value: float) -> str:
+    """Returns a scalar in at most nine characters: 2.3456, 3.00e-04, 128, 12.3k, nan."""
+    if not math.isfinite(value):
+        return str(float(value))
+    if value == int(value) or abs(value) >= 1e4:
+        return format_count(value)
+    if abs(value) < 1e-3:
+        return f"{value:.2e}"
+    return f"{value:.5g}" if abs(value) >= 1 else f"{value:.4f}"
+
+
+class JsonlWriter:
+    """Appends a line per write to a local file; each line is complete or absent after a kill.
+
+    Args:
+      path: the file; made if absent.
+      resume_step: last step that counts; lines after it go to `metrics.dropped.jsonl`.
+
+    Raises:
+      UserError: the path is not a local file that can be written.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, resume_step: int):
+        if "://" in os.fspath(path):
+            raise UserError(f"{path} must be a local path: only checkpoints go to remote storage.")
+        self._path = pathlib.Path(path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                _drop_after(self._path, resume_step)
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({error.strerror}): choose another folder for metrics."
+            ) from error
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Appends {"step", "time", **scalars} in a single write."""
+        row = {name: _to_json(value) for name, value in scalars.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **row}, allow_nan=False)
+        os.write(self._file, line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Closes the file."""
+        os.close(self._file)
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard; on resume its viewer forgets the steps that are done again."""
+
+    def __init__(self, folder: str | os.PathLike, *, resume_step: int):
+        from tensorboardX import SummaryWriter  # a second of imports that other writers spare
+
+        self._writer = SummaryWriter(
+            os.fspath(folder),
+            purge_step=resume_step + 1,
+            flush_secs=10,
+            # The name otherwise has only the second: a quick restart would overwrite the file.
+            filename_suffix=f".{os.getpid()}.{uuid.uuid4().hex[:6]}",
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Adds one scalar per name."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the event file."""
+        self._writer.close()
+
+
+class WandbWriter:
+    """Weights & Biases, only when asked for; a resumed run continues under the same id.
+
+    Args:
+      folder: where wandb keeps its files and `wandb_id.txt` this run's id.
+      project: wandb project.
+      config: what wandb shows as the configuration of the run.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+
+    def __init__(
+        self, folder: str | os.PathLike, *, project: str, config: Mapping[str, Any] | None = None
+    ):
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "Metrics writer 'wandb' needs the package wandb, which is not installed: run "
+                "`pip install wandb`, or leave 'wandb' out of the writers."
+            ) from None
+        record = pathlib.Path(folder) / "wandb_id.txt"
+        if not record.exists():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=project,
+            id=record.read_text().strip(),
+            resume="allow",
+            dir=os.fspath(folder),
+            config=dict(config or {}),
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Logs the scalars under `step`."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Uploads what is left and ends the run."""
+        self._run.finish()
+
+
+class MultiWriter:
+    """Writes to several writers; numbers of any kind (jax, NumPy, Python) become floats once."""
+
+    def __init__(self, writers: Sequence[MetricsWriter]):
+        self._writers = tuple(writers)
+
+    def write(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes to all in turn; fetches device scalars, so pass those of a finished step."""
+        if not self._writers:
+            return
+        values = {name: float(value) for name, value in scalars.items()}
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def close(self) -> None:
+        """Closes all."""
+        for writer in self._writers:
+            writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def make_writer(
+    folder: str | os.PathLike,
+    *,
+    total_steps: int,
+    resume_step: int = 0,
+    names: Sequence[str] = ("console", "jsonl", "tensorboard"),
+    wandb_project: str = "qwen_jax",
+    config: Mapping[str, Any] | None = None,
+) -> MultiWriter:
+    """Returns the writers of a run; on every process but the first, one that does nothing.
+
+    Args:
+      folder: gets `metrics.jsonl` and `tensorboard/`.
+      total_steps: last step of the run, for progress and ETA.
+      resume_step: step of the restored checkpoint; 0 for a new run.
+      names: which of "console", "jsonl", "tensorboard", "wandb".
+      wandb_project: project for wandb.
+      config: configuration shown by wandb.
+
+    Raises:
+      UserError: an unknown name, a folder that cannot be written, wandb not installed.
+    """
+    for name in names:
+        if name not in WRITERS:
+            raise UserError(
+                f"Metrics writer {name!r} is not known{nearest(name, WRITERS)}: choose from "
+                f"{', '.join(WRITERS)}."
+            )
+    if jax.process_index() != 0:
+        return MultiWriter(())
+    folder = pathlib.Path(folder)
+    makers = {
+        "console": lambda: ConsoleWriter(total_steps),
+        "jsonl": lambda: JsonlWriter(folder / "metrics.jsonl", resume_step=resume_step),
+        "tensorboard": lambda: TensorBoardWriter(folder / "tensorboard", resume_step=resume_step),
+        "wandb": lambda: WandbWriter(folder, project=wandb_project, config=config),
+    }
+    return MultiWriter([makers[name]() for name in names])
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
+    """Returns the rows of a `metrics.jsonl` in order; a line cut short by a kill is left out.
+
+    Raises UserError when the file is missing or a line that is not the last is not JSON.
+    """
+    try:
+        lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): name the metrics.jsonl of a run."
+        ) from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        row = _parse(line)
+        if row is not None:
+            rows.append({key: _from_json(value) for key, value in row.items()})
+        elif number < len(lines):
+            raise UserError(
+                f"Line {number} of {path} is not a JSON object with a step: repair or remove it."
+            )
+    return rows
+
+
+def _parse(line: bytes) -> dict | None:
+    """Returns the row of a complete line, or None."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    complete = line.endswith(b"\n") and isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if complete else None
+
+
+def _drop_after(path: pathlib.Path, step: int) -> None:
+    """Moves the lines after `step`, and any that is not a row, to `<name>.dropped.jsonl`."""
+    kept, dropped = [], []
+    for line in path.read_bytes().splitlines(keepends=True):
+        row = _parse(line)
+        (kept if row is not None and row["step"] <= step else dropped).append(line)
+    if not dropped:
+        return
+    with path.with_suffix(".dropped.jsonl").open("ab") as file:
+        file.writelines(line if line.endswith(b"\n") else line + b"\n" for line in dropped)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(kept))
+    partial.replace(path)
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _to_json(value: float) -> float | str:
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+def _from_json(value: Any) -> Any:
+    return _NON_FINITE.get(value, value) if isinstance(value, str) else value
