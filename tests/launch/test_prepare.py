@@ -53,7 +53,7 @@ def test_from_documents_to_batches(tmp_path, vocabulary):
         assert read_manifest(out / name / "heldout").text_bytes == held
         assert next(eval_batches(out / name / "heldout", 4))["tokens"].shape == (4, 64)
     reader = Batches(DataConfig(",".join(sources), 64, 12), tokenizer.sha256)
-    texts = [tokenizer.decode(row.tolist()) for row in reader.local_batch(0)["tokens"]]
+    texts = [tokenizer.decode(row.tolist()) for row in reader.rows(0)["tokens"]]
     assert sum("ocument number" in text for text in texts) == 4
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*.array_record")}
