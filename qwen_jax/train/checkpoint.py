@@ -248,16 +248,16 @@ def _load(path: epath.Path, facts: dict, abstract: Any, subtree: str = "") -> An
     try:
         # Partial: with a sub-tree the rest of the state is not even opened.
         with _context(reading=True, partial=bool(subtree)):
-            loaded = ocp.load_checkpointables(path, {"state": _nested(wanted)})["state"]
+            tree = ocp.load_checkpointables(path, {"state": _nested(wanted)})["state"]
+        found = _named_leaves(tree)
+        loaded = {name: found[name] for name in wanted}
     except Exception as error:
         failure = error
     _agree_on(failure)
-    loaded = _named_leaves(loaded)
-    in_order = {name: loaded[name] for name in wanted}
-    for name, checksum in zip(in_order, _checksums(in_order), strict=True):
+    for name, checksum in zip(loaded, _checksums(loaded), strict=True):
         if checksum != facts["leaves"][name]["checksum"]:
             raise files.Damaged(f"the values of {name} are not those that were saved")
-    return jax.tree.unflatten(jax.tree.structure(abstract), in_order.values())
+    return jax.tree.unflatten(jax.tree.structure(abstract), loaded.values())
 
 
 def _context(*, reading: bool, partial: bool = False) -> ocp.Context:
@@ -278,7 +278,7 @@ def _context(*, reading: bool, partial: bool = False) -> ocp.Context:
 
 
 def _agree_on(failure: Exception | None) -> None:
-    """Raises on all processes when reading failed on one: _Damaged only if the files are to blame.
+    """Raises on all processes when reading failed on one: Damaged only if the files are to blame.
 
     A machine in trouble (no memory, no permission, no network) condemns no checkpoint.
     """
