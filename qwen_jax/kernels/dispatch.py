@@ -84,28 +84,27 @@ def attention(
     Returns:
       [B,T,N,H] in q's dtype, softmax in float32; rows that see no key are 0.
     """
-    batch, q_len, n_heads, head_dim = q.shape
-    k_len, n_kv = k.shape[1], k.shape[2]
-    groups = n_heads // n_kv
-    scale = head_dim**-0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     dropout = bool(dropout_rate) and dropout_key is not None
-    chosen = choose_attention(implementation, q_len=q_len, k_len=k_len, dropout=dropout)
+    chosen = choose_attention(implementation, q_len=q.shape[1], k_len=k.shape[1], dropout=dropout)
     start = jnp.zeros((1,), jnp.int32) if q_start is None else q_start
-    q = jax.lax.reshape(
-        q,
-        (batch, q_len, n_kv, groups, head_dim),
-        out_sharding=spec("batch", "sequence", "kv_heads", None, None),
-    )
+    operands = (q, k, v, start, q_segments, k_segments, window, scale)
     if chosen == "reference":
-        rate = dropout_rate if dropout else 0.0
-        out = _whole(q, k, v, start, q_segments, k_segments, window, scale, rate, dropout_key)
-    else:
-        out = _per_device(q, k, v, start, q_segments, k_segments, window, scale)
-    return jax.lax.reshape(
-        out,
-        (batch, q_len, n_heads, head_dim),
-        out_sharding=spec("batch", "sequence", "heads", None),
-    )
+        return _whole(*operands, dropout_rate if dropout else 0.0, dropout_key)
+    return _per_device(*operands)
+
+
+def _repeat_heads(x: jax.Array, groups: int, out_sharding=None) -> jax.Array:
+    """[B,S,K,H] -> [B,S,K·groups,H]: each kv head once for every query head that reads it.
+
+    Four-dimensional products run nearly twice as fast on CPU as grouped, five-dimensional ones.
+    """
+    if groups == 1:
+        return x
+    batch, length, heads, width = x.shape
+    x = jnp.broadcast_to(x[:, :, :, None], (batch, length, heads, groups, width))
+    shape = (batch, length, heads * groups, width)
+    return jax.lax.reshape(x, shape, out_sharding=out_sharding)
 
 
 def _collect_keys(k, v, k_segments):
@@ -117,6 +116,8 @@ def _collect_keys(k, v, k_segments):
 def _whole(q, k, v, start, q_segments, k_segments, window, scale, rate, key):
     """The reference under explicit sharding: the compiler partitions it."""
     k, v, k_segments = _collect_keys(k, v, k_segments)
+    groups = q.shape[2] // k.shape[2]
+    k, v = (_repeat_heads(x, groups, spec("batch", None, "heads", None)) for x in (k, v))
     q_index = reshard(jnp.arange(q.shape[1], dtype=jnp.int32)[None], None, "sequence")
     q_index = q_index + start[:, None]
     k_index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
@@ -138,6 +139,7 @@ def _per_device(q, k, v, start, q_segments, k_segments, window, scale):
         if on_mesh():
             q_index += jax.lax.axis_index("context").astype(jnp.int32) * q.shape[1]
         k_index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+        k, v = (_repeat_heads(x, q.shape[2] // k.shape[2]) for x in (k, v))
         return chunked_attention(
             *(q, k, v, q_index, k_index, q_segments, k_segments),
             window=window,
@@ -148,7 +150,7 @@ def _per_device(q, k, v, start, q_segments, k_segments, window, scale):
     operands = (q, k, v, start, q_segments, k_segments, window)
     if not on_mesh():
         return local(*operands)
-    queries = spec("batch", "sequence", "kv_heads", None, None)
+    queries = spec("batch", "sequence", "heads", None)
     keys = spec("batch", None, "kv_heads", None)
     return jax.shard_map(
         local,

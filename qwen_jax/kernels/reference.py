@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.parallel import spec
+from qwen_jax.parallel import on_mesh
 
 # Large enough that exp underflows to 0 in float32, small enough that differences stay finite.
 MASKED = -1e30
@@ -33,32 +33,29 @@ def attention_mask(
     return mask
 
 
-def _attend(q, k, v, mask, scale, dropout_rate, dropout_key):
-    """q [B,T,K,G,H], k, v [B,S,K,H], mask [B,T,S] -> [B,T,K,G,H]."""
-    scores = jnp.einsum("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32) * scale
-    mask = mask[:, None, None]
-    scores = jnp.where(mask, scores, MASKED)
-    scores -= jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    # Masked a second time: in a row without any key every score is the same, and must give 0.
-    weights = jnp.where(mask, jnp.exp(scores), 0.0)
-    total = weights.sum(axis=-1, keepdims=True)
-    weights /= jnp.where(total > 0, total, 1.0)
+def _attend(q, k, v, mask, scale, dropout_rate=0.0, dropout_key=None):
+    """q [B,T,N,H], k, v [B,S,N,H], mask [B or 1,T,S] -> [B,T,N,H]."""
+    scores = jnp.einsum("BTNH,BSNH->BNTS", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores * scale, MASKED), axis=-1)
     if dropout_rate:
+        sharding = jax.typeof(weights).sharding.spec if on_mesh() else None
         keep = jax.random.bernoulli(
-            dropout_key, 1 - dropout_rate, weights.shape, out_sharding=_sharding_of(weights)
+            dropout_key, 1 - dropout_rate, weights.shape, out_sharding=sharding
         )
         weights = jnp.where(keep, weights / (1 - dropout_rate), 0.0)
-    return jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(v.dtype), v)
-
-
-def _sharding_of(x):
-    return jax.typeof(x).sharding.spec if spec() is not None else None
+    out = jnp.einsum("BNTS,BSNH->BTNH", weights.astype(v.dtype), v)
+    # A row without any key has the same score everywhere; its answer is 0, not the mean of v.
+    return jnp.where(mask.any(axis=-1)[:, :, None, None], out, 0)
 
 
 def reference_attention(
     q, k, v, q_index, k_index, q_segments, k_segments, *, window, scale, dropout_rate, dropout_key
 ):
-    """Materialises all scores [B,N,T,S]; arguments as in `kernels.dispatch.attention`."""
+    """Materialises all scores [B,N,T,S]; k and v have as many heads as q.
+
+    q_index int32 [B or 1,T] and k_index int32 [1,S] are slots; the rest as in
+    `kernels.dispatch.attention`.
+    """
     mask = attention_mask(q_index, k_index, q_segments, k_segments, window)
     return _attend(q, k, v, mask, scale, dropout_rate, dropout_key)
 
@@ -83,7 +80,7 @@ def chunked_attention(
     def one(_, piece):
         q_piece, index, segments = piece
         mask = attention_mask(index, k_index, segments, k_segments, window)
-        return None, _attend(q_piece, k, v, mask, scale, 0.0, None)
+        return None, _attend(q_piece, k, v, mask, scale)
 
     segments = None if q_segments is None else split(q_segments)
     _, out = jax.lax.scan(one, None, (split(q), split(q_index), segments))

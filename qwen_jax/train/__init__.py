@@ -1,0 +1,1 @@
+"""Pretraining: pure step functions, losses, optimizer, and the loop with its checkpoints."""
