@@ -1,7 +1,8 @@
 """Pretraining recipes (report §2.4), from a laptop toy to 72B.
 
-    python -m launch.pretrain --config=configs/pretrain.py:7b --workdir=gs://…/qwen-7b \\
-        --config.tokenizer=qwen.tiktoken --config.data.sources=/data/web=0.7,/data/code=0.3
+    python -m launch.pretrain --config=configs/pretrain.py:7b --workdir=runs/7b \\
+        --checkpoints=gs://…/7b --config.tokenizer=qwen.tiktoken \\
+        --config.data.sources=/data/web=0.7,/data/code=0.3
 
 The argument after the colon is a size of Table 1 (`1.8b`, `7b`, `14b`, and the released `72b`), any
 released model by its full name (`qwen2.5-0.5b`, `qwen3-8b`, …; see qwen_jax/model/presets.py),

@@ -6,12 +6,13 @@ import logging as python_logging
 import re
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 import jax
 from absl import app, flags, logging
 
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.parallel.distributed import initialize
+from qwen_jax.parallel.distributed import end_process, initialize
 
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "Split this host's CPU into so many devices, to try a mesh without hardware."
@@ -46,7 +47,6 @@ def _parse(argv: list[str]) -> list[str]:
         _fail(str(error))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         _fail(_config_error(argv, error))
-    raise AssertionError("unreachable")
 
 
 def _config_error(argv: list[str], error: Exception) -> str:
@@ -67,9 +67,10 @@ def _config_error(argv: list[str], error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
+    """One sentence, status 2. Of several processes, this may be the only one that fails."""
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    end_process(2)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -86,6 +87,5 @@ def run(main: Callable[[], int | None]) -> None:
             return main() or 0
         except UserError as error:
             _fail(str(error))
-            return 2
 
     app.run(guarded, flags_parser=_parse)
