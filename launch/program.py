@@ -56,7 +56,7 @@ def _check_recipe(argv: list[str]) -> None:
       UserError: no such file or recipe, or an unknown key; names the nearest.
     """
     place, overrides = None, []
-    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=True):
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
         if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
             place = match.group(1) if match.group(1) is not None else following
         elif match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
