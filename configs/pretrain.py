@@ -1,7 +1,8 @@
 """Pretraining recipes (report §2.4), from a laptop toy to 72B.
 
-    python -m launch.pretrain --config=configs/pretrain.py:7b --workdir=gs://…/qwen-7b \\
-        --config.tokenizer=qwen.tiktoken --config.data.sources=/data/web=0.7,/data/code=0.3
+    python -m launch.pretrain --config=configs/pretrain.py:7b --workdir=runs/7b \\
+        --checkpoints=gs://…/7b --config.tokenizer=qwen.tiktoken \\
+        --config.data.sources=/data/web=0.7,/data/code=0.3
 
 The argument after the colon is a size of Table 1 (`1.8b`, `7b`, `14b`, and the released `72b`), any
 released model by its full name (`qwen2.5-0.5b`, `qwen3-8b`, …; see qwen_jax/model/presets.py),
@@ -17,8 +18,9 @@ import ml_collections
 
 from qwen_jax.config import to_config_dict
 from qwen_jax.data import DataConfig
+from qwen_jax.errors import UserError, nearest
 from qwen_jax.model import ForwardOptions, ModelConfig
-from qwen_jax.model.presets import preset
+from qwen_jax.model.presets import PRESETS, preset
 from qwen_jax.parallel import MeshConfig
 from qwen_jax.train.job import PretrainJob, RunConfig
 from qwen_jax.train.optimizer import OptimizerConfig
@@ -29,8 +31,13 @@ TOKENS = {"1.8b": 2.2e12, "7b": 2.4e12, "14b": 3.0e12, "72b": 3.0e12}
 
 
 def get_config(size: str = "7b") -> ml_collections.ConfigDict:
-    """The recipe of this name, as a locked tree of keys that the command line may override."""
+    """The recipe of this name, as a tree of keys that the command line may override."""
     small = {"toy": toy, "demo": demo}
+    known = (*TOKENS, *small, *PRESETS)
+    if size not in known:
+        raise UserError(
+            f"recipe {size!r} is unknown{nearest(size, known)}; choose one of {', '.join(known)}"
+        )
     return to_config_dict(small[size]() if size in small else report(size))
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
-import sys
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
+from launch import program
 from qwen_jax import interop, parallel
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError, nearest
@@ -137,27 +137,21 @@ def _define_flags() -> None:
     flags.DEFINE_string("assets", None, "model folder whose tokenizer files go into --out")
 
 
-def main(argv: list[str]) -> None:
-    """Runs the program; bad input ends it with one sentence and status 2."""
+def main() -> None:
+    """Converts in the direction that the flags say."""
     args = flags.FLAGS
     dtype = {"dtype": args.dtype} if args.dtype else {}
-    try:
-        if len(argv) > 1:
-            raise UserError(f"{argv[1]!r} is not a flag; see --help")
-        if (args.hf_dir is None) == (args.checkpoint is None):
-            raise UserError("give one of --hf_dir (into native) and --checkpoint (out of it)")
-        if args.hf_dir is not None:
-            if args.step is not None or args.assets is not None:
-                raise UserError("--step and --assets go with --checkpoint; leave them out")
-            cfg = to_native(args.hf_dir, args.out, **dtype)
-        else:
-            cfg = to_hf(args.checkpoint, args.out, step=args.step, assets=args.assets, **dtype)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if (args.hf_dir is None) == (args.checkpoint is None):
+        raise UserError("give one of --hf_dir (into native) and --checkpoint (out of it)")
+    if args.hf_dir is not None:
+        if args.step is not None or args.assets is not None:
+            raise UserError("--step and --assets go with --checkpoint; leave them out")
+        cfg = to_native(args.hf_dir, args.out, **dtype)
+    else:
+        cfg = to_hf(args.checkpoint, args.out, step=args.step, assets=args.assets, **dtype)
     print(f"wrote {args.out}: {cfg.family}, {cfg.n_layers} layers, {cfg.d_model} channels")
 
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.run(main)

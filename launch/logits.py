@@ -8,11 +8,9 @@ runs as released at inference: dynamic NTK and LogN where its config.json has th
 
 from __future__ import annotations
 
-import sys
+from absl import flags
 
-from absl import app, flags
-
-from qwen_jax.errors import UserError
+from launch import program
 from qwen_jax.interop import logits
 
 
@@ -25,22 +23,16 @@ def _define_flags() -> None:
     flags.DEFINE_integer("tensor", 1, "devices the model is split over")
 
 
-def main(argv: list[str]) -> None:
-    """Runs the program; bad input ends it with one sentence and status 2."""
+def main() -> None:
+    """Reads, computes, writes."""
     args = flags.FLAGS
-    try:
-        if len(argv) > 1:
-            raise UserError(f"{argv[1]!r} is not a flag; see --help")
-        logits.write_logits(
-            args.hf_dir, args.ids, args.out,
-            dtype=args.dtype, precision=args.precision, tensor=args.tensor,
-        )  # fmt: skip
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    logits.write_logits(
+        args.hf_dir, args.ids, args.out,
+        dtype=args.dtype, precision=args.precision, tensor=args.tensor,
+    )  # fmt: skip
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
     _define_flags()
-    app.run(main)
+    program.run(main)

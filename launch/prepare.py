@@ -22,11 +22,11 @@ Can be killed and started again: it goes on where it was, and does nothing that 
 import filecmp
 import os
 import pathlib
-import sys
 from collections.abc import Iterable
 
-from absl import app, flags, logging
+from absl import flags
 
+from launch import program
 from qwen_jax.corpus import Document, JsonLines, PackConfig, Subset, pack, stdlib, write_jsonl
 from qwen_jax.errors import UserError
 from qwen_jax.tokenizer import load_tokenizer
@@ -115,7 +115,7 @@ def prepare_source(folder: pathlib.Path, sides: Sides, tokenizer) -> None:
         )
 
 
-def run() -> None:
+def main() -> None:
     """Collects, splits, and writes or packs every source."""
     if not CORPUS.value:
         raise UserError("--corpus is missing: give stdlib, or JSONL files, separated by commas.")
@@ -129,18 +129,5 @@ def run() -> None:
         prepare_source(pathlib.Path(OUT.value) / name, sides, tokenizer)
 
 
-def main(argv: list[str]) -> int:
-    """Turns bad input into one sentence and exit status 2."""
-    try:
-        if argv[1:]:
-            raise UserError(f"{argv[1]!r} is not a flag: write --name=value.")
-        run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    app.run(main)
+    program.run(main)

@@ -4,9 +4,10 @@
         --config.tokenizer=qwen.tiktoken --config.data.sources=DIR=0.7,DIR=0.3
 
 Everything in the recipe can be changed with `--config.key=value`. On several hosts, start the same
-command on each (see qwen_jax/parallel/distributed.py for how they find each other). Checkpoints,
-metrics.jsonl and TensorBoard files go to --workdir. Exit status: 0 done or stopped on request with
-a checkpoint, 2 bad input.
+command on each (see qwen_jax/parallel/distributed.py for how they find each other). metrics.jsonl,
+TensorBoard files and, unless --checkpoints names a folder that all hosts see (gs:// too), the
+checkpoints go to --workdir. Exit status: 0 done or stopped on request with a checkpoint, 2 bad
+input or training that diverged.
 """
 
 from absl import flags, logging
@@ -19,7 +20,10 @@ from qwen_jax.train.job import PretrainJob
 from qwen_jax.train.loop import pretrain
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, configs/pretrain.py:SIZE.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints and metrics.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Local folder for metrics and checkpoints.")
+CHECKPOINTS = flags.DEFINE_string(
+    "checkpoints", None, "Folder for checkpoints, such as gs://…; WORKDIR/checkpoints by default."
+)
 
 
 def main() -> None:
@@ -29,7 +33,7 @@ def main() -> None:
     if not WORKDIR.value:
         raise UserError("--workdir is missing: give a folder for checkpoints and metrics")
     job = from_config_dict(PretrainJob, CONFIG.value)
-    outcome = pretrain(job, WORKDIR.value)
+    outcome = pretrain(job, WORKDIR.value, CHECKPOINTS.value)
     for name, held_out in outcome.held_out.items():
         logging.info("%s: %.4f bits per byte held out", name, held_out.bits_per_byte)
     if not outcome.finished:

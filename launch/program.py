@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging as python_logging
+import os
 import re
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.parallel.distributed import initialize
+from qwen_jax.parallel.distributed import end_process, initialize
 
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "Split this host's CPU into so many devices, to try a mesh without hardware."
@@ -37,39 +40,62 @@ def _start() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with a misspelt config key turned into a sentence."""
+    """absl's parser, after a look of our own at the recipe, whose errors it would bury."""
     try:
+        if "config" in flags.FLAGS:
+            _check_recipe(argv)
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        _fail(f"{error}")
-    except UserError as error:
-        _fail(str(error))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        _fail(_config_error(argv, error))
-    raise AssertionError("unreachable")
+    except (flags.Error, UserError) as error:
+        _fail(" ".join(str(error).split()))
 
 
-def _config_error(argv: list[str], error: Exception) -> str:
-    """Names the first `--config.a.b=…` on the command line that the recipe does not have."""
-    try:
-        config = flags.FLAGS["config"].value
-    except (KeyError, flags.Error):
-        config = None
-    for argument in argv[1:]:
-        match = re.match(r"--?config\.([\w.]+)", argument)
+def _check_recipe(argv: list[str]) -> None:
+    """Loads the recipe of `--config` and refuses the first `--config.a.b=…` that it has not.
+
+    Raises:
+      UserError: no such file or recipe, or an unknown key; names the nearest.
+    """
+    place, overrides = None, []
+    for argument, following in zip(argv[1:], [*argv[2:], ""], strict=False):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", argument):
+            place = match.group(1) if match.group(1) is not None else following
+        elif match := re.match(r"--?(?:no)?config\.([\w.]+)", argument):
+            overrides.append(match.group(1).split("."))
+    if place is None:
+        if overrides:
+            raise UserError("--config is missing: give a recipe, such as configs/pretrain.py:7b")
+        return
+    config = _load_recipe(*place.split(":", 1))
+    for keys in overrides:
         node, path = config, "config"
-        for key in match.group(1).split(".") if match and config is not None else ():
-            known = list(node) if hasattr(node, "keys") else []
-            if key not in known:
-                has = f"; {path} has {', '.join(known)}" if known else ""
-                return f"{path}.{key} is not a setting{nearest(key, known)}{has}"
+        for key in keys:
+            if not hasattr(node, "keys"):
+                raise UserError(f"{path} is {node!r} and has no {key!r}; leave out .{key}")
+            if key not in node:
+                raise UserError(
+                    f"{path}.{key} is not a setting{nearest(key, node)}; "
+                    f"{path} has {', '.join(node)}"
+                )
             node, path = node[key], f"{path}.{key}"
-    return " ".join(str(error).split())
 
 
-def _fail(sentence: str) -> None:
+def _load_recipe(path: str, *argument: str) -> Any:
+    """What `get_config(argument)` of the Python file at `path` returns."""
+    if not os.path.isfile(path) or not path.endswith(".py"):
+        raise UserError(f"--config={path} is not a Python file; give configs/pretrain.py:SIZE")
+    spec = importlib.util.spec_from_file_location("_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["_recipe"] = module  # where dataclasses in a recipe look themselves up
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={path} has no get_config; give configs/pretrain.py:SIZE")
+    return module.get_config(*argument)
+
+
+def _fail(sentence: str) -> NoReturn:
+    """One sentence, status 2. Of several processes, this may be the only one that fails."""
     print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
+    end_process(2)
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -86,6 +112,5 @@ def run(main: Callable[[], int | None]) -> None:
             return main() or 0
         except UserError as error:
             _fail(str(error))
-            return 2
 
     app.run(guarded, flags_parser=_parse)

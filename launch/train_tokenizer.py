@@ -8,11 +8,11 @@ top of cl100k_base: --base=cl100k_base.tiktoken (numbers of several digits are l
 """
 
 import os
-import sys
 import time
 
-from absl import app, flags, logging
+from absl import flags
 
+from launch import program
 from qwen_jax.errors import UserError
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from qwen_jax.tokenizer.train import JsonlTexts, train_bpe, without_long_numbers
@@ -28,7 +28,7 @@ OUTPUT = flags.DEFINE_string("output", None, "File to write, for example qwen.ti
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")
 
 
-def run() -> None:
+def main() -> None:
     """Trains and writes; every flag is checked before the first document is read."""
     if not INPUT.value:
         raise UserError("--input is missing: give one or more JSONL files, separated by commas.")
@@ -57,18 +57,5 @@ def run() -> None:
     )
 
 
-def main(argv: list[str]) -> int:
-    """Turns bad input into one sentence and exit status 2."""
-    try:
-        if argv[1:]:
-            raise UserError(f"{argv[1]!r} is not a flag: write --name=value.")
-        run()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
-    app.run(main)
+    program.run(main)

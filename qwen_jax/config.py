@@ -7,6 +7,7 @@ with `from_config_dict`. The library itself never sees a `ConfigDict`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -67,6 +68,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
             )
         return value
     if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{path} is {value!r}; it must be a list such as (1, 2)")
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
     if dataclasses.is_dataclass(hint):
         return from_config_dict(hint, value, path)
@@ -74,4 +77,6 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path} is {value!r} ({type(value).__name__}); it must be {hint.__name__}")
+    if hint is float and math.isnan(value):
+        raise UserError(f"{path} is not a number (nan); give it one")
     return value

@@ -347,12 +347,14 @@ def _checksums(leaves: Mapping[str, jax.Array]) -> list[int]:
     Σ wordᵢ·wᵢ mod 2³² with odd weights wᵢ from the position i. Integer sums do not depend on their
     order, so the sharding cannot matter; one changed word moves the sum by ±2ᵏ·odd ≠ 0.
     """
-    sums = []  # all are dispatched before the first is fetched
+    sums = []
     for leaf in leaves.values():
         mesh = getattr(leaf.sharding, "mesh", None)
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-            sums.append(_checksum(leaf))
-    return [int(value) for value in jax.device_get(sums)]
+            # Fetched at once: on CPU devices, two programs in flight that do not depend on each
+            # other can each hold half of the threads in their collective, and wait for ever.
+            sums.append(int(_checksum(leaf)))
+    return sums
 
 
 @jax.jit

@@ -42,9 +42,26 @@ def parse_eval_sources(text: str) -> dict[str, str]:
     return sources
 
 
+def check_sources(sources: Mapping[str, str], **wanted) -> None:
+    """Opens every source once, so that a missing one is found before the training, not after it.
+
+    Args:
+      **wanted: packing, seq_len and tokenizer_sha256 as in `eval_batches`.
+
+    Raises:
+      UserError: a source that is missing, empty, damaged or made for another model.
+    """
+    for folder in sources.values():
+        eval_batches(folder, 1, **wanted)
+
+
 @functools.cache
 def _eval_step(config: StepConfig):
-    return jax.jit(lambda params, batch: loss_sums(params, batch, config))
+    def step(params, batch):
+        sums = loss_sums(params, batch, config)
+        return sums.nll, sums.weight, batch["n_bytes"].sum()
+
+    return jax.jit(step)
 
 
 def evaluate(
@@ -54,14 +71,16 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
-    seq_len: int,
-    packing: str,
-    tokenizer_sha256: str,
+    **wanted,
 ) -> dict[str, HeldOut]:
     """Evaluates on every window of each source; call it under `jax.set_mesh(mesh)`.
 
     Sums are taken over all windows before dividing, so results depend neither on the batch size nor
     on the mesh. Every loss-carrying token counts, `<|endoftext|>` too, though it has no bytes.
+
+    Args:
+      batch_size: rows at a time over all processes.
+      **wanted: packing, seq_len and tokenizer_sha256 as in `eval_batches`.
 
     Raises:
       UserError: a source that is missing, empty or made for another model.
@@ -70,21 +89,10 @@ def evaluate(
     step = _eval_step(config)
     results = {}
     for name, folder in sources.items():
-        nll = tokens = n_bytes = 0.0
-        for batch in eval_batches(
-            folder,
-            batch_size,
-            packing=packing,
-            seq_len=seq_len,
-            tokenizer_sha256=tokenizer_sha256,
-            first=first,
-            count=count,
-        ):
-            batch = to_global(batch, mesh, first, batch_size)
-            sums = step(params, batch)
-            nll += float(sums.nll)
-            tokens += float(sums.weight)
-            n_bytes += float(np.asarray(jax.jit(lambda x: x.sum())(batch["n_bytes"])))
+        totals = np.zeros(3)  # float64: the sum may be over billions of tokens
+        for batch in eval_batches(folder, batch_size, first=first, count=count, **wanted):
+            totals += jax.device_get(step(params, to_global(batch, mesh, first, batch_size)))
+        nll, tokens, n_bytes = totals.tolist()
         results[name] = HeldOut(
             loss=nll / max(tokens, 1.0),
             bits_per_byte=nll / math.log(2) / max(n_bytes, 1.0),

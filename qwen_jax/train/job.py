@@ -43,9 +43,11 @@ class RunConfig:
     profile_start: int = 10
 
     def __post_init__(self):
-        for name in ("steps", "microbatches", "log_every", "checkpoint_every", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        may_be_zero = ("seed", "eval_every", "keep_every", "profile_steps", "profile_start")
+        for name, value in dataclasses.asdict(self).items():
+            least = 0 if name in may_be_zero else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise UserError(f"train.{name} is {value}; it must be at least {least}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,21 +12,22 @@ import dataclasses
 import functools
 import os
 import time
+from collections.abc import Callable, Mapping
 
 import jax
 from absl import logging
 
-from qwen_jax.data import Batches, data_fingerprint, epochs_at
+from qwen_jax.data import Batch, Batches, data_fingerprint, epochs_at
 from qwen_jax.errors import UserError
 from qwen_jax.model import count_params
 from qwen_jax.parallel import make_mesh
 from qwen_jax.parallel.feed import local_rows, to_global
 from qwen_jax.tokenizer import load_tokenizer
 from qwen_jax.train.checkpoint import Checkpoints
-from qwen_jax.train.evaluation import HeldOut, evaluate, parse_eval_sources
+from qwen_jax.train.evaluation import HeldOut, check_sources, evaluate, parse_eval_sources
 from qwen_jax.train.flops import peak_flops, train_flops_per_token
 from qwen_jax.train.job import PretrainJob, check_vocabulary, identity
-from qwen_jax.train.metrics import MultiWriter, make_writer
+from qwen_jax.train.metrics import MultiWriter, make_writer, read_metrics
 from qwen_jax.train.preemption import Preemption
 from qwen_jax.train.progress import Throughput, format_count, format_duration, memory_stats
 from qwen_jax.train.step import TrainState, abstract_state, check_mesh, init_state, train_step
@@ -49,19 +50,70 @@ class Outcome:
     held_out: dict[str, HeldOut]
 
 
-def pretrain(job: PretrainJob, workdir: str) -> Outcome:
-    """Trains until `job.train.steps`, from wherever `workdir/checkpoints` is.
+def pretrain(job: PretrainJob, workdir: str, checkpoint_dir: str | None = None) -> Outcome:
+    """Trains until `job.train.steps`, from wherever the newest checkpoint is.
 
     Killed at any moment and called again with the same job, it goes on with the same batches and,
     on the same mesh, the same bits.
 
+    Args:
+      workdir: local folder for metrics, TensorBoard files and profiles.
+      checkpoint_dir: folder every host sees, gs:// too; `workdir/checkpoints` by default.
+
     Raises:
       UserError: anything in the job, the data or the checkpoints that does not fit together; before
-        any training.
+        any training, and but for the checkpoints before anything on disk is touched.
       TrainingDiverged: `train.max_skipped` non-finite steps in a row.
     """
-    # --- everything that can be wrong, checked before anything is computed
     mesh = make_mesh(job.mesh)
+    inputs = _open(job, mesh)
+    folder = checkpoint_dir or os.path.join(workdir, "checkpoints")
+    keep = {"keep_last": job.train.keep_last, "keep_every": job.train.keep_every or None}
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(folder, identity=inputs.identity, **keep) as checkpoints,
+        Preemption() as preemption,
+    ):
+        state = _restore_or_init(checkpoints, inputs.abstract, job)
+        start = int(state.step)
+        _announce(job, mesh, start)
+        with make_writer(
+            workdir,
+            total_steps=job.train.steps,
+            resume_step=start,
+            names=_writers(job),
+            wandb_project=job.train.wandb_project or "qwen_jax",
+            config=inputs.identity,
+        ) as writer:
+            run = _Run(job, mesh, inputs, checkpoints, writer, workdir, start)
+            state = _train(run, state, preemption)
+            finished = int(state.step) >= job.train.steps
+            run.finish(state, evaluate_too=finished)
+    return Outcome(int(state.step), finished, run.held_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inputs:
+    """What a job has opened: the data, and the step traced for this mesh but not yet compiled.
+
+    first, count: the rows of a global batch that this process reads. mfu_per_rate: share of the
+    devices' peak that one token per second is.
+    """
+
+    tokenizer_sha256: str
+    batches: Batches
+    held_out: dict[str, str]
+    identity: dict
+    abstract: TrainState
+    traced: jax.stages.Lowered
+    first: int
+    count: int
+    feed: Callable[[Batch], dict[str, jax.Array]]
+    mfu_per_rate: float
+
+
+def _open(job: PretrainJob, mesh: jax.sharding.Mesh) -> _Inputs:
+    """Everything that can be wrong in a job, checked before anything is computed or written."""
     check_mesh(
         job.model,
         mesh,
@@ -72,73 +124,52 @@ def pretrain(job: PretrainJob, workdir: str) -> Outcome:
     tokenizer = load_tokenizer(job.tokenizer)
     check_vocabulary(job, tokenizer)
     batches = Batches(job.data, tokenizer.sha256)
-    held_out_sources = parse_eval_sources(job.eval)
-    described = identity(job, tokenizer, data_fingerprint(job.data))
+    held_out = parse_eval_sources(job.eval)
+    check_sources(held_out, **_shape_of_data(job, tokenizer.sha256))
+    first, count = local_rows(mesh, job.data.global_batch)
+    feed = functools.partial(to_global, mesh=mesh, first=first, global_batch=job.data.global_batch)
+    abstract = abstract_state(job.step_config, mesh)
+    with jax.set_mesh(mesh):
+        traced = _trace(job, abstract, feed(batches.rows(0, first, count)))
     peak, _ = peak_flops(jax.local_devices()[0])
-    mfu_per_rate = train_flops_per_token(job.model, job.data.seq_len) / (peak * mesh.size)
+    return _Inputs(
+        tokenizer_sha256=tokenizer.sha256,
+        batches=batches,
+        held_out=held_out,
+        identity=identity(job, tokenizer, data_fingerprint(job.data)),
+        abstract=abstract,
+        traced=traced,
+        first=first,
+        count=count,
+        feed=feed,
+        mfu_per_rate=train_flops_per_token(job.model, job.data.seq_len) / (peak * mesh.size),
+    )
 
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(
-            os.path.join(workdir, "checkpoints"),
-            keep_last=job.train.keep_last,
-            keep_every=job.train.keep_every or None,
-            identity=described,
-        ) as checkpoints,
-        Preemption() as preemption,
-    ):
-        # --- state: restored or born sharded
-        config = job.step_config
-        abstract = abstract_state(config, mesh)
-        state = _restore(checkpoints, abstract)
-        if state is None:
-            born = functools.partial(init_state, config)
-            shardings = jax.tree.map(lambda a: a.sharding, abstract)
-            state = jax.jit(born, out_shardings=shardings)(jax.random.key(job.train.seed))
-        start = int(state.step)
-        _announce(job, mesh, start)
 
-        # --- the step, compiled once for this mesh
-        first, count = local_rows(mesh, job.data.global_batch)
-        feed = functools.partial(
-            to_global, mesh=mesh, first=first, global_batch=job.data.global_batch
-        )
-        step_fn = _compile(job, abstract, feed(batches.rows(0, first, count)))
+def _shape_of_data(job: PretrainJob, tokenizer_sha256: str) -> dict:
+    return {
+        "packing": job.data.packing,
+        "seq_len": job.data.seq_len,
+        "tokenizer_sha256": tokenizer_sha256,
+    }
 
-        # --- the loop
-        with make_writer(
-            workdir,
-            total_steps=job.train.steps,
-            resume_step=start,
-            names=_writers(job),
-            wandb_project=job.train.wandb_project or "qwen_jax",
-            config=described,
-        ) as writer:
-            run = _Run(
-                job=job,
-                mesh=mesh,
-                tokenizer_sha256=tokenizer.sha256,
-                checkpoints=checkpoints,
-                writer=writer,
-                sources=held_out_sources,
-                mfu_per_rate=mfu_per_rate,
-                profile_folder=os.path.join(workdir, "profile"),
-            )
-            with batches.iterate(start, first, count) as reader:
-                finished = True
-                for step, rows in reader:
-                    if step >= job.train.steps:
-                        break
-                    run.profile(step - start)
-                    state, metrics = step_fn(state, feed(rows))
-                    run.note(step + 1, metrics)
-                    run.after(step + 1, state)
-                    if preemption.should_stop(step + 1):
-                        finished = step + 1 >= job.train.steps
-                        break
-                run.flush()
-            run.finish(state, evaluate_too=finished)
-    return Outcome(int(state.step), finished, run.held_out)
+
+def _train(run: _Run, state: TrainState, preemption: Preemption) -> TrainState:
+    """Steps from where `state` is until the last one or a request to stop."""
+    inputs, last, start = run.inputs, run.job.train.steps, run.start
+    if start >= last:
+        return state
+    step_fn = _compile(inputs.traced)
+    with inputs.batches.iterate(start, inputs.first, inputs.count) as reader:
+        for step, rows in reader:
+            run.profile(step - start)
+            state, metrics = step_fn(state, inputs.feed(rows))
+            run.note(step + 1, metrics)
+            run.after(step + 1, state)
+            if preemption.should_stop(step + 1) or step + 1 >= last:
+                break
+        run.flush()
+    return state
 
 
 class _Run:
@@ -146,19 +177,16 @@ class _Run:
 
     def __init__(
         self,
-        *,
         job: PretrainJob,
         mesh: jax.sharding.Mesh,
-        tokenizer_sha256: str,
+        inputs: _Inputs,
         checkpoints: Checkpoints,
         writer: MultiWriter,
-        sources: dict[str, str],
-        mfu_per_rate: float,
-        profile_folder: str,
+        workdir: str,
+        start: int,
     ):
-        self.job, self.mesh, self.tokenizer_sha256 = job, mesh, tokenizer_sha256
-        self.checkpoints, self.writer, self.sources = checkpoints, writer, sources
-        self.mfu_per_rate, self.profile_folder = mfu_per_rate, profile_folder
+        self.job, self.mesh, self.inputs, self.start = job, mesh, inputs, start
+        self.checkpoints, self.writer, self.workdir = checkpoints, writer, workdir
         self.held_out: dict[str, HeldOut] = {}
         self._pending: collections.deque = collections.deque()
         self._speed = Throughput()
@@ -194,7 +222,7 @@ class _Run:
         rate = self._speed.per_second()
         if rate is not None:
             values["tokens_per_second"] = rate
-            values["mfu"] = rate * self.mfu_per_rate
+            values["mfu"] = rate * self.inputs.mfu_per_rate
         self.writer.write(step, values | memory_stats())
 
     def after(self, step: int, state: TrainState) -> None:
@@ -218,37 +246,39 @@ class _Run:
         if self._saved == step:
             return
         self._saved = step
+        self.flush()  # so that a kill after this checkpoint leaves no gap in the metrics
         epochs = epochs_at(self.job.data, step)
         info = {"data_position": step, "tokens_seen": step * self._tokens, "epochs": epochs}
         self.checkpoints.save(step, state, info)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        if not self.sources or self._evaluated == step:
+        sources = self.inputs.held_out
+        if not sources or self._evaluated == step:
             return
         self.flush()
         self._evaluated = step
         self.held_out = evaluate(
             state.params,
-            self.sources,
+            sources,
             self.job.step_config,
             self.mesh,
-            batch_size=self.job.data.global_batch,
-            seq_len=self.job.data.seq_len,
-            packing=self.job.data.packing,
-            tokenizer_sha256=self.tokenizer_sha256,
+            batch_size=self.job.data.global_batch // self.job.train.microbatches,
+            **_shape_of_data(self.job, self.inputs.tokenizer_sha256),
         )
         scalars = {}
         for name, result in self.held_out.items():
             scalars[f"eval/{name}/loss"] = result.loss
             scalars[f"eval/{name}/bits_per_byte"] = result.bits_per_byte
-        self.writer.write(step, scalars)
+        # A finished run that is called again evaluates again, but its line is there already.
+        if step > self.start or not _has_line(self.workdir, step, scalars):
+            self.writer.write(step, scalars)
         self._speed.restart()
 
     def profile(self, steps_done: int) -> None:
         """Starts and stops the trace of `train.profile_steps` steps."""
         run = self.job.train
         if run.profile_steps and steps_done == run.profile_start:
-            jax.profiler.start_trace(self.profile_folder)
+            jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
             self._profiling = True
         elif self._profiling and steps_done >= run.profile_start + run.profile_steps:
             self._stop_profile()
@@ -258,30 +288,45 @@ class _Run:
             self.flush()
             jax.profiler.stop_trace()
             self._profiling = False
+            self._speed.restart()
 
 
-def _restore(checkpoints: Checkpoints, abstract: TrainState) -> TrainState | None:
+def _has_line(workdir: str, step: int, scalars: Mapping[str, float]) -> bool:
+    """Whether metrics.jsonl has a line of `step` with these names."""
+    path = os.path.join(workdir, "metrics.jsonl")
+    rows = read_metrics(path) if os.path.exists(path) else []
+    return any(row["step"] == step and scalars.keys() <= row.keys() for row in rows)
+
+
+def _restore_or_init(
+    checkpoints: Checkpoints, abstract: TrainState, job: PretrainJob
+) -> TrainState:
+    """The state of the newest checkpoint, or without one a fresh state, born sharded."""
     restored = checkpoints.restore(abstract)
     if restored is None:
-        return None
+        born = functools.partial(init_state, job.step_config)
+        shardings = jax.tree.map(lambda a: a.sharding, abstract)
+        return jax.jit(born, out_shardings=shardings)(jax.random.key(job.train.seed))
     state, info = restored
     assert info["data_position"] == int(state.step), "data position and step are one number"
     return state
 
 
-def _compile(job: PretrainJob, abstract: TrainState, batch):
-    """The jitted step with donated state, compiled ahead: the first step is like the rest."""
+def _trace(job: PretrainJob, abstract: TrainState, batch) -> jax.stages.Lowered:
+    """The step with donated state, traced: whatever the options don't allow is refused here."""
     model = job.model
     drops = any((model.embed_dropout, model.attn_dropout, model.residual_dropout))
     key = jax.random.key(job.train.seed + 1) if drops else None
     step = functools.partial(train_step, config=job.step_config, dropout_key=key)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted.lower(abstract, batch)
+
+
+def _compile(traced: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles ahead, so that the first step takes as long as the rest."""
     started = time.monotonic()
-    compiled = (
-        jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-        .lower(abstract, batch)
-        .compile()
-    )
+    compiled = traced.compile()
     logging.info("step compiled in %s", format_duration(time.monotonic() - started))
     return compiled
 
