@@ -86,7 +86,10 @@ def pretrain(job: PretrainJob, workdir: str, checkpoint_dir: str | None = None) 
             config=inputs.identity,
         ) as writer:
             run = _Run(job, mesh, inputs, checkpoints, writer, workdir, start)
-            state = _train(run, state, preemption)
+            try:
+                state = _train(run, state, preemption)
+            finally:
+                run.stop_profile()
             finished = int(state.step) >= job.train.steps
             run.finish(state, evaluate_too=finished)
     return Outcome(int(state.step), finished, run.held_out)
@@ -236,7 +239,6 @@ class _Run:
     def finish(self, state: TrainState, *, evaluate_too: bool) -> None:
         """Saves the last state and waits for it; evaluates it when the run is complete."""
         step = int(state.step)
-        self._stop_profile()
         self._save(step, state)
         if evaluate_too:
             self._evaluate(step, state)
@@ -281,13 +283,14 @@ class _Run:
             jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
             self._profiling = True
         elif self._profiling and steps_done >= run.profile_start + run.profile_steps:
-            self._stop_profile()
+            self.flush()  # waits for the last traced step
+            self.stop_profile()
 
-    def _stop_profile(self) -> None:
+    def stop_profile(self) -> None:
+        """Writes the trace if one is being taken."""
         if self._profiling:
-            self.flush()
-            jax.profiler.stop_trace()
             self._profiling = False
+            jax.profiler.stop_trace()
             self._speed.restart()
 
 

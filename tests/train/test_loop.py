@@ -1,0 +1,235 @@
+"""The training loop: stopped anywhere and resumed anywhere, the numbers are those of one run."""
+
+import dataclasses
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax.corpus import read_manifest
+from qwen_jax.data import eval_batches
+from qwen_jax.errors import UserError
+from qwen_jax.model import ForwardOptions, forward
+from qwen_jax.parallel import MeshConfig, make_mesh
+from qwen_jax.train import loop
+from qwen_jax.train.checkpoint import read_identity
+from qwen_jax.train.evaluation import evaluate, parse_eval_sources
+from qwen_jax.train.loop import TrainingDiverged, pretrain
+from qwen_jax.train.metrics import read_metrics
+from qwen_jax.train.step import abstract_state, init_state
+from tests.train import jobs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Every call of `pretrain` compiles its step ahead; the same step need not take its seconds."""
+    before = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return jobs.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """The uninterrupted run, 9 steps on 8 fsdp, checkpoints at 3, 6, 9."""
+    return jobs.run(jobs.make(data), tmp_path_factory.mktemp("whole"))
+
+
+class Killed(BaseException):
+    pass
+
+
+def at_step(monkeypatch, step, action):
+    """Calls `action` in the middle of the loop: after the step, before its checkpoint."""
+    original = loop._Run.after
+
+    def after(self, now, state):
+        if now == step:
+            action()
+        original(self, now, state)
+
+    monkeypatch.setattr(loop._Run, "after", after)
+
+
+def raise_killed():
+    raise Killed
+
+
+def send_sigterm():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_the_run_is_what_it_says(whole, data):
+    assert [step for step, _ in whole.series("loss")] == list(range(1, 10))
+    losses = [loss for _, loss in whole.series("loss")]
+    assert abs(losses[0] - np.log(464)) < 0.1  # nothing known yet: uniform over the vocabulary
+    assert losses[-1] < losses[0] - 0.3
+    assert whole.series("lr")[1] == (2, pytest.approx(3e-3))
+    assert [step for step, _ in whole.series("eval/h/loss")] == [9]
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_again_and_again_is_bit_for_bit_the_same(
+    whole, data, tmp_path, monkeypatch
+):
+    job = jobs.make(data, train={"profile_steps": 2, "profile_start": 1})
+    # Ends right after a checkpoint.
+    short = dataclasses.replace(job, eval="", train=dataclasses.replace(job.train, steps=3))
+    assert pretrain(short, str(tmp_path)) == loop.Outcome(3, True, {})
+    # A polite request, between two checkpoints: saves where it is.
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, send_sigterm)
+        assert pretrain(job, str(tmp_path)) == loop.Outcome(5, False, {})
+    assert read_identity(f"{tmp_path}/checkpoints")["step"] == 5
+    # A crash: steps 7 and 8 are lost and done again from the checkpoint of step 6.
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, raise_killed)
+        with pytest.raises(Killed):
+            pretrain(job, str(tmp_path))
+    assert read_identity(f"{tmp_path}/checkpoints")["step"] == 6
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 7
+    jobs.assert_identical(jobs.run(job, tmp_path), whole)
+    dropped = [row["step"] for row in read_metrics(tmp_path / "metrics.dropped.jsonl")]
+    assert dropped == [7]
+
+    # Every call that trained long enough left a trace.
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 4 and all(trace.stat().st_size > 1000 for trace in traces)
+
+    # A finished run called again says the same and adds nothing.
+    before = (tmp_path / "metrics.jsonl").read_text()
+    outcome = pretrain(job, str(tmp_path))
+    assert outcome.finished and outcome.step == 9
+    assert outcome.held_out["h"].loss == whole.series("eval/h/loss")[0][1]
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_each_part_of_a_run_may_be_on_another_mesh(whole, data, tmp_path):
+    meshes = (
+        MeshConfig(data=4, fsdp=2),
+        MeshConfig(fsdp=2, context=2, tensor=2),
+        MeshConfig(fsdp=4, tensor=2),
+    )
+    for steps, mesh in zip((3, 5, 9), meshes, strict=True):
+        job = jobs.make(data, mesh=mesh, train={"steps": steps})
+        if steps < 9:
+            job = dataclasses.replace(job, eval="")
+        pretrain(job, str(tmp_path))
+    jobs.assert_close(jobs.read(job, tmp_path), whole)
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_costs_only_time(whole, data, tmp_path):
+    job = jobs.make(data)
+    pretrain(dataclasses.replace(job, train=dataclasses.replace(job.train, steps=6)), str(tmp_path))
+    newest = tmp_path / "checkpoints" / "step_00000006"
+    array = max(
+        (path for path in newest.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+    os.truncate(array, array.stat().st_size // 2)
+    result = jobs.run(job, tmp_path)
+    rows = [row for row in result.rows if row["step"] == 6]
+    assert len(rows) == 1  # the evaluation at 6 was of the short run, and was dropped
+    jobs.assert_identical(result, whole)
+    assert (tmp_path / "checkpoints" / "step_00000006.damaged").is_dir()
+
+
+@pytest.mark.slow
+def test_size_one_axes_in_types_change_nothing(whole, data, tmp_path):
+    jax.config.update("jax_remove_size_one_mesh_axis_from_type", False)
+    try:
+        result = jobs.run(jobs.make(data), tmp_path)
+    finally:
+        jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
+    jobs.assert_close(result, whole, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_stops_and_leaves_good_checkpoints(data, tmp_path):
+    job = jobs.make(
+        data,
+        optimizer={"peak_lr": 1e30},
+        train={"max_skipped": 3, "checkpoint_every": 1, "steps": 50},
+    )
+    job = dataclasses.replace(job, optimizer=dataclasses.replace(job.optimizer, decay_steps=0))
+    with pytest.raises(TrainingDiverged, match=r"step 4: the last 3 .*train.max_skipped"):
+        pretrain(job, str(tmp_path))
+    result = jobs.read(job, tmp_path)
+    assert result.step == 3 and result.leaves[".skipped"] == 2
+    assert all(np.isfinite(leaf).all() for leaf in result.leaves.values())
+    assert np.isnan(result.series("loss")[-1][1])
+
+
+def test_held_out_loss_is_that_of_the_windows_one_by_one(data):
+    job = jobs.make(data)
+    manifest = read_manifest(data / "h")
+    wanted = {
+        "packing": "masked",
+        "seq_len": jobs.SEQ_LEN,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+    }
+    found = {}
+    for batch_size in (8, 16):
+        mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+        with jax.set_mesh(mesh):
+            shardings = jax.tree.map(
+                lambda a: a.sharding, abstract_state(job.step_config, mesh).params
+            )
+            params = jax.jit(
+                lambda key: init_state(job.step_config, key).params, out_shardings=shardings
+            )(jax.random.key(3))
+            found[batch_size] = evaluate(
+                params, {"h": str(data / "h")}, job.step_config, mesh, batch_size=batch_size,
+                **wanted,
+            )["h"]  # fmt: skip
+    params = jax.device_put(jax.device_get(params), jax.devices()[0])
+    nll = tokens = 0.0
+    for row in eval_batches(data / "h", 16, **wanted):
+        logits, _ = jax.jit(
+            lambda row: forward(
+                params, row["tokens"], job.model, ForwardOptions(dtype="float32"),
+                segment_ids=row["segment_ids"], positions=row["positions"],
+            )
+        )(row)  # fmt: skip
+        logprobs = np.asarray(jax.nn.log_softmax(logits))
+        picked = np.take_along_axis(logprobs, row["targets"][..., None], -1)[..., 0]
+        nll -= float((picked * row["loss_mask"]).sum())
+        tokens += float(row["loss_mask"].sum())
+    for result in found.values():
+        assert (result.tokens, result.n_bytes) == (manifest.target_tokens, manifest.target_bytes)
+        assert result.tokens == tokens
+        assert result.loss == pytest.approx(nll / tokens, rel=1e-5)
+        assert result.bits_per_byte == pytest.approx(nll / np.log(2) / result.n_bytes, rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["h", "=x", "h=", "h=x,h=y"])
+def test_badly_written_eval_sources_are_refused(text):
+    with pytest.raises(UserError, match="write name=FOLDER,name=FOLDER with each name once"):
+        parse_eval_sources(text)
+
+
+def test_a_refused_start_leaves_the_disk_as_it_was(data, tmp_path):
+    """Each is refused before anything is computed or written."""
+    step = {"options": ForwardOptions(dtype="float32", attention="chunkd")}
+    for change, said in [
+        ({"eval": f"h={data}/none"}, "none does not exist"),
+        ({"mesh": MeshConfig(fsdp=3)}, "needs 3 devices but 8 are there"),
+        ({"tokenizer": f"{data}/none"}, "none does not exist"),
+        (step, r"'chunkd' is unknown \(did you mean 'chunked'\?\)"),
+        ({"data": {"seq_len": 32}}, "packed with seq_len 16, the config wants 32"),
+        ({"data": {"global_batch": 12}}, "data.global_batch=12 is not a multiple"),
+        ({"model": {"vocab_size": 256}}, "464 ids but model.vocab_size is 256"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            pretrain(jobs.make(data, **change), str(tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
