@@ -19,17 +19,21 @@ With it, they are packed, and the text of the held-out side is kept beside for o
 Can be killed and started again: it goes on where it was, and does nothing that is done.
 """
 
-import filecmp
-import os
 import pathlib
-from collections.abc import Iterable
 
 from absl import flags
 
 from launch import program
-from qwen_jax.corpus import Document, JsonLines, PackConfig, Subset, pack, stdlib, write_jsonl
+from qwen_jax.corpus import PackConfig
+from qwen_jax.corpus.prepare import (
+    Sides,
+    jsonl_source,
+    pack_source,
+    stdlib_sources,
+    write_source,
+)
 from qwen_jax.errors import UserError
-from qwen_jax.tokenizer import load_tokenizer
+from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 
 CORPUS = flags.DEFINE_list("corpus", [], "`stdlib` and JSONL files, separated by commas.")
 OUT = flags.DEFINE_string("out", None, "Folder to write.")
@@ -41,37 +45,17 @@ SHARDS = flags.DEFINE_integer("shards", 1, "Files per source for training; held-
 STDLIB_BYTES = flags.DEFINE_integer("stdlib_bytes", None, "At most about so much of stdlib.")
 STDLIB_TESTS = flags.DEFINE_bool("stdlib_tests", False, "With the library's own tests.")
 
-Sides = dict[str, Iterable[Document]]
-"""{"train": documents, "heldout": documents}."""
-
 
 def collect() -> dict[str, Sides]:
     """Source name -> both sides of its split."""
+    split = {"heldout": HELDOUT.value, "seed": SEED.value}
     sources: dict[str, Sides] = {}
     for entry in CORPUS.value:
         if entry == "stdlib":
-            corpus = stdlib.load(
-                heldout=HELDOUT.value,
-                seed=SEED.value,
-                max_bytes=STDLIB_BYTES.value,
-                tests=STDLIB_TESTS.value,
-            )
-            found = {
-                component: {
-                    "train": [d for d in corpus.train if d.source == component],
-                    "heldout": [d for d in corpus.heldout if d.source == component],
-                }
-                for component in stdlib.COMPONENTS
-            }
+            size = {"max_bytes": STDLIB_BYTES.value, "tests": STDLIB_TESTS.value}
+            found = stdlib_sources(**split, **size)
         else:
-            lines = JsonLines(entry)
-            name = lines.path.name.removesuffix(".gz").removesuffix(".jsonl")
-            found = {
-                name: {
-                    "train": Subset(lines, HELDOUT.value, SEED.value, held=False),
-                    "heldout": Subset(lines, HELDOUT.value, SEED.value, held=True),
-                }
-            }
+            found = jsonl_source(entry, **split)
         for name, sides in found.items():
             if name in sources:
                 raise UserError(f"--corpus has two sources named {name!r}; rename one file.")
@@ -79,35 +63,14 @@ def collect() -> dict[str, Sides]:
     return sources
 
 
-def keep(path: pathlib.Path, documents: Iterable[Document]) -> int:
-    """Writes documents to `path` unless they are there; refuses to replace others."""
-    new = path.with_name(path.name + ".new")
-    count = write_jsonl(new, documents)
-    if path.exists() and not filecmp.cmp(new, path, shallow=False):
-        new.unlink()
-        raise UserError(f"{path} already holds other documents; delete it or choose another --out.")
-    os.replace(new, path)
-    return count
-
-
-def prepare_source(folder: pathlib.Path, sides: Sides, tokenizer) -> None:
-    """Writes everything of one source."""
-    for side, documents in sides.items():
-        if side == "heldout" and HELDOUT.value == 0:
-            continue
-        if next(iter(documents), None) is None:
-            raise UserError(
-                f"The {side} side of {folder.name} has no documents; change --heldout or --seed."
-            )
-        if tokenizer is None:
-            count = keep(folder / f"{side}.jsonl", documents)
+def prepare_source(folder: pathlib.Path, sides: Sides, tokenizer: Tokenizer | None) -> None:
+    """Writes everything of one source, and says what there is."""
+    if tokenizer is None:
+        for side, count in write_source(folder, sides).items():
             print(f"{folder / side}.jsonl: {count:,} documents")
-            continue
-        shards = SHARDS.value if side == "train" else 1
-        config = PackConfig(SEQ_LEN.value, seed=SEED.value, shards=shards)
-        done = pack(documents, folder / side, tokenizer, config)
-        if side == "heldout":
-            keep(folder / "heldout.jsonl", documents)
+        return
+    config = PackConfig(SEQ_LEN.value, seed=SEED.value, shards=SHARDS.value)
+    for side, done in pack_source(folder, sides, tokenizer, config).items():
         print(
             f"{folder / side}: {done.windows:,} windows of {done.seq_len} from "
             f"{done.documents:,} documents, {done.tokens:,} tokens, "
@@ -115,7 +78,7 @@ def prepare_source(folder: pathlib.Path, sides: Sides, tokenizer) -> None:
         )
 
 
-def main() -> None:
+def run() -> None:
     """Collects, splits, and writes or packs every source."""
     if not CORPUS.value:
         raise UserError("--corpus is missing: give stdlib, or JSONL files, separated by commas.")
@@ -130,4 +93,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(run)

@@ -21,6 +21,21 @@ from qwen_jax.corpus.documents import Document
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate.ngram import MAX_ORDER, train_ngram
 
+SEES = {
+    "gzip": ("gzip -9", "the held-out text alone, and of that the last 32 kB"),
+    "xz": ("xz -9e", "the held-out text alone, all that came before"),
+    "xz_primed": (
+        "xz -9e, primed",
+        "up to 4 MB of the training text first, then the held-out text; only the growth counts",
+    ),
+    "ngram": (
+        f"byte {MAX_ORDER}-gram",
+        "all of the training text, counted (modified Kneser-Ney); of the held-out text the "
+        f"{MAX_ORDER - 1} bytes before",
+    ),
+}
+"""For each figure of `Baselines`: its name, and what it has to go by."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:

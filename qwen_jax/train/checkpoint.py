@@ -323,7 +323,10 @@ def _nested(leaves: Mapping[str, Any]) -> dict:
 
 
 def _placed(leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives every abstract leaf a concrete sharding; None becomes replicated over the mesh."""
+    """Gives every abstract leaf a concrete sharding.
+
+    None becomes replicated over the mesh, or the first device of this process without any mesh.
+    """
     named = [s for x in leaves.values() if isinstance(s := x.sharding, jax.NamedSharding)]
     meshes = [s.mesh for s in named if isinstance(s.mesh, jax.sharding.Mesh)]
     mesh = meshes[0] if meshes else jax.sharding.get_mesh()
@@ -331,7 +334,8 @@ def _placed(leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
         sharding = leaf.sharding
         if sharding is None:
-            sharding = jax.NamedSharding(mesh, jax.P())
+            single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            sharding = single if mesh.empty else jax.NamedSharding(mesh, jax.P())
         elif isinstance(sharding, jax.NamedSharding):
             # What `jax.eval_shape` returns may name only an abstract mesh.
             concrete = isinstance(sharding.mesh, jax.sharding.Mesh)

@@ -1,0 +1,294 @@
+"""From nothing to a trained toy Qwen in minutes on a CPU: `make demo`.
+
+    python -m launch.demo --workdir=runs/demo
+
+Prepares the Python standard library of this interpreter as a corpus, trains a tokenizer on it,
+packs it, pretrains configs/pretrain.py:demo on a mesh of 8 CPU devices, compares it on held-out
+documents with gzip, xz and an n-gram model, and writes WORKDIR/report.html. The recipe can be
+changed as for launch.pretrain: --config=configs/pretrain.py:toy, --config.train.steps=200.
+
+Killed at any moment and started again, it goes on where it was; what is finished is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from launch import program
+from qwen_jax.artifact import once
+from qwen_jax.config import from_config_dict
+from qwen_jax.corpus import JsonLines, Manifest, PackConfig
+from qwen_jax.corpus.prepare import pack_source, stdlib_sources, write_source
+from qwen_jax.data import data_fingerprint, epochs_at
+from qwen_jax.errors import UserError
+from qwen_jax.evaluate.baselines import SEES, Baselines, compute_baselines
+from qwen_jax.generate.sampler import sample
+from qwen_jax.model import abstract_params, count_params
+from qwen_jax.progress import duration
+from qwen_jax.tokenizer import Tokenizer, load_tokenizer
+from qwen_jax.tokenizer.tokenizer import CONTROL_TOKENS
+from qwen_jax.tokenizer.train import JsonlTexts, train_bpe
+from qwen_jax.train.checkpoint import restore_params
+from qwen_jax.train.job import PretrainJob, identity
+from qwen_jax.train.loop import pretrain
+from qwen_jax.train.metrics import read_metrics
+from qwen_jax.train.progress import format_count
+from qwen_jax.train.report import Report, Sample, score_table, write_report
+
+RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "pretrain.py"
+CONFIG = config_flags.DEFINE_config_file("config", f"{RECIPE}:demo", "Recipe.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder for everything the demo makes.")
+STDLIB_BYTES = flags.DEFINE_integer("stdlib_bytes", None, "At most about so much text, for tests.")
+
+HELDOUT = flags.DEFINE_float("heldout", 0.03, "Share of the modules that is held out.")
+flags.set_default(program.CPU_DEVICES, 8)
+# Shares of the training tokens. Code is 73 % of the text; prose is evaluated too and harder.
+WEIGHTS = {"code": 0.65, "prose": 0.35}
+
+PROMPTS = (
+    'def read_lines(path, encoding="utf-8"):\n    """',
+    "class Queue:\n    def __init__(self, maxsize=0):\n",
+    "import os\nimport sys\n\n",
+    "    for name in sorted(",
+    "This module provides",
+)
+SAMPLE = {"max_new_tokens": 96, "temperature": 0.8, "top_k": 40, "seed": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Where things are, and what is being made of them."""
+
+    workdir: pathlib.Path
+    job: PretrainJob
+
+    @property
+    def data(self) -> pathlib.Path:  # noqa: D102
+        return self.workdir / "data"
+
+    @property
+    def results(self) -> pathlib.Path:  # noqa: D102
+        return self.workdir / "results"
+
+
+class Stages:
+    """Says which stage is running and, at its end, how long it took."""
+
+    def __init__(self, total: int):
+        self._total, self._number = total, 0
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Around one stage."""
+        self._number += 1
+        print(f"{self._number}/{self._total} {name} …", flush=True)
+        start = time.monotonic()
+        yield
+        print(f"    {duration(time.monotonic() - start)}", flush=True)
+
+
+def make_tokenizer(demo: Demo) -> Tokenizer:
+    """Trains the vocabulary on the training side, with as many ranks as the model has rows for."""
+    path = pathlib.Path(demo.job.tokenizer)
+    files = [demo.data / name / "train.jsonl" for name in WEIGHTS]
+    ranks = demo.job.model.vocab_size - len(CONTROL_TOKENS)
+    key = {"ranks": ranks, "texts": [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]}
+
+    def train() -> str:
+        tokenizer = Tokenizer(tuple(train_bpe(JsonlTexts(tuple(map(str, files))), ranks)))
+        if path.exists() and load_tokenizer(path).sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{path} is the vocabulary of another recipe or text; choose another --workdir"
+            )
+        tokenizer.save(path)
+        return tokenizer.sha256
+
+    trained = once(demo.results / "tokenizer.json", key, train)
+    tokenizer = load_tokenizer(path)
+    if tokenizer.sha256 != trained:
+        raise UserError(f"{path} was changed since it was trained; delete it and {demo.results}")
+    return tokenizer
+
+
+def held_out(demo: Demo, tokenizer: Tokenizer, packed: dict[str, dict[str, Manifest]]) -> dict:
+    """Pretrains, and returns source -> bits per byte and loss of the finished model."""
+    job = demo.job
+    key = {
+        "run": identity(job, tokenizer, data_fingerprint(job.data)),
+        "heldout": {name: sides["heldout"].content() for name, sides in packed.items()},
+        "steps": job.train.steps,
+        "microbatches": job.train.microbatches,
+        "mesh": dataclasses.asdict(job.mesh),
+        "options": dataclasses.asdict(job.options),
+    }
+
+    def train() -> dict:
+        outcome = pretrain(job, str(demo.workdir))
+        if not outcome.finished:
+            raise Stopped(outcome.step)
+        return {name: dataclasses.asdict(found) for name, found in outcome.held_out.items()}
+
+    return once(demo.results / "held_out.json", key, train)
+
+
+class Stopped(Exception):
+    """Training was asked to stop, and has saved what it had; the argument is its step."""
+
+
+def baselines(demo: Demo, packed: dict[str, dict[str, Manifest]]) -> dict[str, Baselines]:
+    """What the held-out text costs under gzip, xz and the n-gram model, by source."""
+    found = {}
+    for name, sides in packed.items():
+        # Packing has identified the documents by their contents.
+        key = {side: manifest.documents_digest for side, manifest in sides.items()}
+        texts = [JsonLines(demo.data / name / f"{side}.jsonl") for side in ("train", "heldout")]
+
+        def compute(texts=texts) -> dict:
+            return dataclasses.asdict(compute_baselines(*map(list, texts)))
+
+        found[name] = Baselines(**once(demo.results / f"baselines-{name}.json", key, compute))
+    return found
+
+
+def samples(demo: Demo, tokenizer: Tokenizer, result: dict) -> list[Sample]:
+    """Continuations of `PROMPTS` by the last checkpoint: the likeliest tokens, and a draw."""
+    model = demo.job.model
+    key = {"model": result, "tokenizer": tokenizer.sha256, "prompts": PROMPTS, "options": SAMPLE}
+    prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+
+    def compute() -> list[dict]:
+        params = restore_params(str(demo.workdir / "checkpoints"), abstract_params(model))
+        drawn = {
+            how: sample(
+                *(params, prompts, model, demo.job.options),
+                **options,
+                stop_id=tokenizer.eod_id,
+                vocab_size=tokenizer.vocab_size,
+            )
+            for how, options in (
+                ("the most probable token each time", SAMPLE | {"temperature": 0.0}),
+                (f"drawn at temperature {SAMPLE['temperature']}, top {SAMPLE['top_k']}", SAMPLE),
+            )
+        }
+        return [
+            {
+                "prompt": prompt,
+                "continuations": {how: tokenizer.decode(rows[i]) for how, rows in drawn.items()},
+            }
+            for i, prompt in enumerate(PROMPTS)
+        ]
+
+    return [Sample(**entry) for entry in once(demo.results / "samples.json", key, compute)]
+
+
+def make_report(
+    demo: Demo, result: dict, others: dict[str, Baselines], written: list[Sample]
+) -> Report:
+    """Puts everything that was found on one page."""
+    job = demo.job
+    me = f"Qwen, {format_count(count_params(job.model))} parameters"
+    scores = {me: {name: found["bits_per_byte"] for name, found in result.items()}}
+    sees = {
+        me: "the probability of every token but a document's first, its end included (which has "
+        f"bits but no bytes), given at most {job.data.seq_len} tokens of the same document; "
+        "trained on part of the training text"
+    }
+    for field, (who, what) in SEES.items():
+        scores[who] = {name: getattr(found, field) for name, found in others.items()}
+        sees[who] = what
+    metrics = read_metrics(demo.workdir / "metrics.jsonl")
+    rates = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
+    tokens = job.train.steps * job.data.global_batch * job.data.seq_len
+    epochs = epochs_at(job.data, job.train.steps).values()
+    mesh = {axis: size for axis, size in dataclasses.asdict(job.mesh).items() if size != 1}
+    facts = {
+        "parameters": format_count(count_params(job.model)),
+        "layers × channels": f"{job.model.n_layers} × {job.model.d_model}",
+        "vocabulary": f"{job.model.vocab_size:,}",
+        "training tokens": format_count(tokens),
+        "passes over " + " and ".join(WEIGHTS): " and ".join(f"{e:.2f}" for e in epochs),
+        "steps": f"{job.train.steps:,}",
+        "tokens per second": f"{statistics.median(rates):,.0f}" if rates else "–",
+        "CPU devices": " × ".join(f"{size} {axis}" for axis, size in mesh.items()),
+    }
+    return Report(
+        title="A toy Qwen, from the standard library to a report",
+        summary=f"Corpus: the standard library of Python {platform.python_version()}, its sources "
+        "(code) and its docstrings, comments and reference pages (prose). Tokenizer, data, "
+        f"pretraining and sampling by qwen_jax on JAX {jax.__version__}.",
+        facts=facts,
+        scores=scores,
+        sees=sees,
+        metrics=metrics,
+        samples=written,
+        config=json.dumps(dataclasses.asdict(job), indent=2),
+    )
+
+
+def make_demo() -> Demo:
+    """The recipe with this working folder's paths filled in."""
+    if not WORKDIR.value:
+        raise UserError("--workdir is empty: give a folder for everything the demo makes")
+    workdir = pathlib.Path(WORKDIR.value)
+    job = from_config_dict(PretrainJob, CONFIG.value)
+    folders = {name: workdir / "data" / name for name in WEIGHTS}
+    sources = ",".join(f"{folders[name]}/train={share}" for name, share in WEIGHTS.items())
+    job = dataclasses.replace(
+        job,
+        tokenizer=str(workdir / "tokenizer.tiktoken"),
+        data=dataclasses.replace(job.data, sources=sources),
+        eval=",".join(f"{name}={folder}/heldout" for name, folder in folders.items()),
+    )
+    return Demo(workdir, job)
+
+
+def main() -> None:
+    """All stages in order; each leaves a finished result on disk, or nothing."""
+    demo, stage = make_demo(), Stages(7)
+    with stage(f"documents: the standard library of Python {platform.python_version()}"):
+        sources = stdlib_sources(heldout=HELDOUT.value, seed=0, max_bytes=STDLIB_BYTES.value)
+        for name, sides in sources.items():
+            counts = write_source(demo.data / name, sides)
+            print(f"    {name}: " + ", ".join(f"{n:,} {side}" for side, n in counts.items()))
+    with stage("tokenizer"):
+        tokenizer = make_tokenizer(demo)
+        print(f"    {tokenizer.n_ranks:,} ranks and {len(CONTROL_TOKENS)} control tokens")
+    with stage("pack"):
+        how = PackConfig(demo.job.data.seq_len)
+        packed = {
+            name: pack_source(demo.data / name, sides, tokenizer, how)
+            for name, sides in sources.items()
+        }
+        for name, sides in packed.items():
+            tokens = ", ".join(f"{m.tokens:,} tokens {side}" for side, m in sides.items())
+            print(f"    {name}: {tokens}")
+    with stage("baselines: gzip, xz and an n-gram model of the same text"):
+        others = baselines(demo, packed)
+    with stage(f"pretrain: {format_count(count_params(demo.job.model))} parameters"):
+        try:
+            result = held_out(demo, tokenizer, packed)
+        except Stopped as stopped:
+            print(f"stopped at step {stopped}; the same command goes on from there")
+            return
+    with stage("samples"):
+        written = samples(demo, tokenizer, result)
+    with stage("report"):
+        report = make_report(demo, result, others, written)
+        write_report(demo.workdir / "report.html", report)
+    print(f"\n{score_table(report.scores)}\n\n* lowest   report: {demo.workdir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    program.run(main)
