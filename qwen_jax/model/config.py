@@ -84,9 +84,17 @@ class ModelConfig:
     residual_dropout: float = 0.0
 
     def __post_init__(self):
-        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim"):
+        sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("embed_dropout", "attn_dropout", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise UserError(
+                f"model.windows has {min(w for w in self.windows if w is not None)}; give 1 or more"
+            )
         if self.n_heads % self.n_kv_heads:
             raise UserError(
                 f"model.n_heads={self.n_heads} is not a multiple of "

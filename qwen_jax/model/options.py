@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import UserError, nearest
+from qwen_jax.kernels.dispatch import IMPLEMENTATIONS
 from qwen_jax.parallel.rules import GATHERED
 
 _policies = jax.checkpoint_policies
@@ -36,7 +37,7 @@ class ForwardOptions:
       dtype: compute dtype of matmuls and activations. Norm statistics, softmax, RoPE angles and the
         loss are float32 whatever it is.
       remat: what the backward pass recomputes, a name in `REMAT`.
-      attention: implementation, see `kernels.dispatch`.
+      attention: implementation, a name in `kernels.dispatch.IMPLEMENTATIONS`.
     """
 
     dtype: str = "bfloat16"
@@ -44,7 +45,12 @@ class ForwardOptions:
     attention: str = "auto"
 
     def __post_init__(self):
-        for name, value, known in (("dtype", self.dtype, DTYPES), ("remat", self.remat, REMAT)):
+        choices = (
+            ("dtype", self.dtype, DTYPES),
+            ("remat", self.remat, REMAT),
+            ("attention", self.attention, IMPLEMENTATIONS),
+        )
+        for name, value, known in choices:
             if value not in known:
                 raise UserError(
                     f"options.{name} is {value!r}{nearest(value, known)}; "
