@@ -65,7 +65,7 @@ def report(size: str) -> PretrainJob:
             peak_lr=3e-4,  # report Table 1, all three sizes
             final_lr_ratio=0.1,  # report §2.4: cosine to 10 % of the peak
             warmup_steps=2000,  # memo
-            decay_steps=steps,
+            decay_steps=-1,  # the last step
             b1=0.9,  # report §2.4
             b2=0.95,
             eps=1e-8,  # report §2.4 (the memo says 1e-6)
@@ -101,7 +101,7 @@ def demo() -> PretrainJob:
         data=DataConfig(sources="", seq_len=256, global_batch=16, packing="masked", seed=0),
         options=ForwardOptions(dtype="bfloat16", remat="none"),
         mesh=MeshConfig(data=1, fsdp=4, context=1, tensor=2),
-        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=40, decay_steps=steps),
+        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=40, decay_steps=-1),
         loss=LossConfig(chunk=512),
         train=RunConfig(
             steps=steps, log_every=10, eval_every=200, checkpoint_every=100, keep_last=2
@@ -127,6 +127,6 @@ def toy() -> PretrainJob:
             trained_length=64,
         ),
         data=dataclasses.replace(job.data, seq_len=64, global_batch=8),
-        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=4, decay_steps=20),
+        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=4, decay_steps=-1),
         train=RunConfig(steps=20, log_every=1, checkpoint_every=5, tensorboard=False),
     )

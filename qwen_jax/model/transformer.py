@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from qwen_jax.errors import UserError
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, append
 from qwen_jax.model.options import REMAT, ForwardOptions
@@ -30,6 +31,9 @@ Params = dict[str, Any]
 
 class KVCache(NamedTuple):
     """Keys (already rotated) and values of earlier tokens, one dense block of slots per row.
+
+    Padding of a ragged prompt stands on the right: its slots are written over by the next tokens.
+    The caller sees to it that length + new tokens never exceed the slots.
 
     Attributes:
       keys, values: [L,B,S,K,H].
@@ -93,7 +97,7 @@ def declare(config: ModelConfig) -> dict[str, Any]:
 
     Under `jax.set_mesh` the structs carry the shardings that `RULES` gives.
     """
-    return jax.eval_shape(lambda key: _boxed_init(config, key), jax.random.key(0))
+    return jax.eval_shape(lambda: _boxed_init(config, jax.random.key(0)))
 
 
 def _map_declared(f, config: ModelConfig) -> Params:
@@ -171,6 +175,7 @@ def hidden_states(
     logn_factor = logn_scale(positions, config.trained_length) if logn else None
     slots_segments = None
     if cache is not None:
+        _check_cache(cache, length)
         new = jnp.ones_like(tokens) if segment_ids is None else segment_ids
         slots_segments = append(cache.segments, new, start)
         segment_ids = new
@@ -198,6 +203,16 @@ def hidden_states(
         added = (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
         cache = KVCache(*new_kv, slots_segments, start + added)
     return x, cache
+
+
+def _check_cache(cache: KVCache, length: int) -> None:
+    if length > cache.segments.shape[1]:
+        raise UserError(
+            f"{length} new tokens don't fit in a cache of {cache.segments.shape[1]} slots; make a "
+            "larger one"
+        )
+    if on_mesh() and current_mesh().shape["context"] > 1:
+        raise UserError("a KV cache needs mesh.context=1; use fsdp, data or tensor instead")
 
 
 def _windows(config: ModelConfig) -> tuple[jax.Array | None, int | None]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from qwen_jax.errors import UserError
@@ -51,11 +52,29 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Makes the mesh; enter it with `jax.set_mesh(mesh)`.
 
     Axes are explicit: every array's type carries its sharding, and an operation whose result
-    sharding is ambiguous must say it. `devices` defaults to all devices of all processes.
+    sharding is ambiguous must say it. Within a slice devices are laid out along the interconnect;
+    over several slices `data` is the outer axis and alone crosses the data-center network.
+
+    Args:
+      config: sizes of the axes.
+      devices: all devices of all processes by default.
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices.
+      UserError: the sizes don't multiply to the number of devices, or slices don't divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _sizes(config, len(devices))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Explicit,) * len(AXES), devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} is not a multiple of the {slices} slices; only data crosses "
+            "slices, so give it a multiple of their number"
+        )
+    # Split physical axes: without it, tensor=4 on a 16×16 torus has no assignment.
+    how = {"devices": devices, "allow_split_physical_axes": True}
+    if slices > 1:
+        inner = (sizes[0] // slices, *sizes[1:])
+        layout = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), **how)
+    else:
+        layout = mesh_utils.create_device_mesh(sizes, **how)
+    return jax.sharding.Mesh(layout, AXES, axis_types=(AxisType.Explicit,) * len(AXES))

@@ -25,7 +25,7 @@ PEAK_FLOPS = {
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
     "TPU v6e": 918e12,
-    "TPU7x": 2307e12,
+    "TPU7x": 1153.5e12,  # JAX lists each of the chip's two TensorCores as a device
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -50,17 +50,19 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     return 6.0 * matmul_params(config) + 12.0 * config.n_heads * config.head_dim * keys
 
 
-def peak_flops(device: jax.Device) -> tuple[float, str]:
-    """Peak FLOP/s of one device, and where the number comes from.
+def peak_flops(device: jax.Device) -> float:
+    """Peak FLOP/s of one device.
 
-    From the data sheet for known accelerators. For anything else (CPUs) it is *measured*: the best
-    of a few 1024³ float32 products, divided over the devices of this process, which share the host.
+    From the data sheet for known accelerators. For anything else it is *measured*, and the log says
+    so: the best of a few square products, float32 on CPUs (whose devices share the host, so each
+    gets its part) and bf16 elsewhere.
     """
     for kind, peak in PEAK_FLOPS.items():
         if kind.lower() in device.device_kind.lower():
-            return peak, f"data sheet of {kind}"
-    n = 1024
-    x = jax.device_put(jnp.ones((n, n), jnp.float32), device)
+            return peak
+    on_cpu = device.platform == "cpu"
+    n, dtype = (1024, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
+    x = jax.device_put(jnp.ones((n, n), dtype), device)
     product = jax.jit(lambda a: a @ a)
     product(x).block_until_ready()
     best = float("inf")
@@ -68,6 +70,6 @@ def peak_flops(device: jax.Device) -> tuple[float, str]:
         start = time.perf_counter()
         product(x).block_until_ready()
         best = min(best, time.perf_counter() - start)
-    peak = 2 * n**3 / best / jax.local_device_count()
-    logging.info("peak of %s measured: %.1f GFLOP/s per device", device.device_kind, peak / 1e9)
-    return peak, "measured float32 matmul"
+    peak = 2 * n**3 / best / (jax.local_device_count() if on_cpu else 1)
+    logging.info("peak of %s, measured: %.4g TFLOP/s per device", device.device_kind, peak / 1e12)
+    return peak

@@ -70,6 +70,22 @@ class PretrainJob:
     loss: LossConfig = LossConfig()
     eval: str = ""
 
+    def __post_init__(self):
+        if self.optimizer.decay_steps == -1:
+            filled = dataclasses.replace(self.optimizer, decay_steps=self.train.steps)
+            object.__setattr__(self, "optimizer", filled)
+        model, seq_len = self.model, self.data.seq_len
+        if seq_len > model.max_length:
+            raise UserError(
+                f"data.seq_len={seq_len} is longer than model.max_length={model.max_length}; raise "
+                "model.max_length too"
+            )
+        if (model.dynamic_ntk or model.logn) and seq_len != model.trained_length:
+            raise UserError(
+                f"data.seq_len={seq_len} is not model.trained_length={model.trained_length}, past "
+                "which NTK and LogN stretch positions at inference; change both together"
+            )
+
     @property
     def step_config(self) -> StepConfig:
         """The part the jitted step is made of."""

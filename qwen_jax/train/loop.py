@@ -134,7 +134,7 @@ def _open(job: PretrainJob, mesh: jax.sharding.Mesh) -> _Inputs:
     abstract = abstract_state(job.step_config, mesh)
     with jax.set_mesh(mesh):
         traced = _trace(job, abstract, feed(batches.rows(0, first, count)))
-    peak, _ = peak_flops(jax.local_devices()[0])
+    peak = peak_flops(jax.local_devices()[0])
     return _Inputs(
         tokenizer_sha256=tokenizer.sha256,
         batches=batches,

@@ -21,7 +21,8 @@ class OptimizerConfig:
     Attributes:
       peak_lr: highest learning rate. final_lr_ratio: the cosine ends at this share of it.
       warmup_steps: linear from 0. decay_steps: step at which the cosine reaches its floor, after
-        which the rate stays there; 0 keeps the peak after warm-up (constant schedule).
+        which the rate stays there; 0 keeps the peak after warm-up (constant schedule), -1 is the
+        last step of the job (`train.steps`), filled in by `PretrainJob`.
       b1, b2, eps: Adam's. weight_decay: applied to matrices and embeddings only.
       clip_norm: global gradient norm above which gradients are scaled down.
     """
@@ -37,10 +38,23 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
+        # Written so that a NaN fails too.
         for name in ("peak_lr", "clip_norm", "eps"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
-        if self.decay_steps and self.decay_steps <= self.warmup_steps:
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if not 0 <= self.final_lr_ratio <= 1:
+            raise UserError(
+                f"optimizer.final_lr_ratio is {self.final_lr_ratio}; it must be in [0, 1]"
+            )
+        if not self.weight_decay >= 0 or self.warmup_steps < 0 or self.decay_steps < -1:
+            raise UserError(
+                f"optimizer.weight_decay={self.weight_decay} and warmup_steps={self.warmup_steps} "
+                f"must be at least 0, decay_steps={self.decay_steps} at least -1"
+            )
+        if 0 < self.decay_steps <= self.warmup_steps:
             raise UserError(
                 f"optimizer.decay_steps={self.decay_steps} is not past "
                 f"optimizer.warmup_steps={self.warmup_steps}; raise it or shorten the warm-up"
@@ -49,6 +63,7 @@ class OptimizerConfig:
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
     """Learning rate of 0-based `step`, float32: the first step already uses peak/warmup."""
+    assert config.decay_steps >= 0, "decay_steps=-1 is filled in by the job"
     step = step.astype(jnp.float32) + 1.0
     warmup = jnp.minimum(step / max(config.warmup_steps, 1), 1.0)
     if not config.decay_steps:
@@ -61,12 +76,12 @@ def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
 
 
 def adamw(config: OptimizerConfig, decay_mask) -> optax.GradientTransformation:
-    """Clip → Adam → decoupled decay, *before* the learning rate, which the step multiplies in.
+    """Adam → decoupled decay: what stands between clipping and the learning rate.
 
-    Moments are float32 and are sharded as the parameters are.
+    The step clips (it knows the norm already) and multiplies the rate in. Moments are float32 and
+    are sharded as the parameters are.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
     )

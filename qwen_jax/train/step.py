@@ -37,6 +37,12 @@ class LossConfig:
     z_loss: float = 0.0
     chunk: int = 1024
 
+    def __post_init__(self):
+        if not self.z_loss >= 0 or self.chunk < 1:
+            raise UserError(
+                f"loss.z_loss={self.z_loss} must be at least 0, loss.chunk={self.chunk} at least 1"
+            )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,8 @@ def init_state(config: StepConfig, key: jax.Array) -> TrainState:
 def abstract_state(config: StepConfig, mesh: jax.sharding.Mesh) -> TrainState:
     """The state as `ShapeDtypeStruct`s with concrete shardings on `mesh`; computes nothing."""
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(lambda key: init_state(config, key), jax.random.key(0))
+        # The key is made inside: an eager one would run on `mesh`, which may be fictitious.
+        shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
 
     def concrete(x):
         sharding = jax.NamedSharding(mesh, x.sharding.spec if x.sharding else jax.P())
@@ -193,6 +200,8 @@ def train_step(
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
         grad_norm = optax.tree.norm(grads)
+        clip = jnp.minimum(1.0, config.optimizer.clip_norm / grad_norm)
+        grads = jax.tree.map(lambda g: clip * g, grads)
         lr = learning_rate(config.optimizer, state.step)
         optimizer = adamw(config.optimizer, decay_mask(config.model))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -253,5 +253,5 @@ def test_state_is_born_sharded_and_in_float32():
         assert born.dtype in (jnp.float32, jnp.int32)
 
     jax.tree.map(check, state, abstract)
-    up = state.opt_state[1].mu["layers"]["mlp"]["up"]
+    up = state.opt_state[0].mu["layers"]["mlp"]["up"]
     assert up.addressable_shards[0].data.shape == (2, 64 // 4, 96 // 2)
