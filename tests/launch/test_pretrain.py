@@ -19,7 +19,7 @@ from qwen_jax.train.metrics import read_metrics
 from tests import programs
 from tests.train import jobs
 
-STEPS = 120
+STEPS = 90
 PROGRAM = "launch.pretrain"
 
 
@@ -72,13 +72,11 @@ def test_kill_and_sigterm_at_any_moment_change_no_number(data, tmp_path):
     run = tmp_path / "run"
     # In the middle of the first checkpoint's asynchronous save; nothing complete is on disk yet.
     assert Running(data, run, log).when("Saving checkpoint .*20", signal.SIGKILL) == -9
-    # Between two checkpoints.
-    assert Running(data, run, log).when(r"step +5\d/", signal.SIGKILL) == -9
-    # In the middle of a save, with older checkpoints there.
-    assert Running(data, run, log).when("Saving checkpoint .*80", signal.SIGKILL) == -9
+    # Between two checkpoints, or in the middle of a save with an older one there.
+    assert Running(data, run, log).when(r"step +4\d/", signal.SIGKILL) == -9
     # Asked politely: saves, says so, and ends well.
     polite = Running(data, run, log)
-    assert polite.when(r"step +8\d/", signal.SIGTERM) == 0
+    assert polite.when(r"step +6\d/", signal.SIGTERM) == 0
     stopped = int(re.search(r"stopped at step (\d+); the same command goes on", polite.output())[1])
     assert read_identity(f"{run}/checkpoints")["step"] == stopped < STEPS
     last = Running(data, run, log)
