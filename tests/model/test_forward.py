@@ -80,6 +80,7 @@ def test_ragged_prompts_then_decoding_is_each_row_alone_at_once(name):
 
     # All rows at once without a cache: what follows a row's end cannot matter to it.
     full = jax.jit(lambda w: forward(w, texts, config, FLOAT32, **switches)[0])(weights)
+    first, full = np.asarray(first), np.asarray(full)
     for i, n in enumerate(lengths):
         np.testing.assert_allclose(first[i, :n], full[i, :n], atol=2e-5, rtol=1e-5)
         np.testing.assert_allclose(later[:, i], full[i, n : n + NEW], atol=2e-5, rtol=1e-5)
