@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -78,6 +79,17 @@ def make(folder: str | os.PathLike, *, mesh: MeshConfig = MeshConfig(fsdp=8), **
             changes = dataclasses.replace(getattr(job, name), **changes)
         job = dataclasses.replace(job, **{name: changes})
     return job
+
+
+@contextlib.contextmanager
+def compile_once(folder: pathlib.Path):
+    """Each call of `pretrain` compiles ahead; here the same step takes its seconds only once."""
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,14 +23,9 @@ from tests.train import jobs
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Every call of `pretrain` compiles its step ahead; the same step need not take its seconds."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+def cache(tmp_path_factory):
+    with jobs.compile_once(tmp_path_factory.mktemp("compiled")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +109,17 @@ def test_stopped_and_resumed_again_and_again_is_bit_for_bit_the_same(
 
 
 @pytest.mark.slow
-def test_each_part_of_a_run_may_be_on_another_mesh(whole, data, tmp_path):
-    meshes = (
-        MeshConfig(data=4, fsdp=2),
-        MeshConfig(fsdp=2, context=2, tensor=2),
-        MeshConfig(fsdp=4, tensor=2),
-    )
-    for steps, mesh in zip((3, 5, 9), meshes, strict=True):
+def test_each_part_of_a_run_may_be_on_another_mesh(whole, data, tmp_path, monkeypatch):
+    """8 fsdp, then 4 × 2, one device, and 2 × 2 × 2."""
+    for steps, mesh, devices in (
+        (2, MeshConfig(fsdp=8), 8),
+        (4, MeshConfig(data=4, fsdp=2), 8),
+        (6, MeshConfig(fsdp=1), 1),
+        (9, MeshConfig(fsdp=2, context=2, tensor=2), 8),
+    ):
+        monkeypatch.setattr(loop, "make_mesh", lambda c, n=devices: make_mesh(c, jax.devices()[:n]))
         job = jobs.make(data, mesh=mesh, train={"steps": steps})
-        if steps < 9:
-            job = dataclasses.replace(job, eval="")
-        pretrain(job, str(tmp_path))
+        pretrain(job if steps == 9 else dataclasses.replace(job, eval=""), str(tmp_path))
     jobs.assert_close(jobs.read(job, tmp_path), whole)
 
 
