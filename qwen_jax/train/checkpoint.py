@@ -351,17 +351,21 @@ def _checksums(leaves: Mapping[str, jax.Array]) -> list[int]:
     Σ wordᵢ·wᵢ mod 2³² with odd weights wᵢ from the position i. Integer sums do not depend on their
     order, so the sharding cannot matter; one changed word moves the sum by ±2ᵏ·odd ≠ 0.
     """
-    sums = []
-    for leaf in leaves.values():
-        mesh = getattr(leaf.sharding, "mesh", None)
+    sums: dict[str, int] = {}
+    for mesh in {getattr(leaf.sharding, "mesh", None) for leaf in leaves.values()}:
+        here = {n: x for n, x in leaves.items() if getattr(x.sharding, "mesh", None) == mesh}
+        # One program for all, then a wait: several small programs with collectives in flight can
+        # block each other for ever where many CPU devices share few cores.
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
-            # Fetched at once: on CPU devices, two programs in flight that do not depend on each
-            # other can each hold half of the threads in their collective, and wait for ever.
-            sums.append(int(_checksum(leaf)))
-    return sums
+            sums |= jax.device_get(_checksum_all(here))
+    return [int(sums[name]) for name in leaves]
 
 
 @jax.jit
+def _checksum_all(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: _checksum(leaf) for name, leaf in leaves.items()}
+
+
 def _checksum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

@@ -122,32 +122,43 @@ def _template() -> jinja2.Template:
 # --- plots ----------------------------------------------------------------------------------------
 
 
-def plots(metrics: Rows, scores: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """Caption -> `data:` URI of each plot that the metrics have numbers for."""
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """caption: what it shows; image: `data:` URI; wide: takes half of the page, not a third."""
+
+    caption: str
+    image: str
+    wide: bool
+
+
+def plots(metrics: Rows, scores: Mapping[str, Mapping[str, float]]) -> list[Plot]:
+    """Held-out scores while training, one plot per source, then loss, rate and gradient norm."""
     model, *others = scores
-    drawn = {}
+    made = []
     for source in scores[model]:
         levels = {who: scores[who][source] for who in others}
         draw = functools.partial(_held_out, metrics=metrics, source=source, levels=levels)
-        drawn[f"Held-out {source}, bits per byte"] = draw
-    drawn["Training loss, nats per token"] = functools.partial(_loss, metrics=metrics)
-    drawn["Learning rate"] = functools.partial(_line, metrics=metrics, name="lr")
-    drawn["Gradient norm before clipping"] = functools.partial(
-        _line, metrics=metrics, name="grad_norm"
-    )
-    return {caption: _svg(draw, caption) for caption, draw in drawn.items()}
+        made.append(_plot(f"Held-out {source}, bits per byte", draw, wide=True))
+    line = functools.partial(_line, metrics=metrics)
+    made += [
+        _plot("Training loss, nats per token", functools.partial(_loss, metrics=metrics)),
+        _plot("Learning rate", functools.partial(line, name="lr")),
+        _plot("Gradient norm before clipping", functools.partial(line, name="grad_norm")),
+    ]
+    return made
 
 
-def _svg(draw: Callable[[Axes], None], title: str) -> str:
+def _plot(caption: str, draw: Callable[[Axes], None], wide: bool = False) -> Plot:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+        figure = Figure(figsize=(5.6, 3.4) if wide else (3.9, 3.0), layout="constrained")
         axes = figure.add_subplot()
-        axes.set_title(title)
+        axes.set_title(caption)
         axes.set_xlabel("step")
         draw(axes)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    image = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return Plot(caption, image, wide)
 
 
 def series(metrics: Rows, name: str) -> tuple[list[float], list[float]]:
@@ -156,14 +167,12 @@ def series(metrics: Rows, name: str) -> tuple[list[float], list[float]]:
     return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def smoothed(values: Sequence[float], horizon: int = 10) -> list[float]:
-    """Exponential average over about `horizon` values, without the pull towards 0 at the start."""
-    total = weight = 0.0
+def smoothed(values: Sequence[float], reach: int = 5) -> list[float]:
+    """Mean of each value and up to `reach` on either side, fewer near the ends but as many."""
     result = []
-    for value in values:
-        total += (value - total) / horizon
-        weight += (1 - weight) / horizon
-        result.append(total / weight)
+    for i in range(len(values)):
+        r = min(reach, i, len(values) - 1 - i)
+        result.append(sum(values[i - r : i + r + 1]) / (2 * r + 1))
     return result
 
 

@@ -1,0 +1,106 @@
+"""The whole demo: killed at several moments and started again it ends as if nothing had been."""
+
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qwen_jax.train.metrics import read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+# Compilation is most of the time: one layer, one head per device.
+TINY = [
+    "--config=configs/pretrain.py:toy",
+    "--stdlib_bytes=250000",
+    "--heldout=0.2",
+    "--config.model.n_layers=1",
+    "--config.train.steps=16",
+    "--config.train.checkpoint_every=4",
+]
+
+
+def start(workdir, *more):
+    command = [sys.executable, "-m", "launch.demo", f"--workdir={workdir}", *TINY, *more]
+    with open(f"{workdir}.out", "ab") as out, open(f"{workdir}.err", "ab") as err:
+        return subprocess.Popen(command, stdout=out, stderr=err, cwd=ROOT)
+
+
+def run(workdir, *more):
+    """Exit status, and what this one call printed."""
+    out, err = pathlib.Path(f"{workdir}.out"), pathlib.Path(f"{workdir}.err")
+    before = [len(file.read_bytes()) if file.exists() else 0 for file in (out, err)]
+    status = start(workdir, *more).wait(timeout=180)
+    texts = [file.read_bytes()[n:].decode() for file, n in zip((out, err), before, strict=True)]
+    return status, *texts
+
+
+def kill_when(workdir, there):
+    """Starts the demo and ends it, without warning, as soon as `there()`."""
+    process = start(workdir)
+    deadline = time.monotonic() + 180
+    while not there():
+        assert process.poll() is None, pathlib.Path(f"{workdir}.err").read_text()[-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def numbers(workdir):
+    """Everything that was computed, without times and speeds."""
+    found = {p.name: json.loads(p.read_text()) for p in (workdir / "results").glob("*.json")}
+    found["metrics"] = [
+        {k: v for k, v in row.items() if k in ("step", "loss", "lr", "grad_norm", "param_norm")}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+    return found
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_ends_in_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    status, printed, errors = run(whole)
+    assert status == 0, errors
+    table = printed[printed.index("bits per byte") :]
+    for name in ("code", "prose", "Qwen", "gzip -9", "xz -9e, primed", "byte 8-gram"):
+        assert name in table
+    assert [f"{i}/7" in printed for i in range(1, 8)] == [True] * 7
+    page = (whole / "report.html").read_text()
+    for word in ("src=", "href="):
+        assert page.count(word) == page.count(f'{word}"data:')
+
+    rng = random.Random(time.time_ns())
+    printed = pathlib.Path(f"{killed}.out")
+    steps = killed / "metrics.jsonl"
+    wait = rng.uniform(0, 0.3)
+    kill_when(killed, lambda: "2/7" in printed.read_text() and not time.sleep(wait))
+    kill_when(killed, lambda: (killed / "checkpoints" / "step_00000004").exists())
+    row = rng.randrange(9, 16)
+    kill_when(killed, lambda: steps.exists() and steps.read_bytes().count(b"\n") >= row)
+    status, printed, errors = run(killed)
+    assert status == 0, errors
+    assert printed[printed.index("bits per byte") :].replace(str(killed), str(whole)) == table
+    assert numbers(killed) == numbers(whole)
+    assert (killed / "metrics.dropped.jsonl").exists(), "no step was ever done twice"
+
+    # Done is done.
+    results = {p: p.stat().st_mtime_ns for p in (killed / "results").iterdir()}
+    status, again, errors = run(killed)
+    assert status == 0 and "compiled" not in errors
+    assert again[again.index("bits per byte") :] == printed[printed.index("bits per byte") :]
+    assert results == {p: p.stat().st_mtime_ns for p in (killed / "results").iterdir()}
+    # Another recipe in the same folder is refused, and harms nothing.
+    for change, what in (
+        ("--config.data.seq_len=32", "already holds other data"),
+        ("--config.model.vocab_size=528", "another recipe"),
+        ("--config.optimizer.peak_lr=0.5", "peak_lr"),
+    ):
+        status, _, errors = run(killed, change)
+        last = errors.strip().splitlines()[-1]
+        assert status == 2 and last.startswith("error:") and what in last
+    assert numbers(killed) == numbers(whole)
