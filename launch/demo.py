@@ -36,7 +36,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.evaluate.baselines import SEES, Baselines, compute_baselines
 from qwen_jax.generate.sampler import sample
 from qwen_jax.model import abstract_params, count_params
-from qwen_jax.progress import duration
+from qwen_jax.progress import format_count, format_duration
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from qwen_jax.tokenizer.tokenizer import CONTROL_TOKENS
 from qwen_jax.tokenizer.train import JsonlTexts, train_bpe
@@ -44,7 +44,6 @@ from qwen_jax.train.checkpoint import restore_params
 from qwen_jax.train.job import PretrainJob, identity
 from qwen_jax.train.loop import pretrain
 from qwen_jax.train.metrics import read_metrics
-from qwen_jax.train.progress import format_count
 from qwen_jax.train.report import Report, Sample, score_table, write_report
 
 RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "pretrain.py"
@@ -96,7 +95,7 @@ class Stages:
         print(f"{self._number}/{self._total} {name} …", flush=True)
         start = time.monotonic()
         yield
-        print(f"    {duration(time.monotonic() - start)}", flush=True)
+        print(f"    {format_duration(time.monotonic() - start)}", flush=True)
 
 
 def make_tokenizer(demo: Demo) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""One log line every few seconds for long work: how far, how fast, how long still."""
+"""Numbers for people, and one log line every few seconds for long work."""
 
 from __future__ import annotations
 
@@ -7,13 +7,25 @@ import time
 from absl import logging
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person reads them: 42s, 3m07s, 2h05m."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+def format_count(value: float) -> str:
+    """Returns a count with three or four digits: 950, 12.3k, 4.56M, 7.89B, 1.23T."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e4)):
+        if abs(value) >= size:
+            scaled = value / (1e3 if unit == "k" else size)
+            return f"{scaled:.{2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0}f}{unit}"
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration in its two largest units: 45s, 3m 20s, 5h 07m, 2d 04h."""
+    total = max(0, round(seconds))
+    if total < 60:
+        return f"{total}s"
+    if total < 3600:
+        return f"{total // 60}m {total % 60:02d}s"
+    if total < 86400:
+        return f"{total // 3600}h {total % 3600 // 60:02d}m"
+    return f"{total // 86400}d {total % 86400 // 3600:02d}h"
 
 
 class Progress:
@@ -51,7 +63,9 @@ class Progress:
         line = f"{self._label}: {self._done / self._scale:.4g} {self._unit}"
         speed = f"{rate / self._scale:.3g} {self._unit}/s"
         if self._total:
-            left = duration((self._total - self._done) / rate) if rate > 0 else "unknown time"
+            left = (
+                format_duration((self._total - self._done) / rate) if rate > 0 else "unknown time"
+            )
             share = f"{100 * self._done / self._total:.0f} %"
             total = f"{self._total / self._scale:.4g} {self._unit}"
             logging.info("%s of %s (%s), %s, %s left", line, total, share, speed, left)

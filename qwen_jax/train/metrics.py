@@ -21,7 +21,8 @@ import jax
 from absl import logging
 
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.train.progress import Eta, format_count, format_duration
+from qwen_jax.progress import format_count, format_duration
+from qwen_jax.train.progress import Eta
 
 WRITERS = ("console", "jsonl", "tensorboard", "wandb")
 

@@ -1,4 +1,4 @@
-"""How fast a run is, how long it will take, how much memory it uses; numbers for humans."""
+"""How fast a run is, how long it will take, how much memory it uses."""
 
 from __future__ import annotations
 
@@ -9,27 +9,6 @@ import time
 from collections.abc import Callable
 
 import jax
-
-
-def format_count(value: float) -> str:
-    """Returns a count with three or four digits: 950, 12.3k, 4.56M, 7.89B, 1.23T."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e4)):
-        if abs(value) >= size:
-            scaled = value / (1e3 if unit == "k" else size)
-            return f"{scaled:.{2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0}f}{unit}"
-    return f"{value:.0f}" if value == int(value) or abs(value) >= 100 else f"{value:.3g}"
-
-
-def format_duration(seconds: float) -> str:
-    """Returns a duration in its two largest units: 45s, 3m 20s, 5h 07m, 2d 04h."""
-    total = max(0, round(seconds))
-    if total < 60:
-        return f"{total}s"
-    if total < 3600:
-        return f"{total // 60}m {total % 60:02d}s"
-    if total < 86400:
-        return f"{total // 3600}h {total % 3600 // 60:02d}m"
-    return f"{total // 86400}d {total % 86400 // 3600:02d}h"
 
 
 class Throughput:

@@ -57,7 +57,7 @@ def test_only_data_crosses_slices():
     for row in slices.reshape(4, -1):
         assert len(set(row)) == 1
     assert set(slices.reshape(4, -1)[:, 0]) == {0, 1}
-    with pytest.raises(UserError, match="mesh.data=1 is not a multiple of the 2 slices"):
+    with pytest.raises(UserError, match=r"mesh.data=1 is not a multiple of the 2 slices"):
         make_mesh(MeshConfig(fsdp=16), devices)
 
 

@@ -7,11 +7,10 @@ import re
 
 import pytest
 
+from qwen_jax.progress import format_count, format_duration
 from qwen_jax.train.progress import (
     Eta,
     Throughput,
-    format_count,
-    format_duration,
     memory_stats,
 )
 
