@@ -423,6 +423,17 @@ def test_identity_and_params_can_be_read_from_the_folder_alone(tmp_path, mesh):
     assert folders(tmp_path) == before
 
 
+def test_without_any_mesh_params_come_to_one_device(tmp_path):
+    mesh = make_mesh(1, 4, 1, 2)
+    with jax.set_mesh(mesh):
+        save_steps(tmp_path, mesh, 2)
+        wanted = state_at(2, mesh).params
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)
+    params = restore_params(str(tmp_path), like)
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, wanted))
+    assert {d for x in jax.tree.leaves(params) for d in x.devices()} == {jax.devices()[0]}
+
+
 def test_reading_without_a_run_refuses_clearly_and_changes_nothing(tmp_path, mesh):
     like = abstract(mesh).params
     with pytest.raises(UserError, match=r"nowhere holds no checkpoint"):
