@@ -183,8 +183,8 @@ def train_step(
     """One optimizer step over one global batch.
 
     Gradients of summed losses are added over microbatches and divided once by the total weight, so
-    neither accumulation nor sharding changes the loss. A step with a non-finite loss or gradient
-    changes nothing but the counters.
+    neither accumulation nor sharding changes the loss. A step with a non-finite loss, gradient or
+    update changes nothing but the counters.
 
     Args:
       batch: as in `loss_sums`, and n_bytes float32 [B], the text bytes its loss stands for.
@@ -207,7 +207,8 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -lr * u, updates)
         params = optax.apply_updates(state.params, updates)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.objective)
+        update_norm = optax.tree.norm(updates)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.objective) & jnp.isfinite(update_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
             (params, opt_state),
@@ -225,7 +226,7 @@ def train_step(
         "loss": sums.nll / weight,
         "bits_per_byte": sums.nll / jnp.log(2.0) / jnp.maximum(batch["n_bytes"].sum(), 1.0),
         "grad_norm": grad_norm,
-        "update_norm": optax.tree.norm(updates),
+        "update_norm": update_norm,
         "param_norm": optax.tree.norm(params),
         "lr": lr,
         "tokens": sums.weight,
