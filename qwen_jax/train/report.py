@@ -167,7 +167,7 @@ def series(metrics: Rows, name: str) -> tuple[list[float], list[float]]:
     return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def smoothed(values: Sequence[float], reach: int = 5) -> list[float]:
+def smoothed(values: Sequence[float], reach: int = 8) -> list[float]:
     """Mean of each value and up to `reach` on either side, fewer near the ends but as many."""
     result = []
     for i in range(len(values)):
