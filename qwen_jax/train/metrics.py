@@ -38,7 +38,14 @@ class MetricsWriter(Protocol):
 
 
 class ConsoleWriter:
-    """One aligned log line per write: step, share of the run, values, time to the end."""
+    """One aligned log line per write: step, share of the run, values, time to the end.
+
+    The line is for the eye: loss first, and without what only a plot tells. The other writers have
+    everything.
+    """
+
+    FIRST = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second", "mfu")
+    LEFT_OUT = ("param_norm", "update_norm", "tokens")
 
     def __init__(self, total_steps: int):
         self._eta = Eta(total_steps)
@@ -50,7 +57,11 @@ class ConsoleWriter:
         left = self._eta.seconds_left(step)
         digits = len(f"{total:,}")
         cells = [f"step {step:>{digits},}/{total:,} {100 * step / max(total, 1):3.0f}%"]
-        cells += [self._cell(name, value) for name, value in scalars.items()]
+        first = [name for name in self.FIRST if name in scalars]
+        for name in (*first, *(name for name in scalars if name not in first)):
+            left_out = name in self.LEFT_OUT or name.startswith("memory/")
+            if not left_out and (name != "skipped" or scalars[name]):
+                cells.append(self._cell(name, scalars[name]))
         cells.append(f"eta {format_duration(left) if left is not None else '?'}")
         logging.info("%s", "  ".join(cells))
 

@@ -134,14 +134,17 @@ def test_console_lines_are_aligned_and_carry_progress(caplog, monkeypatch):
     writer = ConsoleWriter(total_steps=10_000)
     monkeypatch.setattr(writer._eta, "_clock", lambda: next(times))
     with caplog.at_level(logging.INFO, logger="absl"):
-        writer.write(100, {"loss": 10.3456, "lr": 3e-4, "tokens/s": 1_234_567.0})
-        writer.write(200, {"loss": 9.5, "lr": 2.5e-5, "tokens/s": 990_000.0})
-        writer.write(300, {"loss": math.nan, "lr": 0.0, "tokens/s": 1e6})
+        rest = {"param_norm": 7.0, "memory/host_peak_gib": 1.5, "skipped": 0.0}
+        writer.write(100, {"lr": 3e-4, "loss": 10.3456, "tokens_per_second": 1_234_567.0, **rest})
+        writer.write(200, {"lr": 2.5e-5, "loss": 9.5, "tokens_per_second": 990_000.0, **rest})
+        rest["skipped"] = 2.0
+        writer.write(300, {"lr": 0.0, "loss": math.nan, "tokens_per_second": 1e6, **rest})
     lines = [record.getMessage() for record in caplog.records]
     assert lines == [
-        "step    100/10,000   1%  loss 10.346  lr 3.00e-04  tokens/s 1.23M  eta ?",
-        "step    200/10,000   2%  loss    9.5  lr 2.50e-05  tokens/s  990k  eta 16m 20s",
-        "step    300/10,000   3%  loss    nan  lr        0  tokens/s 1.00M  eta 16m 10s",
+        "step    100/10,000   1%  loss 10.346  lr 3.00e-04  tokens_per_second 1.23M  eta ?",
+        "step    200/10,000   2%  loss    9.5  lr 2.50e-05  tokens_per_second  990k  eta 16m 20s",
+        "step    300/10,000   3%  loss    nan  lr        0  tokens_per_second 1.00M  skipped 2  "
+        "eta 16m 10s",
     ]
 
 
