@@ -214,12 +214,12 @@ class _Run:
         self._speed.add(self._tokens)
         in_a_row = int(values.pop("skipped_in_a_row"))
         if in_a_row:
-            logging.warning("step %d: loss or gradient is not finite, step skipped", step)
+            logging.warning("step %d: loss, gradient or update is not finite, step skipped", step)
         if in_a_row >= self.job.train.max_skipped:
             raise TrainingDiverged(
-                f"training stopped at step {step}: the last {in_a_row} steps had a non-finite loss "
-                "or gradient (train.max_skipped); go back to an earlier checkpoint with a lower "
-                "optimizer.peak_lr, or look at the data around this step"
+                f"training stopped at step {step}: the last {in_a_row} steps had a non-finite "
+                "loss, gradient or update (train.max_skipped); go back to an earlier checkpoint "
+                "with a lower optimizer.peak_lr, or look at the data around this step"
             )
         if step % self.job.train.log_every and step != self.job.train.steps:
             return

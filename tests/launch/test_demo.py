@@ -96,11 +96,11 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(tmp_path):
     assert results == {p: p.stat().st_mtime_ns for p in (killed / "results").iterdir()}
     # Another recipe in the same folder is refused, and harms nothing.
     for change, what in (
-        ("--config.data.seq_len=32", "already holds other data"),
+        ("--config.data.seq_len=32 --config.model.trained_length=32", "already holds other data"),
         ("--config.model.vocab_size=528", "another recipe"),
         ("--config.optimizer.peak_lr=0.5", "peak_lr"),
     ):
-        status, _, errors = run(killed, change)
+        status, _, errors = run(killed, *change.split())
         last = errors.strip().splitlines()[-1]
         assert status == 2 and last.startswith("error:") and what in last
     assert numbers(killed) == numbers(whole)

@@ -146,10 +146,14 @@ def refused_starts(data, new, tmp):
         ("model.n_kv_heads=3", "model.n_heads=4 is not a multiple of model.n_kv_heads=3"),
         ("model.vocab_size=256", "has 464 ids but model.vocab_size is 256"),
         ("options.dtype=float31", "options.dtype is 'float31' (did you mean"),
-        ("options.attention=chunkd", "attention implementation 'chunkd' is unknown"),
+        ("options.attention=chunkd", "options.attention is 'chunkd' (did you mean 'chunked'?)"),
         ("data.packing=maskd", "config.data.packing is 'maskd' (did you mean 'masked'?)"),
         ("data.global_batch=12", "data.global_batch=12 is not a multiple of data×fsdp"),
-        ("data.seq_len=32", "packed with seq_len 16, the config wants 32"),
+        ("data.seq_len=8", "packed with seq_len 16, the config wants 8"),
+        ("data.seq_len=32", "data.seq_len=32 is longer than model.max_length=16"),
+        ("model.logn=True", "data.seq_len=16 is not model.trained_length=2048"),
+        ("loss.chunk=0", "loss.chunk=0 at least 1"),
+        ("optimizer.b2=1.5", "optimizer.b2 is 1.5; it must be in [0, 1)"),
         (f"data.sources={tmp}/len32", "packed with seq_len 32, the config wants 16"),
         ("data.sources=", "data.sources is empty"),
         ("data.sources=x=heavy", "data.sources has 'x=heavy'"),
@@ -208,7 +212,7 @@ def test_every_bad_start_is_one_sentence_and_touches_nothing(data, whole, tmp_pa
 @pytest.mark.slow
 def test_divergence_is_one_sentence_with_status_2(data, tmp_path):
     extreme = [
-        "--config.optimizer.peak_lr=1e30",
+        "--config.optimizer.peak_lr=1e16",
         "--config.train.max_skipped=2",
         "--config.optimizer.decay_steps=0",
     ]

@@ -43,7 +43,7 @@ def two_steps(job, state, feed, batches, first, count):
     for i in range(2):
         state, values = step(state, feed(batches.rows(i, first, count)))
         metrics.append({name: float(value) for name, value in values.items()})
-    return metrics, state.opt_state[1].mu
+    return metrics, state.opt_state[0].mu
 
 
 def _train_in_this_group(folder: str, sizes: dict, out: str) -> list:
