@@ -24,7 +24,15 @@ from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, append
 from qwen_jax.model.options import REMAT, ForwardOptions
 from qwen_jax.model.rope import logn_scale, rope_table
-from qwen_jax.parallel import RULES, current_mesh, gather_weight, on_mesh, reshard, spec
+from qwen_jax.parallel import (
+    RULES,
+    current_mesh,
+    gather_weight,
+    named_sharding,
+    on_mesh,
+    reshard,
+    spec,
+)
 
 Params = dict[str, Any]
 
@@ -119,7 +127,7 @@ def abstract_params(config: ModelConfig, mesh: jax.sharding.Mesh | None = None) 
     def leaf(weight: Weight):
         sharding = None
         if mesh is not None:
-            sharding = jax.NamedSharding(mesh, jax.P(*(RULES[a] for a in weight.axes)))
+            sharding = named_sharding(mesh, *weight.axes)
         return jax.ShapeDtypeStruct(weight.value.shape, weight.value.dtype, sharding=sharding)
 
     return _map_declared(leaf, config)

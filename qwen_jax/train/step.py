@@ -22,7 +22,7 @@ from qwen_jax.model import (
     init_params,
     output_kernel,
 )
-from qwen_jax.parallel import RULES, batch_devices
+from qwen_jax.parallel import batch_devices, spec
 from qwen_jax.train.losses import LossSums, next_token_loss
 from qwen_jax.train.optimizer import OptimizerConfig, adamw, learning_rate
 
@@ -162,10 +162,9 @@ def _gradients(params, batch, config: StepConfig, key) -> tuple[Params, LossSums
         return grad(params, batch, key)
 
     def split(x):  # [B,…] -> [n,B/n,…]; a small exchange of token ids between devices
-        axes = (RULES["batch"], RULES["sequence"])[: x.ndim]
         shape = (n, x.shape[0] // n, *x.shape[1:])
-        mesh = jax.sharding.get_abstract_mesh()
-        return jax.lax.reshape(x, shape, out_sharding=None if mesh.empty else jax.P(None, *axes))
+        axes = ("batch", "sequence")[: x.ndim]
+        return jax.lax.reshape(x, shape, out_sharding=spec(None, *axes))
 
     def add(total, piece):
         batch, key = piece

@@ -26,6 +26,7 @@ from tests import toy
 @pytest.fixture(autouse=True)
 def exact_products():
     with jax.default_matmul_precision("highest"):
+        reference(toy.STEP)  # before any mesh: it is what one device computes
         yield
 
 
@@ -38,7 +39,7 @@ def gradients(params, batch, config):
 
 
 @functools.cache
-def reference(config=toy.STEP):
+def reference(config):
     """State, loss and gradients on one device by the plainest means: all logits, autodiff."""
     state = jax.jit(functools.partial(init_state, config))(jax.random.key(1))
     batch = toy.place(toy.batch(), None)
@@ -74,7 +75,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(name, attention):
         toy.STEP, options=ForwardOptions(dtype="float32", attention=attention)
     )
     with toy.use(name) as mesh:
-        params = reference()[0].params
+        params = reference(toy.STEP)[0].params
         if mesh is not None:
             shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh).params)
             params = jax.device_put(params, shardings)
@@ -93,6 +94,7 @@ def test_grouped_windowed_tied_models_do_not_depend_on_the_mesh(name):
         windows=(None, 5),
     )
     config = dataclasses.replace(toy.STEP, model=model)
+    reference(config)  # before the mesh: it is what one device computes
     with toy.use(name) as mesh:
         shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh).params)
         params = jax.device_put(reference(config)[0].params, shardings)
@@ -104,7 +106,7 @@ def test_size_one_axes_in_array_types_change_nothing():
     try:
         with toy.use("8 fsdp") as mesh:
             shardings = jax.tree.map(lambda a: a.sharding, abstract_state(toy.STEP, mesh).params)
-            params = jax.device_put(reference()[0].params, shardings)
+            params = jax.device_put(reference(toy.STEP)[0].params, shardings)
             assert_same(*gradients(params, toy.place(toy.batch(), mesh), toy.STEP))
     finally:
         jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
@@ -115,14 +117,14 @@ def test_remat_changes_memory_only(remat):
     config = dataclasses.replace(toy.STEP, options=ForwardOptions(dtype="float32", remat=remat))
     with toy.use("4 fsdp × 2 tensor") as mesh:
         shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh).params)
-        params = jax.device_put(reference()[0].params, shardings)
+        params = jax.device_put(reference(toy.STEP)[0].params, shardings)
         assert_same(*gradients(params, toy.place(toy.batch(), mesh), config))
 
 
 def run(name, config, steps=3, seed=0, dropout=None):
     """State and metrics after `steps` steps on different batches."""
     with toy.use(name) as mesh:
-        state = reference()[0]
+        state = reference(toy.STEP)[0]
         if mesh is not None:
             shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh))
             state = jax.device_put(state, shardings)
@@ -163,7 +165,7 @@ def test_dropout_masks_do_not_depend_on_the_mesh():
 
 
 def test_a_non_finite_step_changes_nothing_but_the_counters():
-    state = jax.device_put(reference()[0])
+    state = jax.device_put(reference(toy.STEP)[0])
     step = jax.jit(functools.partial(train_step, config=toy.STEP))
     bad = toy.batch() | {"loss_mask": np.full((8, 32), np.nan, np.float32)}
     state, _ = step(state, toy.place(toy.batch(1), None))
@@ -183,7 +185,7 @@ def test_adamw_is_the_closed_form_with_decay_on_matrices_only():
     """First step by hand: m̂ = g, v̂ = g², so the update is −lr (g/(|g| + eps) + wd·w)."""
     optimizer = OptimizerConfig(peak_lr=0.5, warmup_steps=0, weight_decay=0.1, clip_norm=1e9)
     config = dataclasses.replace(toy.STEP, optimizer=optimizer)
-    before, _, grads = reference()
+    before, _, grads = reference(toy.STEP)
     after, _ = jax.jit(functools.partial(train_step, config=config))(
         jax.device_put(before), toy.place(toy.batch(), None)
     )
@@ -200,7 +202,7 @@ def test_adamw_is_the_closed_form_with_decay_on_matrices_only():
 
 def test_clipping_scales_the_gradient_to_norm_one():
     """With Adam's epsilon far above the gradient, the update is the clipped gradient / eps."""
-    state, _, grads = reference()
+    state, _, grads = reference(toy.STEP)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(grads)))
     clip = float(norm) / 4
     optimizer = OptimizerConfig(
