@@ -7,17 +7,20 @@ import functools
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.kernels.reference import chunked_attention, reference_attention
-from qwen_jax.parallel import on_mesh, reshard, spec
+from qwen_jax.kernels.chunked import chunked_kernel
+from qwen_jax.kernels.flash import OUTPUT, flash_attention
+from qwen_jax.kernels.mask import make_mask
+from qwen_jax.kernels.reference import reference_attention
+from qwen_jax.parallel import current_mesh, on_mesh, reshard, spec
 
 IMPLEMENTATIONS = ("auto", "reference", "chunked")
 
 # Scores of one head and row up to this size are materialised whole (1 MiB in float32): fastest on
 # CPU at training lengths up to 512. Above it the chunked form wins by memory.
 _WHOLE_SCORES = 512 * 512
-_CHUNK = 256
 
 
 @functools.cache
@@ -87,11 +90,10 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dropout = bool(dropout_rate) and dropout_key is not None
     chosen = choose_attention(implementation, q_len=q.shape[1], k_len=k.shape[1], dropout=dropout)
-    start = jnp.zeros((1,), jnp.int32) if q_start is None else q_start
-    operands = (q, k, v, start, q_segments, k_segments, window, scale)
+    operands = (q, k, v, q_start, q_segments, k_segments, window, scale)
     if chosen == "reference":
         return _whole(*operands, dropout_rate if dropout else 0.0, dropout_key)
-    return _per_device(*operands)
+    return _per_device(*operands, chunked_kernel())
 
 
 def _repeat_heads(x: jax.Array, groups: int, out_sharding=None) -> jax.Array:
@@ -118,48 +120,42 @@ def _whole(q, k, v, start, q_segments, k_segments, window, scale, rate, key):
     k, v, k_segments = _collect_keys(k, v, k_segments)
     groups = q.shape[2] // k.shape[2]
     k, v = (_repeat_heads(x, groups, spec("batch", None, "heads", None)) for x in (k, v))
-    q_index = reshard(jnp.arange(q.shape[1], dtype=jnp.int32)[None], None, "sequence")
-    q_index = q_index + start[:, None]
-    k_index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-    return reference_attention(
-        *(q, k, v, q_index, k_index, q_segments, k_segments),
+    q_slots = reshard(jnp.arange(q.shape[1], dtype=jnp.int32)[None], None, "sequence")
+    if start is not None:
+        q_slots = q_slots + start[:, None]
+    k_slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
+    out = reference_attention(
+        *(q, k, v, q_slots, k_slots, q_segments, k_segments),
         window=window,
         scale=scale,
         dropout_rate=rate,
         dropout_key=key,
     )
+    return checkpoint_name(out, OUTPUT)
 
 
-def _per_device(q, k, v, start, q_segments, k_segments, window, scale):
-    """Runs the chunked form on each device's own heads, batch rows and query block."""
+def _per_device(q, k, v, start, q_segments, k_segments, window, scale, kernel):
+    """Runs a block kernel on each device's own heads, batch rows and query block."""
     k, v, k_segments = _collect_keys(k, v, k_segments)
 
     def local(q, k, v, start, q_segments, k_segments, window):
-        q_index = jnp.arange(q.shape[1], dtype=jnp.int32)[None] + start[:, None]
-        if on_mesh():
-            q_index += jax.lax.axis_index("context").astype(jnp.int32) * q.shape[1]
-        k_index = jnp.arange(k.shape[1], dtype=jnp.int32)[None]
-        k, v = (_repeat_heads(x, q.shape[2] // k.shape[2]) for x in (k, v))
-        return chunked_attention(
-            *(q, k, v, q_index, k_index, q_segments, k_segments),
-            window=window,
-            scale=scale,
-            chunk=min(_CHUNK, q.shape[1]),
-        )
+        if on_mesh() and current_mesh().shape["context"] > 1:
+            offset = jax.lax.axis_index("context").astype(jnp.int32) * q.shape[1]
+            start = offset[None] if start is None else start + offset
+        if start is not None:
+            start = jnp.broadcast_to(start, q.shape[:1])
+        mask = make_mask(start, q_segments, k_segments, window)
+        return flash_attention(q, k, v, mask, scale, kernel)[0]
 
-    operands = (q, k, v, start, q_segments, k_segments, window)
+    if isinstance(window, int):
+        local, window = functools.partial(local, window=window), ()
+    else:
+        window = (window,)
+    operands = (q, k, v, start, q_segments, k_segments, *window)
     if not on_mesh():
         return local(*operands)
     queries = spec("batch", "sequence", "heads", None)
     keys = spec("batch", None, "kv_heads", None)
-    return jax.shard_map(
-        local,
-        in_specs=(
-            *(queries, keys, keys),
-            spec("batch") if start.shape[0] > 1 else jax.P(),
-            *(spec("batch", "sequence"), spec("batch", None)),
-            jax.P(),
-        ),
-        out_specs=queries,
-        check_vma=False,
-    )(*operands)
+    segments = (spec("batch", "sequence"), spec("batch", None))
+    in_specs = (queries, keys, keys, spec("batch"), *segments, *(jax.P() for _ in window))
+    return jax.shard_map(local, in_specs=in_specs, out_specs=queries, check_vma=False)(*operands)

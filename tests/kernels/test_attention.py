@@ -76,7 +76,7 @@ def call(arrays, implementation):
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_loops(case, implementation, monkeypatch):
-    monkeypatch.setattr("qwen_jax.kernels.dispatch._CHUNK", 8)  # 37 = 4·8 + 5
+    monkeypatch.setattr("qwen_jax.kernels.chunked.CHUNK", 8)  # 37 = 4·8 + 5
     arrays = make(case, **CASES[case])
     with jax.default_matmul_precision("highest"):
         out = np.asarray(call(arrays, implementation))
@@ -98,7 +98,7 @@ def test_rows_without_any_key_are_zero_with_zero_gradients():
 
 
 def test_gradients_agree(monkeypatch):
-    monkeypatch.setattr("qwen_jax.kernels.dispatch._CHUNK", 8)
+    monkeypatch.setattr("qwen_jax.kernels.chunked.CHUNK", 8)
     arrays = make("packed, window", segments=True, window=6, kv_heads=2)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays[:3])
 
