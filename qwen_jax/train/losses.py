@@ -71,7 +71,7 @@ def _per_device(hidden, kernel, targets, weights, *, z_loss, chunk, split, shard
     """
     dtype, (tokens, channels) = hidden.dtype, (targets.size, hidden.shape[-1])
     kernel = split.collect_kernel(kernel.astype(dtype))
-    chunk = min(chunk, tokens)
+    chunk = min(-(-chunk // split.parts), tokens)  # what this device adds to its group's chunk
     pad = -tokens % chunk
 
     def pieces(x, *trailing):
@@ -79,20 +79,23 @@ def _per_device(hidden, kernel, targets, weights, *, z_loss, chunk, split, shard
         return x.reshape((tokens + pad) // chunk, chunk, *trailing)
 
     def one(carry, piece):
-        h, target, weight = jax.tree.map(split.collect_tokens, piece)
+        h, target, weight = piece
+        h = split.collect_tokens(h, 0)
         sums, d_logits = _chunk_loss(h, kernel, target, weight, z_loss, split)
         total, d_kernel = carry
         total = jax.tree.map(jnp.add, total, sums)
         if not with_grads:
             return (total, d_kernel), None
-        d_logits = d_logits.astype(dtype)
+        # Made once and read twice: fused into both products, the exponentials are taken per tile.
+        d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
         d_h = jnp.einsum("CV,DV->CD", d_logits, kernel, preferred_element_type=jnp.float32)
         d_kernel += jnp.einsum("CD,CV->DV", h, d_logits, preferred_element_type=jnp.float32)
         return (total, d_kernel), split.scatter_tokens(d_h).astype(dtype)
 
     zero = jnp.zeros((), jnp.float32)
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if with_grads else zero
-    xs = (pieces(hidden, channels), pieces(targets), pieces(weights))
+    small = (split.collect_tokens(pieces(x), 1) for x in (targets, weights))
+    xs = (pieces(hidden, channels), *small)
     ((objective, nll), d_kernel), d_hidden = jax.lax.scan(one, ((zero, zero), d_kernel), xs)
     weight = weights.sum()
     if sharded:
@@ -148,9 +151,11 @@ def next_token_loss(
       kernel: float32 [D,V], sharded (`embed`, `vocab`) when a mesh is in force.
       targets: int32 [B,T]. weights: float32 [B,T], 0 where a token carries no loss.
       z_loss: factor of the squared log-normaliser (PaLM §5 uses 1e-4), 0 for none.
-      chunk: tokens per device whose logits exist at one time: chunk · V/tensor · 4 bytes.
+      chunk: tokens whose logits exist at one time; a device holds their logits in its columns, 6
+        bytes each. Larger chunks read and write the gradient of the kernel less often.
       vocab_parts: neighbours along `fsdp` that divide the vocabulary among them, each holding
-        6·D·V/(tensor·vocab_parts) bytes of kernel and gradient; 0: what moves the fewest bytes.
+        V/(tensor·vocab_parts) columns, with 6·D bytes of kernel and gradient for each; 0: the
+        number that moves the fewest bytes, `vocab_split.best_parts`.
 
     Returns:
       `LossSums`, of which `objective` is differentiable in `hidden` and `kernel`.

@@ -30,15 +30,15 @@ def best_parts(tokens: int, columns: int, fsdp: int) -> int:
 
     With g parts a device receives 2·D·columns/g bytes of a bf16 kernel, sends 4·D·columns/g of its
     float32 gradient, and exchanges (2 + 4)·D·g·tokens for hidden states and their gradient. The sum
-    is least at g² = columns/tokens.
+    is least at g² = columns/tokens, and flat around it; rounding up halves what a device holds.
 
     Args:
       tokens: per device. columns: of the vocabulary, per `tensor` shard. fsdp: size of the axis.
 
     Returns:
-      The power of two nearest to the optimum (in ratio) that divides `fsdp`.
+      The power of two at or above the optimum, at most the largest that divides `fsdp`.
     """
-    best = 2 ** max(0, round(math.log2(columns / tokens) / 2))
+    best = 2 ** max(0, math.ceil(math.log2(columns / tokens) / 2))
     return min(best, fsdp & -fsdp)
 
 
@@ -101,11 +101,11 @@ class VocabSplit:
             gradient = gradient[:, : self.columns]
         return gradient
 
-    def collect_tokens(self, x: jax.Array) -> jax.Array:
-        """[C,…] of this device to [parts·C,…] of its group."""
+    def collect_tokens(self, x: jax.Array, axis: int) -> jax.Array:
+        """Size C along `axis` on this device to parts·C, the tokens of its group."""
         if self.parts == 1:
             return x
-        return jax.lax.all_gather(x, _FSDP, axis=0, tiled=True, **self._group())
+        return jax.lax.all_gather(x, _FSDP, axis=axis, tiled=True, **self._group())
 
     def scatter_tokens(self, x: jax.Array) -> jax.Array:
         """[parts·C,…], a term from each holder of columns, to their sum [C,…] where it belongs."""
