@@ -126,3 +126,29 @@ def test_no_buffer_of_the_size_of_the_logits():
     logits = rows * length * vocab * 4
     assert naive > logits
     assert ours < logits / 4
+
+
+def test_no_device_holds_the_whole_kernel_or_its_gradient():
+    """In 8 parts, temporaries stay below one float32 [D,V]; in one part they exceed two."""
+    rows, length, width, vocab = 8, 64, 256, 32_768
+    with toy.use("8 fsdp") as mesh:
+        table = [
+            ((rows, length, width), jnp.float32, ("batch", "sequence", "channels")),
+            ((width, vocab), jnp.float32, ("embed", "vocab")),
+            ((rows, length), jnp.int32, ("batch", "sequence")),
+            ((rows, length), jnp.float32, ("batch", "sequence")),
+        ]
+        structs = [
+            jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
+            for shape, dtype, axes in table
+        ]
+
+        def temp(parts):
+            loss = jax.grad(lambda *a: next_token_loss(*a, 0.0, 8, parts).objective, (0, 1))
+            compiled = jax.jit(loss).lower(*structs).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        whole, divided = temp(1), temp(8)
+    kernel = width * vocab * 4
+    assert whole > 2 * kernel  # the kernel and its gradient
+    assert divided < kernel
