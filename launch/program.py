@@ -21,6 +21,9 @@ from qwen_jax.parallel.distributed import end_process, initialize
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "Split this host's CPU into so many devices, to try a mesh without hardware."
 )
+START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 300.0, "Seconds that the processes of a job wait for each other at the start."
+)
 
 # Libraries whose INFO lines go through absl too and say nothing to the user of a program.
 _CHATTY = re.compile(r"[/\\](orbax|grain|array_record|etils|jax|jaxlib)[/\\]")
@@ -55,7 +58,7 @@ def _start() -> None:
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
         _keep_freed_memory()
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
-    initialize()
+    initialize(timeout_s=START_TIMEOUT.value)
 
 
 def _parse(argv: list[str]) -> list[str]:
