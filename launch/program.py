@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import jax
 from absl import app, flags, logging
 
+from qwen_jax.compile_cache import CacheCounts, use_compile_cache
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.parallel.distributed import end_process, initialize
 
@@ -23,6 +24,9 @@ CPU_DEVICES = flags.DEFINE_integer(
 )
 START_TIMEOUT = flags.DEFINE_float(
     "start_timeout", 300.0, "Seconds that the processes of a job wait for each other at the start."
+)
+COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache", None, "Folder that keeps compiled programs for the next start; gs:// too."
 )
 
 # Libraries whose INFO lines go through absl too and say nothing to the user of a program.
@@ -49,7 +53,7 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def _start() -> None:
+def _start() -> CacheCounts | None:
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_quiet)
@@ -58,7 +62,9 @@ def _start() -> None:
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
         _keep_freed_memory()
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
+    counts = use_compile_cache(COMPILE_CACHE.value) if COMPILE_CACHE.value else None
     initialize(timeout_s=START_TIMEOUT.value)
+    return counts
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -130,9 +136,15 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             if argv[1:]:
                 raise UserError(f"{argv[1]!r} is not a flag: write --name=value")
-            _start()
-            return main() or 0
+            counts = _start()
+            status = main() or 0
         except UserError as error:
             _fail(str(error))
+        if counts:
+            logging.info(
+                "compile cache %s: %d programs taken from it, %d added",
+                *(COMPILE_CACHE.value, counts.hits, counts.added),
+            )
+        return status
 
     app.run(guarded, flags_parser=_parse)
