@@ -9,7 +9,7 @@ import logging as python_logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -126,18 +126,28 @@ def _fail(sentence: str) -> NoReturn:
     end_process(2)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs a program: `main` without arguments after flags are parsed and processes have joined.
+def run(
+    main: Callable[..., int | None], *, commands: Sequence[str] = (), devices: bool = True
+) -> None:
+    """Runs a program: `main` after flags are parsed and the processes of the job have joined.
 
     Bad input (`UserError`) ends it with one sentence on stderr and status 2, without a traceback.
+
+    Args:
+      main: called without arguments, or with the command where there are some.
+      commands: words of which the first argument must be one.
+      devices: False for a program that only reads and writes text: jax is not started.
     """
+    arguments = sys.argv[1:2] if commands else []
 
     def guarded(argv: list[str]) -> int:
+        counts = None
         try:
             if argv[1:]:
                 raise UserError(f"{argv[1]!r} is not a flag: write --name=value")
-            counts = _start()
-            status = main() or 0
+            if devices:
+                counts = _start()
+            status = main(*arguments) or 0
         except UserError as error:
             _fail(str(error))
         if counts:
@@ -147,4 +157,11 @@ def run(main: Callable[[], int | None]) -> None:
             )
         return status
 
-    app.run(guarded, flags_parser=_parse)
+    argv = sys.argv
+    if commands and not {"--help", "-help", "--helpfull", "-h"}.intersection(arguments):
+        word = arguments[0] if arguments else ""
+        if word not in commands:
+            found = f"{word!r} is none{nearest(word, commands)}" if word else "none is given"
+            _fail(f"the first argument is a command, {found}; choose one of {', '.join(commands)}")
+        argv = [sys.argv[0], *sys.argv[2:]]
+    app.run(guarded, argv=argv, flags_parser=_parse)
