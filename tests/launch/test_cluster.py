@@ -392,3 +392,33 @@ def test_the_slurm_script_trains_stops_when_told_and_goes_on(tmp_path):
     rows = read_metrics(work / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
     assert read_identity(str(work / "checkpoints"))["step"] == steps
+
+
+def test_the_tpu_vm_script_asks_again_for_a_slice_that_was_taken_away(tmp_path):
+    """With commands of the same names that keep a queued resource in a file, and no waiting."""
+    stand_in = pathlib.Path(__file__).with_name("gcloud_stand_in.sh").read_text()
+    for name, text in (("gcloud", stand_in), ("sleep", "#!/bin/bash\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "pod.sh"
+    script.write_text(render("tpu_vm", job("tpu_vm", spot=True)))
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOGS": str(tmp_path / "logs"),
+        "TMPDIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    author = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    for words in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *words], cwd=repository, env=environment, check=True)
+    run = ["bash", str(script), "run"]
+    done = subprocess.run(
+        run, cwd=repository, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text().split()
+    acts = [call for call in calls if call in ("create", "scp", "delete")]
+    assert acts == ["create", "scp", "delete", "create", "scp", "scp"]  # the last scp: logs
+    assert "SUSPENDED" in done.stdout and "Done." in done.stdout
