@@ -169,7 +169,7 @@ def _check_slurm(job: ClusterJob) -> None:
     _needs(job, "slurm", "workdir", "checkpoints")
     for flag in ("workdir", "checkpoints"):
         path = getattr(job, flag)
-        if not path.startswith(("/", "gs://", "s3://")):
+        if not path.startswith(("/", "gs://") if flag == "checkpoints" else "/"):
             raise UserError(f"--{flag}={path} must be a whole path on storage that all nodes see")
     why = "SLURM runs processes on its nodes"
     _leave_out(job, "slurm", why, "slice", "image", "mounts", "project", "zone", "cluster", "queue")

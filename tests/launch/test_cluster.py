@@ -232,6 +232,7 @@ def test_a_line_break_is_refused_everywhere():
         ("tpu_vm", {"project": ""}, "--project is missing, which tpu_vm needs"),
         ("tpu_vm", {"workdir": "x"}, "--workdir=x must be a whole path on the TPU VM"),
         ("slurm", {"workdir": "runs/x"}, "--workdir=runs/x must be a whole path on storage"),
+        ("slurm", {"workdir": "gs://b/x"}, "--workdir=gs://b/x must be a whole path on storage"),
         ("slurm", {"slice": find_slice("v5e-8")}, "slurm has no use for --slice"),
         ("slurm", {"tasks_per_node": 3}, "--tasks_per_node=3 must be 8, one process per GPU, or 1"),
     ],
