@@ -7,7 +7,8 @@ Everything in the recipe can be changed with `--config.key=value`. On several ho
 command on each (see qwen_jax/parallel/distributed.py for how they find each other). metrics.jsonl,
 TensorBoard files and, unless --checkpoints names a folder that all hosts see (gs:// too), the
 checkpoints go to --workdir. Exit status: 0 done or stopped on request with a checkpoint, 2 bad
-input or training that diverged.
+input or training that diverged. A scheduler that must tell a stopped run, to be started again, from
+a finished one sets --stopped_status (launch/cluster renders such jobs).
 """
 
 from absl import flags, logging
@@ -24,9 +25,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Local folder for metrics and che
 CHECKPOINTS = flags.DEFINE_string(
     "checkpoints", None, "Folder for checkpoints, such as gs://…; WORKDIR/checkpoints by default."
 )
+STOPPED_STATUS = flags.DEFINE_integer(
+    "stopped_status", 0, "Exit status of a run that was asked to stop (SIGTERM) before its end.",
+    lower_bound=0, upper_bound=255,
+)  # fmt: skip
 
 
-def main() -> None:
+def main() -> int:
     """Parses, trains, reports."""
     if CONFIG.value is None:
         raise UserError("--config is missing: give a recipe, such as configs/pretrain.py:7b")
@@ -38,6 +43,8 @@ def main() -> None:
         logging.info("%s: %.4f bits per byte held out", name, held_out.bits_per_byte)
     if not outcome.finished:
         logging.info("stopped at step %d; the same command goes on from there", outcome.step)
+        return STOPPED_STATUS.value
+    return 0
 
 
 if __name__ == "__main__":

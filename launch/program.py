@@ -9,17 +9,24 @@ import logging as python_logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
 
+from qwen_jax.compile_cache import CacheCounts, use_compile_cache
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.parallel.distributed import end_process, initialize
 
 CPU_DEVICES = flags.DEFINE_integer(
     "cpu_devices", 0, "Split this host's CPU into so many devices, to try a mesh without hardware."
+)
+START_TIMEOUT = flags.DEFINE_float(
+    "start_timeout", 300.0, "Seconds that the processes of a job wait for each other at the start."
+)
+COMPILE_CACHE = flags.DEFINE_string(
+    "compile_cache", None, "Folder that keeps compiled programs for the next start; gs:// too."
 )
 
 # Libraries whose INFO lines go through absl too and say nothing to the user of a program.
@@ -46,7 +53,7 @@ def _keep_freed_memory() -> None:
             mallopt(parameter, value)
 
 
-def _start() -> None:
+def _start() -> CacheCounts | None:
     logging.set_verbosity(logging.INFO)
     logging.use_absl_handler()
     logging.get_absl_handler().addFilter(_quiet)
@@ -55,7 +62,9 @@ def _start() -> None:
         jax.config.update("jax_num_cpu_devices", CPU_DEVICES.value)
         _keep_freed_memory()
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
-    initialize()
+    counts = use_compile_cache(COMPILE_CACHE.value) if COMPILE_CACHE.value else None
+    initialize(timeout_s=START_TIMEOUT.value)
+    return counts
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -117,19 +126,42 @@ def _fail(sentence: str) -> NoReturn:
     end_process(2)
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs a program: `main` without arguments after flags are parsed and processes have joined.
+def run(
+    main: Callable[..., int | None], *, commands: Sequence[str] = (), devices: bool = True
+) -> None:
+    """Runs a program: `main` after flags are parsed and the processes of the job have joined.
 
     Bad input (`UserError`) ends it with one sentence on stderr and status 2, without a traceback.
+
+    Args:
+      main: called without arguments, or with the command where there are some.
+      commands: words of which the first argument must be one.
+      devices: False for a program that only reads and writes text: jax is not started.
     """
+    arguments = sys.argv[1:2] if commands else []
 
     def guarded(argv: list[str]) -> int:
+        counts = None
         try:
             if argv[1:]:
                 raise UserError(f"{argv[1]!r} is not a flag: write --name=value")
-            _start()
-            return main() or 0
+            if devices:
+                counts = _start()
+            status = main(*arguments) or 0
         except UserError as error:
             _fail(str(error))
+        if counts:
+            logging.info(
+                "compile cache %s: %d programs taken from it, %d added",
+                *(COMPILE_CACHE.value, counts.hits, counts.added),
+            )
+        return status
 
-    app.run(guarded, flags_parser=_parse)
+    argv = sys.argv
+    if commands and not {"--help", "-help", "--helpfull", "-h"}.intersection(arguments):
+        word = arguments[0] if arguments else ""
+        if word not in commands:
+            found = f"{word!r} is none{nearest(word, commands)}" if word else "none is given"
+            _fail(f"the first argument is a command, {found}; choose one of {', '.join(commands)}")
+        argv = [sys.argv[0], *sys.argv[2:]]
+    app.run(guarded, argv=argv, flags_parser=_parse)

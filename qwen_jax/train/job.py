@@ -10,6 +10,7 @@ from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.train.optimizer import OptimizerConfig
+from qwen_jax.train.profiling import parse_steps
 from qwen_jax.train.step import LossConfig, StepConfig
 
 
@@ -25,7 +26,7 @@ class RunConfig:
       keep_last: newest checkpoints that stay; keep_every: steps divisible by it stay too (0: none).
       max_skipped: non-finite steps in a row after which the run stops.
       tensorboard: also write TensorBoard files. wandb_project: also log to this project ("": no).
-      profile_steps: steps to trace for XProf/Perfetto, starting at `profile_start` (0: none).
+      profile_steps: FIRST,LAST: steps to trace for XProf and Perfetto, both included ("": none).
     """
 
     steps: int
@@ -39,15 +40,20 @@ class RunConfig:
     max_skipped: int = 20
     tensorboard: bool = True
     wandb_project: str = ""
-    profile_steps: int = 0
-    profile_start: int = 10
+    profile_steps: str = ""
 
     def __post_init__(self):
-        may_be_zero = ("seed", "eval_every", "keep_every", "profile_steps", "profile_start")
+        may_be_zero = ("seed", "eval_every", "keep_every")
         for name, value in dataclasses.asdict(self).items():
             least = 0 if name in may_be_zero else 1
             if isinstance(value, int) and not isinstance(value, bool) and value < least:
                 raise UserError(f"train.{name} is {value}; it must be at least {least}")
+        profiled = parse_steps(self.profile_steps)
+        if profiled and profiled[0] > self.steps:
+            raise UserError(
+                f"train.profile_steps is {self.profile_steps!r} but the run ends with step "
+                f"{self.steps} (train.steps); choose earlier steps"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from qwen_jax.train.flops import peak_flops, train_flops_per_token
 from qwen_jax.train.job import PretrainJob, check_vocabulary, identity
 from qwen_jax.train.metrics import MultiWriter, make_writer, read_metrics
 from qwen_jax.train.preemption import Preemption
+from qwen_jax.train.profiling import Profiler, parse_steps
 from qwen_jax.train.progress import Throughput, memory_stats
 from qwen_jax.train.step import TrainState, abstract_state, check_mesh, init_state, train_step
 
@@ -90,7 +91,7 @@ def pretrain(job: PretrainJob, workdir: str, checkpoint_dir: str | None = None) 
             try:
                 state = _train(run, state, preemption)
             finally:
-                run.stop_profile()
+                run.profiler.stop()
             finished = int(state.step) >= job.train.steps
             run.finish(state, evaluate_too=finished)
     return Outcome(int(state.step), finished, run.held_out)
@@ -166,8 +167,8 @@ def _train(run: _Run, state: TrainState, preemption: Preemption) -> TrainState:
     step_fn = _compile(inputs.traced)
     with inputs.batches.iterate(start, inputs.first, inputs.count) as reader:
         for step, rows in reader:
-            run.profile(step - start)
-            state, metrics = step_fn(state, inputs.feed(rows))
+            with run.profiler.step(step + 1):
+                state, metrics = step_fn(state, inputs.feed(rows))
             run.note(step + 1, metrics)
             run.after(step + 1, state)
             if preemption.should_stop(step + 1) or step + 1 >= last:
@@ -196,7 +197,8 @@ class _Run:
         self._speed = Throughput()
         self._tokens = job.data.global_batch * job.data.seq_len
         self._evaluated = self._saved = -1
-        self._profiling = False
+        profiled = parse_steps(job.train.profile_steps)
+        self.profiler = Profiler(profiled, os.path.join(workdir, "profile"), done=start)
 
     def note(self, step: int, metrics) -> None:
         """Keeps this step's metrics on the device and handles the step before it."""
@@ -230,7 +232,11 @@ class _Run:
         self.writer.write(step, values | memory_stats())
 
     def after(self, step: int, state: TrainState) -> None:
-        """Evaluation and checkpoint where they are due."""
+        """The end of a profile, evaluation and checkpoint where they are due."""
+        if self.profiler.ends_with(step):
+            self.flush()  # waits for the last traced step
+            self.profiler.stop()
+            self._speed.restart()
         every = self.job.train.eval_every
         if every and step % every == 0 and step != self.job.train.steps:
             self._evaluate(step, state)
@@ -276,23 +282,6 @@ class _Run:
         if step > self.start or not _has_line(self.workdir, step, scalars):
             self.writer.write(step, scalars)
         self._speed.restart()
-
-    def profile(self, steps_done: int) -> None:
-        """Starts and stops the trace of `train.profile_steps` steps."""
-        run = self.job.train
-        if run.profile_steps and steps_done == run.profile_start:
-            jax.profiler.start_trace(os.path.join(self.workdir, "profile"))
-            self._profiling = True
-        elif self._profiling and steps_done >= run.profile_start + run.profile_steps:
-            self.flush()  # waits for the last traced step
-            self.stop_profile()
-
-    def stop_profile(self) -> None:
-        """Writes the trace if one is being taken."""
-        if self._profiling:
-            self._profiling = False
-            jax.profiler.stop_trace()
-            self._speed.restart()
 
 
 def _has_line(workdir: str, step: int, scalars: Mapping[str, float]) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,26 +13,30 @@ import jax
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.parallel import distributed
+from qwen_jax.parallel import distributed, launchers
+from qwen_jax.parallel.meeting import meet
 from tests import multiprocess
 
-NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+NAMES = launchers.VARIABLES
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch):
-    for name in (*NAMES, *distributed._CLUSTERS):
-        monkeypatch.delenv(name, raising=False)
+    for name in os.environ:
+        if name.startswith(("JAX_COORD", "JAX_NUM_P", "JAX_PROC", "SLURM", "OMPI", "MEGASCALE")):
+            monkeypatch.delenv(name)
 
 
-def _meet_all(reports: list[tuple[int, int]], timeout_s: float = 10.0, before=None) -> list[str]:
+def _meet_all(
+    reports: list[tuple[int, int]], timeout_s: float = 10.0, before=None, hosts=()
+) -> list[str]:
     """Runs `meet` for (index, count) pairs in threads; returns what each one raised, or ""."""
     address = f"127.0.0.1:{multiprocess.free_port()}"
     messages = ["?"] * len(reports)
 
     def one(place: int, index: int, count: int) -> None:
         try:
-            distributed.meet(address, count, index, timeout_s=timeout_s)
+            meet(address, count, index, timeout_s=timeout_s, hosts=hosts)
             messages[place] = ""
         except UserError as error:
             messages[place] = str(error).replace(address, "ADDRESS")
@@ -100,6 +107,11 @@ def test_a_missing_process_is_named_to_all_the_others():
     assert time.monotonic() - begin < 10
 
 
+def test_a_missing_process_is_named_by_its_host():
+    (message,) = _meet_all([(0, 3)], timeout_s=0.3, hosts=("node1", "node2", "node3"))
+    assert "2 of 3 processes had not reported: 1 (host node2), 2 (host node3); see" in message
+
+
 def test_a_missing_coordinator_is_named():
     (message,) = _meet_all([(1, 2)], timeout_s=0.5)
     assert message.startswith("Process 1 did not reach process 0 at ADDRESS within 0.5 s (")
@@ -123,7 +135,7 @@ def test_a_port_in_use_is_named():
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match=f"Process 0 cannot listen at {address}"):
-            distributed.meet(address, 2, 0, timeout_s=1.0)
+            meet(address, 2, 0, timeout_s=1.0)
 
 
 def _start_from_the_environment() -> int:
@@ -181,3 +193,58 @@ def test_one_process_exits_as_usual():
     with pytest.raises(SystemExit) as caught:
         distributed.end_process(2)
     assert caught.value.code == 2
+
+
+_SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_NODELIST": "localhost,node[02-03]",
+    "SLURM_STEP_NUM_TASKS": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x3)",
+}
+_TPU = {"TPU_WORKER_HOSTNAMES": "localhost,pod-slice-0-1.pod,pod-slice-0-2.pod"}
+
+
+def _command(environment: dict[str, str]) -> subprocess.Popen:
+    """A program that does what every program does first, with a time-out of three seconds."""
+    program = (
+        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
+        "from absl import flags\n"
+        "from launch import program\n"
+        "program.run(lambda: print('joined', jax.process_count()))\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, "--start_timeout=3"],
+        cwd=multiprocess.ROOT,
+        env={**clean, "PYTHONPATH": str(multiprocess.ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shared", "number", "missing"),
+    [
+        (_SLURM, "SLURM_PROCID", "1 (host node02)"),
+        (_TPU, "TPU_WORKER_ID", "1 (host pod-slice-0-1.pod)"),
+    ],
+    ids=["SLURM", "TPU pod"],
+)
+def test_one_of_three_never_starts_and_the_others_end_with_its_hosts_name(shared, number, missing):
+    shared = {**shared, "JAX_COORDINATOR_PORT": str(multiprocess.free_port())}
+    begin = time.monotonic()
+    running = [_command({**shared, number: index}) for index in ("0", "2")]
+    try:
+        ends = [(p.communicate(timeout=60), p.returncode) for p in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert time.monotonic() - begin < 60
+    for (out, err), status in ends:
+        assert status == 2 and "joined" not in out, err
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("error: After 3 s at localhost:"), last
+        assert f"1 of 3 processes had not reported: {missing}; see whether they started" in last
+        assert "Traceback" not in err

@@ -1,0 +1,425 @@
+"""Job files for clusters parse, add up, and hold any value; the one for SLURM is really run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import jsonschema
+import pytest
+import yaml
+
+from launch.cluster import cost as costs
+from launch.cluster.job import ClusterJob, fit_recipe, parse_pairs, recipe_flags
+from launch.cluster.render import render
+from launch.cluster.slices import find_slice, slices
+from qwen_jax.errors import UserError
+from qwen_jax.parallel import MeshConfig
+from qwen_jax.train.checkpoint import read_identity
+from qwen_jax.train.metrics import read_metrics
+from tests import multiprocess, programs
+from tests.launch import jobset, slurm_stand_in
+from tests.train import jobs
+
+FLAGS = ("--config=configs/pretrain.py:7b", "--config.data.sources=/data/web=1")
+# Every character that means something to a shell, to YAML, to Kubernetes, to jinja or to systemd.
+HOSTILE = (
+    r"""/a b'c"d\e$(touch /tmp/pwned)`id`$HOME;&|<>*?[x]{y}~!#%n%%: - &a *b {{ z }} {% q %} é天"""
+)
+SECRETS = {"gke": "wandb/key", "tpu_vm": "wandb key'$(x)", "slurm": "/home/me/a b'$(x)/key"}
+
+
+def job(scheduler: str, **changes) -> ClusterJob:
+    """A job that renders on this scheduler."""
+    tpu = {"slice": find_slice("v5e-256"), "project": "p", "zone": "us-west4-a"}
+    common = {"name": "qwen", "flags": FLAGS, "workdir": "/work/7b", "checkpoints": "gs://b/7b"}
+    special = {
+        "gke": tpu | {"image": "r/p/i:1", "mounts": {"/work": "gs://b/work"}},
+        "xpk": tpu | {"image": "r/p/i:1", "cluster": "c"},
+        "tpu_vm": tpu,
+        "slurm": {"nodes": 16},
+    }
+    return ClusterJob(**common | special[scheduler] | changes)
+
+
+def shellcheck(text: str, *more: str) -> str:
+    """What bash and ShellCheck have against a script; "" is nothing."""
+    parsed = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
+    program = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.defpath}")
+    assert program, "shellcheck is missing: pip install -r requirements/dev.txt"
+    checked = subprocess.run(
+        [program, "--shell=bash", *more, "-"], input=text, text=True, capture_output=True
+    )
+    return parsed.stderr + checked.stdout
+
+
+def pods(text: str) -> dict:
+    """The pod specification of a JobSet that is one, strictly."""
+    document = yaml.safe_load(text)
+    jsonschema.validate(document, jobset.SCHEMA)
+    return document["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+@pytest.mark.parametrize("name", slices())
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_jobset_has_a_pod_for_every_host_and_a_chip_for_every_device(name, count):
+    one = find_slice(name)
+    document = yaml.safe_load(render("gke", job("gke", slice=one, slices=count)))
+    jsonschema.validate(document, jobset.SCHEMA)
+    (replicated,) = document["spec"]["replicatedJobs"]
+    spec = replicated["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"]
+    pod = spec["template"]["spec"]
+    chips_per_pod = pod["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert replicated["replicas"] * spec["parallelism"] * chips_per_pod == one.chips * count
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    number = int(name.partition("-")[2])
+    per_chip = 1 if name.startswith(("v5e", "v6e")) else 2
+    assert eval_product(topology) == one.chips == number // per_chip
+    # Only several slices need the hosts' own network, and a name that leads to process 0.
+    assert pod.get("hostNetwork", False) == (count > 1)
+
+
+def eval_product(topology: str) -> int:
+    product = 1
+    for part in topology.split("x"):
+        product *= int(part)
+    return product
+
+
+def test_everything_optional_is_in_the_jobset():
+    rich = job(
+        "gke", namespace="ml", queue="tpus", service_account="trainer", reservation="r", spot=True,
+        mounts={"/work": "gs://b", "/data": "claim", "/d2": "gs://b2/x/y"}, slices=2, restarts=7,
+        secrets={"WANDB_API_KEY": "wandb/key"}, env={"A": "1"}, grace_s=99,
+    )  # fmt: skip
+    document = yaml.safe_load(render("gke", rich))
+    pod = pods(render("gke", rich))
+    assert document["metadata"]["namespace"] == "ml"
+    assert document["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "tpus"}
+    assert document["spec"]["failurePolicy"]["maxRestarts"] == 7
+    assert pod["terminationGracePeriodSeconds"] == 99
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["nodeSelector"]["cloud.google.com/reservation-name"] == "r"
+    (container,) = pod["containers"]
+    mounted = {m["name"]: m["mountPath"] for m in container["volumeMounts"]}
+    sources = {
+        mounted[v["name"]]: v.get("persistentVolumeClaim", v.get("csi")) for v in pod["volumes"]
+    }
+    assert sources["/data"] == {"claimName": "claim"}
+    assert sources["/work"]["volumeAttributes"]["bucketName"] == "b"
+    assert sources["/d2"]["volumeAttributes"]["mountOptions"] == "implicit-dirs,only-dir=x/y"
+    env = {e["name"]: e.get("value", e.get("valueFrom")) for e in container["env"]}
+    assert env["A"] == "1" and env["JAX_PLATFORMS"] == "tpu,cpu"
+    assert env["WANDB_API_KEY"] == {"secretKeyRef": {"name": "wandb", "key": "key"}}
+
+
+def test_a_stopped_run_is_started_again_and_costs_no_restart():
+    """The status of a stopped run, the pod's rule for it and the set's rule are one chain."""
+    document = yaml.safe_load(render("gke", job("gke")))
+    spec = document["spec"]["replicatedJobs"][0]["template"]["spec"]
+    (code,) = spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert f"--stopped_status={code}" in container["command"]
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    assert {r["action"] for r in spec["podFailurePolicy"]["rules"]} == {"FailJob"}
+    assert spec["backoffLimit"] == 0
+    (rule,) = document["spec"]["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+
+
+def _variants(scheduler: str):
+    """Jobs with every combination of what changes the shape of a script."""
+    switches = {
+        "tpu_vm": {"spot": True, "reservation": "r", "service_account": "s", "slices": 2},
+        "slurm": {"tasks_per_node": 1, "code": "/c", "partition": "x", "time_limit": "1-00:00:00"},
+        "xpk": {"slices": 2, "env": {"A": "b"}},
+    }[scheduler]
+    for chosen in itertools.product([False, True], repeat=len(switches)):
+        on = {k: v for (k, v), use in zip(switches.items(), chosen, strict=True) if use}
+        yield job(scheduler, **on)
+
+
+@pytest.mark.parametrize("scheduler", ["tpu_vm", "slurm", "xpk"])
+def test_scripts_pass_bash_and_shellcheck(scheduler):
+    for variant in _variants(scheduler):
+        assert not shellcheck(render(scheduler, variant)), variant
+    if scheduler != "xpk":
+        secret = {"WANDB_API_KEY": SECRETS[scheduler]}
+        assert not shellcheck(render(scheduler, job(scheduler, secrets=secret)), "-e", "SC2016")
+
+
+def words_after(text: str, marker: str) -> list[str]:
+    """The words of the shell command that begins with `marker`, as a shell reads them."""
+    command = text[text.index(marker) :].replace("\\\n", " ").splitlines()[0]
+    return shlex.split(command)
+
+
+def test_no_value_can_break_out_of_a_file():
+    """Hostile folders, flags and variables arrive in the program as they were given."""
+    flags = (*FLAGS, f"--config.tokenizer={HOSTILE}")
+    changes = {"flags": flags, "workdir": HOSTILE, "env": {"A": HOSTILE}, "code": HOSTILE}
+    for scheduler in ("gke", "tpu_vm", "slurm", "xpk"):
+        more = {}
+        if scheduler == "gke":
+            more = {"mounts": {HOSTILE: "claim"}}
+        wanted = job(scheduler, **changes, **more)
+        text = render(scheduler, wanted)
+        command = list(wanted.command)
+        if scheduler == "gke":
+            pod = pods(text)
+            (container,) = pod["containers"]
+            assert [kubernetes(word) for word in container["command"]] == command
+            env = {e["name"]: kubernetes(e["value"]) for e in container["env"]}
+            assert env["A"] == HOSTILE and container["workingDir"] == HOSTILE
+            continue
+        # SC2016: that single quotes keep $(…) as it is, is just what is wanted here.
+        assert not shellcheck(text, "--exclude=SC2016")
+        if scheduler == "xpk":
+            words = words_after(text, "xpk workload create")
+            inner = next(w for w in words if w.startswith("--command=")).partition("=")[2]
+            assert shlex.split(inner)[-len(command) :] == command
+            assert f"--env=A={HOSTILE}" in words
+        else:
+            start = "srun" if scheduler == "slurm" else "exec python3"
+            words = words_after(text, start)
+            begin = words.index("python3")
+            assert words[begin : begin + len(command)] == command
+            assert f"export A={shlex.quote(HOSTILE)}" in text
+
+
+def kubernetes(text: str) -> str:
+    """What Kubernetes makes of a word: $$ is a $, $(NAME) a variable."""
+    assert not re.search(r"(?<!\$)(\$\$)*\$\(", text), "would be replaced"
+    return text.replace("$$", "$")
+
+
+def test_a_line_break_is_refused_everywhere():
+    for name in ("workdir", "checkpoints", "code", "image"):
+        with pytest.raises(UserError, match=f"--{name} has .* with a line break"):
+            job("gke", **{name: "/a\nrm -rf /"})
+    with pytest.raises(UserError, match="with a line break"):
+        job("gke", env={"A": "x\ny"})
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "changes", "message"),
+    [
+        ("gke", {"slice": None}, "--slice is missing, which gke needs; give --slice=v5e-256"),
+        ("gke", {"image": ""}, "--image is missing, which gke needs"),
+        ("gke", {"workdir": "/tmp/x"}, "--workdir=/tmp/x would be lost with the pod; mount"),
+        ("gke", {"checkpoints": "/x"}, "--checkpoints=/x would be lost with the pod"),
+        ("gke", {"mounts": {"work": "gs://b"}}, r"--mount=work=gs://b must be /FOLDER="),
+        ("gke", {"secrets": {"A": "x"}}, "--secret=A=x must be A=SECRET/KEY"),
+        ("gke", {"partition": "x"}, "gke has no use for --partition"),
+        ("gke", {"name": "Qwen"}, "--name=Qwen is no name for a job"),
+        ("gke", {"name": "q" * 41}, "is no name for a job"),
+        ("gke", {"image": "a b"}, "--image=a b may only have letters"),
+        ("gke", {"env": {"A B": "x"}}, "'A B' is no name for an environment variable"),
+        ("gke", {"slices": 0}, "--slices=0 must be at least 1"),
+        ("gke", {"restarts": -1}, "--restarts=-1 must be at least 0"),
+        ("xpk", {"secrets": {"A": "x"}}, "xpk has no use for --secrets"),
+        ("xpk", {"checkpoints": "/x"}, "--checkpoints=/x must be gs://BUCKET/FOLDER with xpk"),
+        ("tpu_vm", {"slice": find_slice("tpu7x-128")}, "tpu7x-128 is only to be had on GKE"),
+        ("tpu_vm", {"project": ""}, "--project is missing, which tpu_vm needs"),
+        ("tpu_vm", {"workdir": "x"}, "--workdir=x must be a whole path on the TPU VM"),
+        ("slurm", {"workdir": "runs/x"}, "--workdir=runs/x must be a whole path on storage"),
+        ("slurm", {"workdir": "gs://b/x"}, "--workdir=gs://b/x must be a whole path on storage"),
+        ("slurm", {"slice": find_slice("v5e-8")}, "slurm has no use for --slice"),
+        ("slurm", {"tasks_per_node": 3}, "--tasks_per_node=3 must be 8, one process per GPU, or 1"),
+    ],
+)
+def test_what_a_scheduler_cannot_use_is_one_sentence(scheduler, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        render(scheduler, job(scheduler, **changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e-250", "--slice=v5e-250 is unknown (did you mean 'v5e-256'?); v5e has v5e-8, "),
+        ("v5p-100", "(did you mean 'v5p-128'?)"),
+        ("v6-256", "(did you mean 'v6e-256'?)"),
+        ("h100", "choose a size of v4, v5e, v5p, v6e, tpu7x, such as v5e-256"),
+    ],
+)
+def test_an_unknown_slice_names_the_nearest(name, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        find_slice(name)
+
+
+def test_slices_are_called_as_their_users_call_them():
+    assert find_slice("v5litepod-16") == find_slice("v5e-16")
+    assert find_slice("v5e-256").accelerator == "v5litepod-256"
+    assert (find_slice("v5p-128").chips, find_slice("v5p-128").hosts) == (64, 16)
+    assert (find_slice("tpu7x-128").chips, find_slice("tpu7x-128").devices) == (64, 128)
+
+
+def test_the_recipe_is_checked_against_its_devices():
+    toy = jobs.make("/data")
+    assert fit_recipe(toy, 8, 1) == ()
+    two = jobs.make("/data", mesh=MeshConfig(fsdp=-1))
+    assert fit_recipe(two, 8, 2) == ("--config.mesh.data=2",)
+    given = jobs.make("/data", mesh=MeshConfig(data=4, fsdp=-1))
+    assert fit_recipe(given, 8, 2) == ()
+    for recipe, devices, count, message in (
+        (toy, 16, 1, "the mesh data 1 × fsdp 8 × context 1 × tensor 1 does not fit 16 devices"),
+        (given, 12, 3, "mesh.data=4 is not a multiple of --slices=3"),
+        (two, 16, 1, "data.global_batch=8 is not a multiple of data×fsdp×microbatches"),
+        (jobs.make("/data", data={"sources": ""}), 8, 1, "data.sources is empty"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            fit_recipe(recipe, devices, count)
+
+
+def test_flags_of_the_recipe_and_pairs():
+    argv = ["gke", "--config", "a.py:7b", "--slice=v5e-8", "--config.a.b=1 2", "--noconfig.x", "-v"]
+    assert recipe_flags(argv) == ("--config=a.py:7b", "--config.a.b=1 2", "--noconfig.x")
+    assert parse_pairs("env", ["A=b=c"]) == {"A": "b=c"}
+    for wrong in (["A"], ["=b"], ["A="], ["A=1", "A=2"]):
+        with pytest.raises(UserError, match="--env"):
+            parse_pairs("env", wrong)
+
+
+def test_cost_is_arithmetic():
+    found = costs.cost(2.4e12, 2000.0, chips=256, price_per_chip_hour=1.5, goodput=0.8)
+    assert found.chip_hours == pytest.approx(2.4e12 / 2000 / 3600 / 0.8)
+    assert found.days == pytest.approx(found.chip_hours / 256 / 24)
+    assert found.money == pytest.approx(1.5 * found.chip_hours)
+    bare = costs.cost(3600.0, 1.0)
+    assert (bare.chip_hours, bare.days, bare.money) == (1.0, None, None)
+    for wrong in ((0, 1, {}), (1, -1, {}), (1, 1, {"goodput": 2}), (1, 1, {"chips": 0})):
+        with pytest.raises(UserError, match=r"must be a positive number|at most 1"):
+            costs.cost(wrong[0], wrong[1], **wrong[2])
+
+
+def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
+    """The way a person uses it: words on the command line, a file or the terminal."""
+    report = tmp_path / "7b.json"
+    report.write_text(json.dumps({"prediction": {"tokens_per_second_per_chip": 2000.0}}))
+    (tmp_path / "bad.json").write_text("[1]")
+    recipe = ["--config=configs/pretrain.py:7b", "--config.data.sources=/data/web=1"]
+    gke = ["gke", *recipe, "--slice=v5e-256", "--image=i", "--workdir=/w", "--mount=/w=claim"]
+    slurm = ["slurm", *recipe, "--nodes=2", "--workdir=/nfs/x"]
+    out = tmp_path / "new" / "job.yaml"
+    price = ["--price_per_chip_hour=1.5", "--chips=256"]
+    calls = [
+        [*gke, f"--out={out}", "--slices=2", "--compile_cache=/w/cache", "--start_timeout=900"],
+        [*slurm, "--tasks_per_node=1"],
+        ["cost", f"--report=a={report}", f"--report={report}", "--tokens=2.4e12", *price],
+        ["gke", *recipe, "--slice=v5e-256"],
+        [*gke, "--config.mesh.fsdp=7"],
+        [*gke, "--config.mesh.fdsp=7"],
+        ["gkee"],
+        [],
+        ["cost", f"--report={tmp_path}/bad.json", "--tokens=1"],
+        ["cost", f"--report={tmp_path}/none.json", "--tokens=1"],
+    ]
+    done = programs.run([["launch.cluster", *call] for call in calls])
+    assert [d.status for d in done] == [0, 0, 0] + [2] * 7, [d.output for d in done]
+    command = pods(out.read_text())["containers"][0]["command"]
+    assert command[3:8] == [*recipe, "--compile_cache=/w/cache", "--start_timeout=900.0",
+                            "--config.mesh.data=2"]  # fmt: skip
+    assert not pathlib.Path("/w").exists()  # a folder of the pod's, not of this machine
+    assert "--ntasks-per-node=1\n" in done[1].output
+    hours = 2.4e12 / 2000 / 3600
+    row = f"| 2.4e+12 | 2,000 | {hours:,.0f} | 256 | {hours / 256 / 24:,.1f} | {hours * 1.5:,.0f} |"
+    assert f"| a {row}" in done[2].output and f"| 7b {row}" in done[2].output
+    for end, said in zip(
+        done[3:],
+        (
+            "--image is missing",
+            "does not fit 256 devices",
+            "config.mesh.fdsp is not a setting (did you mean 'fsdp'?)",
+            "'gkee' is none (did you mean 'gke'?); choose one of gke, xpk, tpu_vm, slurm, cost",
+            "the first argument is a command, none is given",
+            "bad.json has no number at prediction.tokens_per_second_per_chip",
+            "none.json cannot be read",
+        ),
+        strict=True,
+    ):
+        assert end.last_line.startswith("error: ") and said in end.last_line, end.output
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_stops_when_told_and_goes_on(tmp_path):
+    """sbatch: two processes meet and train; SIGTERM, saved, put back in the queue; to the end."""
+    steps = 30
+    commands, work = tmp_path / "bin", tmp_path / "work dir's 100%"
+    commands.mkdir()
+    slurm_stand_in.install(commands)
+    (commands / "terminate_after").write_text(r"step +3/")
+    jobs.write_data(tmp_path)
+    script = tmp_path / "job.sh"
+    (rendered,) = programs.run(
+        [
+            [
+                "launch.cluster", "slurm", f"--config=tests/train/recipe.py:{tmp_path}",
+                f"--config.train.steps={steps}", "--config.eval=",
+                "--config.train.checkpoint_every=1000", "--config.model.n_layers=1",
+                "--config.model.windows=()", "--config.mesh.fsdp=-1",
+                "--nodes=2", "--gpus_per_node=2", "--tasks_per_node=1", "--cpu_devices=2",
+                "--restarts=1", f"--workdir={work}", f"--python={sys.executable}",
+                f"--code={programs.ROOT}", f"--compile_cache={tmp_path}/compiled",
+                "--env=JAX_PLATFORMS=cpu", f"--env=JAX_COORDINATOR_PORT={multiprocess.free_port()}",
+                f"--out={script}",
+            ]
+        ]
+    )  # fmt: skip
+    assert rendered.status == 0, rendered.output
+    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
+    done = subprocess.run(
+        ["sbatch", str(script)],
+        env=clean | {"PATH": f"{commands}:{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    logs = "".join(path.read_text() for path in sorted((work / "logs").glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert sorted(p.name for p in (work / "logs").iterdir()) == ["4242-0.log", "4242-1.log"]
+    assert "ended with status 75 after 0 restarts" in done.stdout
+    assert "ended with status 0 after 1 restarts" in done.stdout
+    assert "Process 1 of 2 on node2, says SLURM, joins the others at localhost:" in logs
+    stopped = int(re.search(r"stopped at step (\d+); the same command goes on", logs)[1])
+    assert 3 <= stopped < steps
+    assert f"step {stopped} of {steps}" in logs
+    rows = read_metrics(work / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
+    assert read_identity(str(work / "checkpoints"))["step"] == steps
+
+
+def test_the_tpu_vm_script_asks_again_for_a_slice_that_was_taken_away(tmp_path):
+    """With commands of the same names that keep a queued resource in a file, and no waiting."""
+    stand_in = pathlib.Path(__file__).with_name("gcloud_stand_in.sh").read_text()
+    for name, text in (("gcloud", stand_in), ("sleep", "#!/bin/bash\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "pod.sh"
+    script.write_text(render("tpu_vm", job("tpu_vm", spot=True)))
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "LOGS": str(tmp_path / "logs"),
+        "TMPDIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    author = ["-c", "user.name=n", "-c", "user.email=e@x"]
+    for words in (["init", "-q"], [*author, "commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run(["git", *words], cwd=repository, env=environment, check=True)
+    run = ["bash", str(script), "run"]
+    done = subprocess.run(
+        run, cwd=repository, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = (tmp_path / "calls").read_text().split()
+    acts = [call for call in calls if call in ("create", "scp", "delete")]
+    assert acts == ["create", "scp", "delete", "create", "scp", "scp"]  # the last scp: logs
+    assert "SUSPENDED" in done.stdout and "Done." in done.stdout
