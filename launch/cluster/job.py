@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import posixpath
 import re
 import unicodedata
@@ -13,7 +12,7 @@ import jax
 
 from launch.cluster.slices import Slice
 from qwen_jax.errors import UserError
-from qwen_jax.parallel import AXES
+from qwen_jax.parallel import AXES, mesh_sizes
 from qwen_jax.train.job import PretrainJob
 from qwen_jax.train.step import check_mesh
 
@@ -186,24 +185,9 @@ def fit_recipe(job: PretrainJob, devices: int, slices: int) -> tuple[str, ...]:
     if slices > 1 and mesh.data == 1:
         mesh = dataclasses.replace(mesh, data=slices)
         flags = (f"--config.mesh.data={slices}",)
-    sizes = list(dataclasses.astuple(mesh))
-    known = math.prod(size for size in sizes if size != -1)
-    shape = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    if min(size for size in sizes if size != -1) < 1 or sizes.count(-1) > 1:
-        raise UserError(f"the mesh {shape} is none; give positive sizes and at most one -1")
-    if devices % known or (-1 not in sizes and known != devices):
-        raise UserError(
-            f"the mesh {shape} does not fit {devices} devices; change one axis of config.mesh, or "
-            "set one to -1 for the rest"
-        )
-    sizes = [devices // known if size == -1 else size for size in sizes]
-    if sizes[0] % slices:
-        raise UserError(
-            f"mesh.data={sizes[0]} is not a multiple of --slices={slices}; only data crosses slices"
-        )
     check_mesh(
         job.model,
-        jax.sharding.AbstractMesh(tuple(sizes), AXES),
+        jax.sharding.AbstractMesh(mesh_sizes(mesh, devices, slices), AXES),
         global_batch=job.data.global_batch,
         microbatches=job.train.microbatches,
         seq_len=job.data.seq_len,

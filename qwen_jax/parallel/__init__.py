@@ -1,6 +1,6 @@
 """Device mesh, axis rules and multi-host start-up."""
 
-from qwen_jax.parallel.mesh import AXES, MeshConfig, make_mesh
+from qwen_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
 from qwen_jax.parallel.rules import (
     RULES,
     batch_devices,
@@ -24,6 +24,7 @@ __all__ = [
     "from_zigzag",
     "gather_weight",
     "make_mesh",
+    "mesh_sizes",
     "named_sharding",
     "on_mesh",
     "platform",

@@ -31,7 +31,12 @@ class MeshConfig:
     tensor: int = 1
 
 
-def _sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
+def mesh_sizes(config: MeshConfig, n_devices: int, slices: int = 1) -> tuple[int, ...]:
+    """Devices along each of `AXES` for this many devices, in so many slices.
+
+    Raises:
+      UserError: the sizes don't multiply to the number of devices, or slices don't divide `data`.
+    """
     sizes = dataclasses.astuple(config)
     for axis, size in zip(AXES, sizes, strict=True):
         if size < 1 and size != -1:
@@ -45,7 +50,13 @@ def _sizes(config: MeshConfig, n_devices: int) -> tuple[int, ...]:
             f"{'a multiple of ' if -1 in sizes else ''}{known} devices but {n_devices} are there; "
             "change one axis, or set one to -1 for the rest"
         )
-    return tuple(n_devices // known if s == -1 else s for s in sizes)
+    sizes = tuple(n_devices // known if s == -1 else s for s in sizes)
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} is not a multiple of the {slices} slices; only data crosses "
+            "slices, so give it a multiple of their number"
+        )
+    return sizes
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -60,16 +71,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       devices: all devices of all processes by default.
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices, or slices don't divide `data`.
+      UserError: as `mesh_sizes`.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = _sizes(config, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if sizes[0] % slices:
-        raise UserError(
-            f"mesh.data={sizes[0]} is not a multiple of the {slices} slices; only data crosses "
-            "slices, so give it a multiple of their number"
-        )
+    sizes = mesh_sizes(config, len(devices), slices)
     # Split physical axes: without it, tensor=4 on a 16×16 torus has no assignment.
     how = {"devices": devices, "allow_split_physical_axes": True}
     if slices > 1:
