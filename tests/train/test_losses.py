@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.vocab_loss import predicted_cycles
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import named_sharding
 from qwen_jax.train.losses import next_token_loss
@@ -153,30 +152,3 @@ def test_no_device_holds_the_whole_kernel_or_its_gradient():
     kernel = width * vocab * 4
     assert whole > 2 * kernel  # the kernel and its gradient
     assert divided < kernel
-
-
-def test_the_benchmark_counts_a_loop_as_often_as_it_runs():
-    """Two nested loops, 3 × 5 trips of 7 cycles, and 11 cycles outside."""
-    hlo = """
-%inner_cond (a: s32[]) -> pred[] {
-  %n = s32[]{:T(128)} constant(5)
-}
-
-%inner (a: s32[]) -> s32[] {
-  %f = f32[8] fusion(%x), backend_config={"estimated_cycles":"7"}
-}
-
-%cond (a: s32[]) -> pred[] {
-  %n = s32[]{:T(128)} constant(3)
-}
-
-%body (a: s32[]) -> s32[] {
-  %w = (s32[]) while(%t), condition=%inner_cond, body=%inner
-}
-
-ENTRY %main (a: s32[]) -> s32[] {
-  %w = (s32[]) while(%t), condition=%cond, body=%body
-  %g = f32[8] fusion(%x), backend_config={"estimated_cycles":"11"}
-}
-"""
-    assert predicted_cycles(hlo) == 3 * 5 * 7 + 11
