@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.hlo_cycles import predicted_cycles
 from qwen_jax.parallel import (
     MeshConfig,
     gather_weight,
@@ -98,42 +98,6 @@ def shapes(mesh, tokens: int, d_model: int, vocab: int):
     ]
     place = functools.partial(named_sharding, mesh) if mesh else lambda *axes: None
     return [jax.ShapeDtypeStruct(s, t, sharding=place(*axes)) for s, t, axes in table]
-
-
-def computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of each computation of an HLO text, and the name of the entry."""
-    found: dict[str, list[str]] = {}
-    entry, current = "", None
-    for line in hlo.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line)
-        if head:
-            current = found.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif current is not None:
-            current.append(line)
-    return found, entry
-
-
-def predicted_cycles(hlo: str) -> int:
-    """Sum of the compiler's `estimated_cycles`, bodies of counted loops times their trips."""
-    found, entry = computations(hlo)
-
-    def trips(condition: str) -> int:
-        bounds = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(found[condition]))
-        assert len(bounds) == 1, f"no single bound in the loop condition {condition}"
-        return int(bounds[0])
-
-    def total(name: str) -> int:
-        cycles = 0
-        for line in found[name]:
-            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
-            if loop:
-                cycles += trips(loop[1]) * total(loop[2])
-            elif estimate := re.search(r'"estimated_cycles":"(\d{1,15})"', line):
-                cycles += int(estimate[1])
-        return cycles
-
-    return total(entry)
 
 
 def compile_for(topology: str) -> list[dict]:
