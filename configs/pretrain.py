@@ -72,7 +72,7 @@ def report(size: str) -> PretrainJob:
             weight_decay=0.1,  # memo
             clip_norm=1.0,  # memo
         ),
-        loss=LossConfig(z_loss=0.0, chunk=1024),
+        loss=LossConfig(z_loss=0.0, chunk=2048),  # docs/design.md, "Loss without logits"
         train=RunConfig(
             steps=steps, log_every=10, eval_every=1000, checkpoint_every=1000, keep_every=10_000
         ),
