@@ -257,8 +257,8 @@ def append(
 ) -> PagedCache:
     """Writes new tokens of all layers into their pages; donate the cache to do it in place.
 
-    An 8-bit cache on TPU is written by a kernel (`kernels.tpu.append`): for the scatter used
-    elsewhere the compiler would copy the whole of it to another layout and back.
+    On TPU a kernel writes (`kernels.tpu.append`) where the cache suits it, because the compiler may
+    copy the whole cache for the scatter that is used elsewhere.
 
     Args:
       cache: to write into.
@@ -273,8 +273,11 @@ def append(
     if counts is None:
         counts = jnp.full_like(lengths, k_new.shape[2])
     write = _scatter
-    if cache.quantised and platform() == "tpu":
-        from qwen_jax.kernels.tpu.append import write
+    if platform() == "tpu":
+        kernel = importlib.import_module("qwen_jax.kernels.tpu.append")
+        refusal = kernel.refusal(cache)
+        write = _scatter if refusal else kernel.write
+        _announce("auto", "append by " + ("scatter" if refusal else "kernel"), refusal or "on tpu")
 
     def local(cache, k_new, v_new, page_table, lengths, counts):
         counts = jnp.minimum(counts, page_table.shape[1] * cache.page_size - lengths)

@@ -1,8 +1,9 @@
-"""Writing new tokens into the pages of an 8-bit cache on TPU, in place.
+"""Writing new tokens into the pages of a cache on TPU, in place.
 
-Memory is laid out in tiles, of 32 tokens for 8-bit numbers: one token can't be written alone. Each
-grid step reads the tile it belongs to for a few layers, puts the tokens in and writes it back; the
-pipeline overlaps the steps. The compiler's own scatter would first lay the whole cache out anew.
+Memory is laid out in tiles, of 16 tokens in bf16 and 32 in 8 bits: one token can't be written
+alone. Each grid step reads the tile it belongs to for a few layers, puts the tokens in and writes it
+back; the pipeline overlaps the steps. For the compiler's own scatter the whole cache would be copied
+to another layout and back, for 8-bit pages always and for bf16 inside a loop over steps.
 """
 
 from __future__ import annotations
@@ -16,27 +17,41 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.cache import PagedCache
 
-_TILE = 32
-"""Tokens of a tile of 8-bit numbers."""
+TILE = {4: 8, 2: 16, 1: 32}
+"""Tokens of a memory tile by bytes a number."""
 _LANES = 128
 _LAYERS = 4
 """Layers a grid step, where that divides them: fewer, longer copies."""
 
 
-def write(cache: PagedCache, codes, scales, page_table, lengths, counts) -> PagedCache:
-    """Puts codes uint8 [L,R,T,K,2H] and scales float32 [L,R,T,K,4] into their slots.
+def refusal(cache: PagedCache) -> str | None:
+    """Why these kernels can't write to a cache; None if they can."""
+    page, width = cache.page_size, 2 * cache.head_dim
+    tile = _LANES if cache.quantised else TILE[cache.pages.dtype.itemsize]
+    if page % tile or width % _LANES:
+        return (
+            f"pages of {page} tokens with heads of {cache.head_dim}; on TPU pages hold a multiple "
+            f"of {tile} tokens for this cache, and heads are multiples of 64"
+        )
+    return None
+
+
+def write(cache: PagedCache, tokens, scales, page_table, lengths, counts) -> PagedCache:
+    """Puts tokens [L,R,T,K,2H] and, for 8-bit ones, scales float32 [L,R,T,K,4] into their slots.
 
     Token t of request r goes to slot lengths[r] + t if t < counts[r]. All arrays are device-local;
-    pages hold a multiple of 128 tokens.
+    tokens have the pages' dtype.
     """
-    pages = _put(cache.pages, codes, page_table, lengths, counts, tile=_TILE)
+    where = (page_table, lengths, counts)
+    pages = _put(cache.pages, tokens, *where, tile=TILE[cache.pages.dtype.itemsize])
+    if scales is None:
+        return PagedCache(pages)
     # Tokens of scales lie along the lanes, so that a tile is 128 of them, in the last axis.
-    new = _put(cache.scales, scales, page_table, lengths, counts, tile=_LANES)
-    return PagedCache(pages, new)
+    return PagedCache(pages, _put(cache.scales, scales, *where, tile=_LANES))
 
 
 def _put(into, new, page_table, lengths, counts, *, tile: int):
-    """Writes new [L,R,T,K,·] into `into`, whose tokens are axis 3 (codes) or 4 (scales)."""
+    """Writes new [L,R,T,K,·] into `into`, whose tokens are axis 3 (pages) or 4 (scales)."""
     last = tile == _LANES
     layers, count, kv_heads = into.shape[:3]
     requests, steps = new.shape[1:3]
@@ -55,7 +70,9 @@ def _put(into, new, page_table, lengths, counts, *, tile: int):
     if last:
         new, block = jnp.moveaxis(new, 2, 4), (depth, 1, kv_heads, into.shape[3], tile)
     else:
-        new, block = new.swapaxes(2, 3).astype(jnp.int32), (depth, 1, kv_heads, tile, into.shape[4])
+        # Single rows of 32-bit numbers can be handled, of shorter ones not.
+        wide = jnp.int32 if into.dtype == jnp.uint8 else jnp.float32
+        new, block = new.swapaxes(2, 3).astype(wide), (depth, 1, kv_heads, tile, into.shape[4])
 
     def place(layer, i, plan):
         return (layer, plan[0, i], 0, *((0, plan[1, i]) if last else (plan[1, i], 0)))

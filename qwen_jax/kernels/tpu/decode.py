@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qwen_jax.kernels.cache import SCALE_ROWS, PagedCache
 from qwen_jax.kernels.mask import MASKED
+from qwen_jax.kernels.tpu import append
 from qwen_jax.parallel import current_mesh
 
 _LANES = 128
@@ -33,21 +34,17 @@ _BLOCK_SCORES = 16384
 """Scores of a kv head kept at once: 16 of the 64 vector registers."""
 _VMEM_BYTES = 48 << 20
 _LOG2E = math.log2(math.e)
-_TILE = {4: 8, 2: 16, 1: 32}
-"""Tokens of a memory tile by bytes a number; pages are cut at tile borders."""
+_ROWS = 512
+"""Most rows of queries a kv head: beyond it, one page's scores outgrow the registers by far."""
 
 
 def refusal(cache: PagedCache, *, q_len: int, heads: int) -> str | None:
     """Why this kernel can't serve a cache with `heads` query heads a kv head; None if it can."""
-    width, page = cache.head_dim, cache.page_size
-    if width != 64 and width % _LANES:
-        return f"heads of {width}; the TPU kernel takes 64 or a multiple of 128"
-    tile = _LANES if cache.quantised else _TILE[cache.pages.dtype.itemsize]
-    if page % tile:
-        return f"pages of {page} tokens; the TPU kernel takes multiples of {tile} for this cache"
-    if q_len * heads > 512:
-        return f"{q_len} query tokens by {heads} heads a kv head; the TPU kernel takes 512 in all"
-    return None
+    if cache.head_dim != 64 and cache.head_dim % _LANES:
+        return f"heads of {cache.head_dim}; the TPU kernel takes 64 or a multiple of 128"
+    if q_len * heads > _ROWS:
+        return f"{q_len} query tokens by {heads} heads a kv head; the TPU kernel takes {_ROWS}"
+    return append.refusal(cache)
 
 
 @dataclasses.dataclass(frozen=True)
