@@ -195,7 +195,7 @@ def _softmax(scores, seen, values):
 
 def _scores(q, k, scale):
     """float32 [R,K,G,T,S] from q [R,T,N,H] and k [R,S,K,H]."""
-    requests, q_len, heads, width = q.shape
+    requests, q_len, _, width = q.shape
     q = q.reshape(requests, q_len, k.shape[2], -1, width).astype(jnp.float32)
     return jnp.einsum("RTKGH,RSKH->RKGTS", q, k, preferred_element_type=jnp.float32) * scale
 

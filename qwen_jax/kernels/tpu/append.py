@@ -1,9 +1,9 @@
 """Writing new tokens into the pages of a cache on TPU, in place.
 
 Memory is laid out in tiles, of 16 tokens in bf16 and 32 in 8 bits: one token can't be written
-alone. Each grid step reads the tile it belongs to for a few layers, puts the tokens in and writes it
-back; the pipeline overlaps the steps. For the compiler's own scatter the whole cache would be copied
-to another layout and back, for 8-bit pages always and for bf16 inside a loop over steps.
+alone. Each grid step reads the tile it belongs to for a few layers, puts the tokens in and writes
+it back; the pipeline overlaps the steps. For the compiler's own scatter the whole cache would be
+copied to another layout and back, for 8-bit pages always and for bf16 inside a loop over steps.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def write(cache: PagedCache, tokens, scales, page_table, lengths, counts) -> Pag
 def _put(into, new, page_table, lengths, counts, *, tile: int):
     """Writes new [L,R,T,K,·] into `into`, whose tokens are axis 3 (pages) or 4 (scales)."""
     last = tile == _LANES
-    layers, count, kv_heads = into.shape[:3]
+    layers, _, kv_heads = into.shape[:3]
     requests, steps = new.shape[1:3]
     page_size = into.shape[4 if last else 3]
     tiles = (steps + tile - 2) // tile + 1  # so many may be touched by one request
@@ -102,8 +102,8 @@ _PAGE, _PLACE, _LOW, _HIGH, _SAME = range(5)
 def _plan(page_table, lengths, counts, tiles: int, page_size: int, tile: int) -> jax.Array:
     """int32 [5,R·tiles], for every tile that may get tokens, in the order of the grid.
 
-    Rows: page; tile within it; first and one after the last token of the tile to be written; whether
-    this is the tile of the step before. A step with nothing to write stays at the last tile that
+    Rows: page; tile within it; first and one after the last token of the tile to be written;
+    whether this is the tile of the step before. A step with nothing to write stays at the last tile that
     had something, or before that at the first that will: any other tile might belong to another
     request, whose tokens would be overwritten with what stood there before.
     """

@@ -1,10 +1,10 @@
 """Decode attention over a paged cache on TPU: pages streamed from HBM, each read once.
 
 One grid step a request (and, on chips with two cores, a half of the kv heads). Inside it, blocks of
-several pages are copied into one of two buffers while the other is computed on; the last block of a
-request starts the copies of the next one, so only the very first copy is waited for idly. Only pages
-that hold a visible slot are fetched. For each kv head all query heads of its group are one matrix, so
-a page serves them all. Softmax is online (arXiv:2205.14135), in base 2, in float32.
+several pages are copied into one of two buffers while the other is computed on; the last block of
+a request starts the copies of the next one, so only the very first copy is waited for idly. Only
+pages that hold a visible slot are fetched. For each kv head all query heads of its group are one
+matrix, so a page serves them all. Softmax is online (arXiv:2205.14135), in base 2, in float32.
 
 8-bit pages become scores and outputs without being dequantised number by number: with codes c,
 scale a and zero z of a token, q·k = a·(q·c − z·Σq), and Σ p·v = Σ (p·a)·c − Σ (p·a)·z. Codes are
@@ -359,6 +359,4 @@ def _dot(a, b, axis: int):
     """a [rows,x] times b, over b's axis, in float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(
-        a, b, dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
