@@ -177,7 +177,7 @@ def _call(sizes: _Sizes, q, pages, scales, page_table, plan):
         scratch_types=[
             _tiles((_ROWS, width), dtype),
             # The result leaves through the memory that keys and values came in by.
-            plgpu.RefUnion(ring, plgpu.SMEM((_ROWS, width), jnp.float32)),
+            _share(ring, plgpu.SMEM((_ROWS, width), jnp.float32)),
             extra,
             plgpu.SMEM((_ROWS,), jnp.float32),
             plgpu.Barrier(),
@@ -350,6 +350,11 @@ _SIGN = 128.0
 _LOAD_TAKES_INDEX = (
     inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
 )
+
+
+def _share(*memory):
+    """Shared memory used for one thing, then for another."""
+    return plgpu.RefUnion(*memory)
 
 
 def _load(ref, layout):

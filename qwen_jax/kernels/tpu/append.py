@@ -103,9 +103,9 @@ def _plan(page_table, lengths, counts, tiles: int, page_size: int, tile: int) ->
     """int32 [5,R·tiles], for every tile that may get tokens, in the order of the grid.
 
     Rows: page; tile within it; first and one after the last token of the tile to be written;
-    whether this is the tile of the step before. A step with nothing to write stays at the last tile that
-    had something, or before that at the first that will: any other tile might belong to another
-    request, whose tokens would be overwritten with what stood there before.
+    whether this is the tile of the step before. A step with nothing to write stays at the last tile
+    that had something, or before that at the first that will: any other tile might belong to
+    another request, whose tokens would be overwritten with what stood there before.
     """
     index = lengths[:, None] // tile + jnp.arange(tiles, dtype=jnp.int32)  # [R,tiles]
     low = jnp.clip(lengths[:, None] - index * tile, 0, tile)
