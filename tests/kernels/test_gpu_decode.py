@@ -103,7 +103,7 @@ def test_parts_fill_the_chip():
             if pairs * min(blocks // 2, 128) >= 264:
                 waves = -(-parts // 264)
                 assert parts / (264 * waves) > 0.9, (pairs, blocks, splits)
-    assert gpu_decode.choose_splits(8, 512) == 33
+    assert gpu_decode.choose_splits(8, 512) == 32
     assert gpu_decode.choose_splits(1, 1) == 1
 
 

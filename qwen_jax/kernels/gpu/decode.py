@@ -398,7 +398,7 @@ def _product(a_ref, b_ref):
     """a·bᵀ in float32, both in shared memory."""
 
     def compute(acc_ref):
-        plgpu.wgmma(acc_ref, a_ref, plgpu.transpose_ref(b_ref, (1, 0)))
+        plgpu.wgmma(acc_ref, a_ref, b_ref.transpose((1, 0)))
         return acc_ref[...]
 
     return pl.run_scoped(compute, plgpu.ACC((a_ref.shape[0], b_ref.shape[0]), jnp.float32))
