@@ -47,7 +47,13 @@ def small_blocks(monkeypatch):
 def interpreted(case, *, window=None, head_blocks=1, races=False):
     start = jnp.asarray(case.lengths - case.q.shape[1])
     window = jnp.int32(NO_WINDOW if window is None else window)
-    params = pltpu.InterpretParams(detect_races=races, uninitialized_memory="nan")
+    params = pltpu.InterpretParams(
+        detect_races=races,
+        # Copies done at once may be seen too early, and only the detector knows; the other way they
+        # are done no sooner than waited for, and reading early shows in the result.
+        dma_execution_mode="eager" if races else "on_wait",
+        uninitialized_memory="nan",
+    )
     with pltpu.force_tpu_interpret_mode(params):
         return tpu_decode.decode(
             *(jnp.asarray(case.q), *case.flat(), start, window),
