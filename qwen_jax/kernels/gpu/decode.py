@@ -390,7 +390,8 @@ def _row_sums(ref):
 def _widen(codes_ref, wide_ref):
     """Codes uint8 to codes − 128 in bf16."""
     codes = _load(codes_ref, plgpu.Layout.WGMMA_UPCAST_2X) ^ jnp.uint8(128)
-    wide = lax.bitcast_convert_type(codes, jnp.int8).astype(wide_ref.dtype)
+    # Not `bitcast_convert_type`, which Mosaic GPU takes for nothing to do, leaving them unsigned.
+    wide = codes.astype(jnp.int8).astype(wide_ref.dtype)
     wide_ref[...] = plgpu.layout_cast(wide, _MATRIX)
 
 
