@@ -331,13 +331,11 @@ def _absorb(sizes: _Sizes, slots, q_memory, q_sum, memory, wide, carry):
         p = p * _columns(v_scale)
         if seen is not None:
             p = jnp.where(seen, p, 0.0)
-    p = p.astype(q_memory.dtype)
-    if sizes.quantised:
-        offset = p.astype(jnp.float32) * _columns(v_zero - _SIGN)
+        offset = p * _columns(v_zero - _SIGN)
         if seen is not None:
             offset = jnp.where(seen, offset, 0.0)
         out = out - _rows(offset.sum(axis=1), sizes.width)
-    return _accumulate(out, p, v_memory), top, weight
+    return _accumulate(out, p.astype(q_memory.dtype), v_memory), top, weight
 
 
 # What a CPU cannot interpret; a test puts plain products in its place.
@@ -388,11 +386,15 @@ def _row_sums(ref):
 
 
 def _widen(codes_ref, wide_ref):
-    """Codes uint8 to codes − 128 in bf16."""
-    codes = _load(codes_ref, plgpu.Layout.WGMMA_UPCAST_2X) ^ jnp.uint8(128)
+    """Codes uint8 [64,H] to codes − 128 in bf16."""
+    width = codes_ref.shape[-1]
+    # A thread holds 8 numbers side by side, a warp 256: reads of 8 bytes and writes of 16.
+    rows = 256 // width
+    tiling = plgpu.Tiling(((4 * rows, width), (rows, width), (8,)))
+    layout = plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    codes = _load(codes_ref, layout) ^ jnp.uint8(128)
     # Not `bitcast_convert_type`, which Mosaic GPU takes for nothing to do, leaving them unsigned.
-    wide = codes.astype(jnp.int8).astype(wide_ref.dtype)
-    wide_ref[...] = plgpu.layout_cast(wide, _MATRIX)
+    wide_ref[...] = codes.astype(jnp.int8).astype(wide_ref.dtype)
 
 
 def _product(a_ref, b_ref):
