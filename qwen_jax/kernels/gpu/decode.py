@@ -210,12 +210,17 @@ def _kernel(sizes: _Sizes, q_ref, table_ref, plan_ref, pages_ref, *rest):
     row = (request * sizes.splits + split) * _FIELDS
     first, count, tail, masked, start, end, window = (plan_ref[row + i] for i in range(_FIELDS))
 
-    def issue(step):
-        """Starts the copies of a step's keys and values (and scales)."""
+    def locate(step):
+        """(page of a step's block, block's first slot in it); any page after the last step."""
         block = _block_of(step, first, count, tail)
         column = lax.div(block * _BLOCK, jnp.int32(sizes.page))
         offset = block * _BLOCK - column * sizes.page
-        base = table_ref[request * sizes.columns + column] * sizes.kv_heads + head
+        column = jnp.minimum(jnp.maximum(column, 0), sizes.columns - 1)
+        return table_ref[request * sizes.columns + column], offset
+
+    def issue(step, page, offset):
+        """Starts the copies of a step's keys and values (and scales)."""
+        base = page * sizes.kv_heads + head
         slot = lax.rem(step, jnp.int32(_STAGES))
         tokens = pl.ds(base * sizes.page + offset, _BLOCK)
         for half, memory in enumerate(ring[:2]):
@@ -229,11 +234,12 @@ def _kernel(sizes: _Sizes, q_ref, table_ref, plan_ref, pages_ref, *rest):
     at = (request * sizes.kv_heads + head) * sizes.rows
     plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(at, _ROWS)], q_memory, q_ready)
     for step in range(_STAGES):
-        pl.when(step < count)(functools.partial(issue, jnp.int32(step)))
+        pl.when(step < count)(functools.partial(issue, jnp.int32(step), *locate(jnp.int32(step))))
     plgpu.barrier_wait(q_ready)
     q_sum = _row_sums(q_memory) if sizes.quantised else None
 
     def body(cut, step, carry):
+        ahead, carry = carry
         slot = lax.rem(step, jnp.int32(_STAGES))
         plgpu.barrier_wait(ready.at[slot])
         slots = None
@@ -242,16 +248,20 @@ def _kernel(sizes: _Sizes, q_ref, table_ref, plan_ref, pages_ref, *rest):
         memory = [x.at[slot] for x in ring]
         carry = _absorb(sizes, slots, q_memory, q_sum, memory, wide, carry)
         # Everything here has been read: the copy waits for all warps.
-        pl.when(step + _STAGES < count)(functools.partial(issue, step + _STAGES))
-        return carry
+        refill = functools.partial(issue, step + _STAGES, *ahead)
+        pl.when(step + _STAGES < count)(refill)
+        # The page of the next copy is looked up now, so that the look-up is not waited for.
+        return locate(step + _STAGES + 1), carry
 
     carry = (
         _full((_ROWS, sizes.width), 0.0, _MATRIX),
         _full((_ROWS,), MASKED, _PER_ROW),
         _full((_ROWS,), 0.0, _PER_ROW),
     )
+    carry = (locate(jnp.int32(_STAGES)), carry)
     carry = lax.fori_loop(0, masked, functools.partial(body, True), carry)
-    out, top, total = lax.fori_loop(masked, count, functools.partial(body, False), carry)
+    _, carry = lax.fori_loop(masked, count, functools.partial(body, False), carry)
+    out, top, total = carry
     some = total > 0
     out_memory[...] = out * _rows(jnp.where(some, 1.0 / total, 0.0), sizes.width)
     lse = top * (1 / _LOG2E) + jnp.log(jnp.where(some, total, 1.0))
