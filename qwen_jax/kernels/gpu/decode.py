@@ -201,6 +201,59 @@ def _tiles(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(size)))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Copies:
+    """From a part's pages to the ring of buffers in shared memory.
+
+    Attributes:
+      first, count, tail: blocks of the part, see `_plan`.
+      ring, ready: buffers for keys, values and scales, and the barriers that say they are filled.
+    """
+
+    sizes: _Sizes
+    table: jax.Array
+    pages: jax.Array
+    scales: jax.Array | None
+    ring: list
+    ready: jax.Array
+    request: jax.Array
+    head: jax.Array
+    first: jax.Array
+    count: jax.Array
+    tail: jax.Array
+
+    def block(self, step):
+        """Block of a step: those cut at the end come first, then from the first one on."""
+        in_tail = step < self.tail
+        return self.first + jnp.where(in_tail, self.count - 1 - step, step - self.tail)
+
+    def locate(self, step):
+        """(page of a step's block, block's first slot in it); any page after the last step."""
+        start = self.block(step) * _BLOCK
+        column = lax.div(start, jnp.int32(self.sizes.page))
+        offset = start - column * self.sizes.page
+        column = jnp.minimum(jnp.maximum(column, 0), self.sizes.columns - 1)
+        return self.table[self.request * self.sizes.columns + column], offset
+
+    def start(self, step, page, offset) -> None:
+        """Starts the copies of a step's keys and values (and scales), if there is such a step."""
+
+        def copy():
+            sizes, base = self.sizes, page * self.sizes.kv_heads + self.head
+            slot = lax.rem(step, jnp.int32(_STAGES))
+            tokens = pl.ds(base * sizes.page + offset, _BLOCK)
+            sources = [
+                self.pages.at[tokens, pl.ds(half * sizes.width, sizes.width)] for half in range(2)
+            ]
+            if sizes.quantised:
+                lines = pl.ds(base * len(SCALE_ROWS), len(SCALE_ROWS))
+                sources.append(self.scales.at[lines, pl.ds(offset, _BLOCK)])
+            for source, memory in zip(sources, self.ring, strict=True):
+                plgpu.copy_gmem_to_smem(source, memory.at[slot], self.ready.at[slot])
+
+        pl.when(step < self.count)(copy)
+
+
 def _kernel(sizes: _Sizes, q_ref, table_ref, plan_ref, pages_ref, *rest):
     """One part of a request's keys, for one kv head."""
     rest = list(rest)
@@ -209,32 +262,14 @@ def _kernel(sizes: _Sizes, q_ref, table_ref, plan_ref, pages_ref, *rest):
     split, head, request = (lax.axis_index(name) for name in ("split", "head", "request"))
     row = (request * sizes.splits + split) * _FIELDS
     first, count, tail, masked, start, end, window = (plan_ref[row + i] for i in range(_FIELDS))
-
-    def locate(step):
-        """(page of a step's block, block's first slot in it); any page after the last step."""
-        block = _block_of(step, first, count, tail)
-        column = lax.div(block * _BLOCK, jnp.int32(sizes.page))
-        offset = block * _BLOCK - column * sizes.page
-        column = jnp.minimum(jnp.maximum(column, 0), sizes.columns - 1)
-        return table_ref[request * sizes.columns + column], offset
-
-    def issue(step, page, offset):
-        """Starts the copies of a step's keys and values (and scales)."""
-        base = page * sizes.kv_heads + head
-        slot = lax.rem(step, jnp.int32(_STAGES))
-        tokens = pl.ds(base * sizes.page + offset, _BLOCK)
-        for half, memory in enumerate(ring[:2]):
-            source = pages_ref.at[tokens, pl.ds(half * sizes.width, sizes.width)]
-            plgpu.copy_gmem_to_smem(source, memory.at[slot], ready.at[slot])
-        if sizes.quantised:
-            lines = pl.ds(base * len(SCALE_ROWS), len(SCALE_ROWS))
-            source = scales_ref.at[lines, pl.ds(offset, _BLOCK)]
-            plgpu.copy_gmem_to_smem(source, ring[2].at[slot], ready.at[slot])
-
+    copies = _Copies(
+        *(sizes, table_ref, pages_ref, scales_ref, ring, ready),
+        *(request, head, first, count, tail),
+    )
     at = (request * sizes.kv_heads + head) * sizes.rows
     plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(at, _ROWS)], q_memory, q_ready)
     for step in range(_STAGES):
-        pl.when(step < count)(functools.partial(issue, jnp.int32(step), *locate(jnp.int32(step))))
+        copies.start(jnp.int32(step), *copies.locate(jnp.int32(step)))
     plgpu.barrier_wait(q_ready)
     q_sum = _row_sums(q_memory) if sizes.quantised else None
 
@@ -244,21 +279,20 @@ def _kernel(sizes: _Sizes, q_ref, table_ref, plan_ref, pages_ref, *rest):
         plgpu.barrier_wait(ready.at[slot])
         slots = None
         if cut:
-            slots = _Slots(_block_of(step, first, count, tail) * _BLOCK, start, end, window)
+            slots = _Slots(copies.block(step) * _BLOCK, start, end, window)
         memory = [x.at[slot] for x in ring]
         carry = _absorb(sizes, slots, q_memory, q_sum, memory, wide, carry)
         # Everything here has been read: the copy waits for all warps.
-        refill = functools.partial(issue, step + _STAGES, *ahead)
-        pl.when(step + _STAGES < count)(refill)
+        copies.start(step + _STAGES, *ahead)
         # The page of the next copy is looked up now, so that the look-up is not waited for.
-        return locate(step + _STAGES + 1), carry
+        return copies.locate(step + _STAGES + 1), carry
 
     carry = (
         _full((_ROWS, sizes.width), 0.0, _MATRIX),
         _full((_ROWS,), MASKED, _PER_ROW),
         _full((_ROWS,), 0.0, _PER_ROW),
     )
-    carry = (locate(jnp.int32(_STAGES)), carry)
+    carry = (copies.locate(jnp.int32(_STAGES)), carry)
     carry = lax.fori_loop(0, masked, functools.partial(body, True), carry)
     _, carry = lax.fori_loop(masked, count, functools.partial(body, False), carry)
     out, top, total = carry
@@ -272,11 +306,6 @@ def _kernel(sizes: _Sizes, q_ref, table_ref, plan_ref, pages_ref, *rest):
     plgpu.copy_smem_to_gmem(out_memory.at[pl.ds(0, sizes.rows)], out_ref.at[result])
     plgpu.copy_smem_to_gmem(lse_memory, lse_ref.at[pl.ds(part * _ROWS, _ROWS)])
     plgpu.wait_smem_to_gmem(0)
-
-
-def _block_of(step, first, count, tail):
-    """Blocks in the order in which they are taken: those cut at the end, then from the first on."""
-    return first + jnp.where(step < tail, count - 1 - step, step - tail)
 
 
 @dataclasses.dataclass(frozen=True)

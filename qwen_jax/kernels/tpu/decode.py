@@ -182,6 +182,50 @@ def _cost(sizes: _Sizes, head_blocks, q, caches, table) -> pl.CostEstimate:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Copies:
+    """From pages in HBM to buffers in VMEM, for one grid step's kv heads.
+
+    Attributes:
+      table, plan: scalars, see `_call`.
+      hbm: pages, and scales if there are any; buffers, semaphores: for each of them two.
+      h0: first kv head.
+    """
+
+    sizes: _Sizes
+    table: jax.Array
+    plan: jax.Array
+    hbm: list
+    buffers: list
+    semaphores: jax.Array
+    h0: jax.Array
+
+    def start(self, request, block, slot) -> None:
+        """Starts copying a block's pages into buffer `slot`."""
+        self._each(request, block, slot, lambda copy: copy.start())
+
+    def wait(self, request, block, slot) -> None:
+        """Until they are there."""
+        self._each(request, block, slot, lambda copy: copy.wait())
+
+    def _each(self, request, block, slot, act) -> None:
+        sizes = self.sizes
+        first = self.plan[_FIRST, request] + block * sizes.block
+        count = jnp.minimum(self.plan[_LAST, request] - first, sizes.block)
+
+        def one(i, _):
+            page = self.table[request * sizes.columns + first + i]
+            place = pl.ds(pl.multiple_of(i * sizes.page, sizes.page), sizes.page)
+            for n, (source, buffer) in enumerate(zip(self.hbm, self.buffers, strict=True)):
+                # Tokens are the third axis of pages and the last of scales.
+                target = buffer.at[slot, :, place] if n == 0 else buffer.at[slot, :, :, place]
+                source = source.at[page, pl.ds(self.h0, sizes.kv_heads)]
+                act(pltpu.make_async_copy(source, target, self.semaphores.at[slot, n]))
+            return 0
+
+        jax.lax.fori_loop(0, count, one, 0)
+
+
 def _kernel(sizes: _Sizes, table_ref, plan_ref, q_ref, pages_ref, *rest):
     """One request's kv heads. Names ending in _ref are memory; see `_call` for their shapes."""
     hbm, rest = [pages_ref], list(rest)
@@ -189,33 +233,14 @@ def _kernel(sizes: _Sizes, table_ref, plan_ref, q_ref, pages_ref, *rest):
         hbm.append(rest.pop(0))
     out_ref, lse_ref, *rest = rest
     buffers, (acc_ref, top_ref, sum_ref, slot_ref, semaphores) = rest[:-5], rest[-5:]
-    h0, r = pl.program_id(0) * sizes.kv_heads, pl.program_id(1)
-    requests = pl.num_programs(1)
-
-    def copies(request, block, slot, act):
-        """Starts, or waits for, the copies of a block's pages into a buffer."""
-        first = plan_ref[_FIRST, request] + block * sizes.block
-        count = jnp.minimum(plan_ref[_LAST, request] - first, sizes.block)
-
-        def one(i, _):
-            page = table_ref[request * sizes.columns + first + i]
-            place = pl.ds(pl.multiple_of(i * sizes.page, sizes.page), sizes.page)
-            for n, (source, buffer) in enumerate(zip(hbm, buffers, strict=True)):
-                # Tokens are the third axis of pages and the last of scales.
-                target = buffer.at[slot, :, place] if n == 0 else buffer.at[slot, :, :, place]
-                source = source.at[page, pl.ds(h0, sizes.kv_heads)]
-                act(pltpu.make_async_copy(source, target, semaphores.at[slot, n]))
-            return 0
-
-        jax.lax.fori_loop(0, count, one, 0)
-
-    def start(request, block, slot):
-        copies(request, block, slot, lambda copy: copy.start())
+    r, requests = pl.program_id(1), pl.num_programs(1)
+    h0 = pl.program_id(0) * sizes.kv_heads
+    copies = _Copies(sizes, table_ref, plan_ref, hbm, buffers, semaphores, h0)
 
     @pl.when(r == plan_ref[_NEXT, 0])
     def _():
         slot_ref[0] = 0
-        start(r, 0, 0)
+        copies.start(r, 0, 0)
 
     top_ref[...] = jnp.full(top_ref.shape, MASKED, jnp.float32)
     sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
@@ -227,9 +252,9 @@ def _kernel(sizes: _Sizes, table_ref, plan_ref, q_ref, pages_ref, *rest):
 
         @pl.when(more | (following < requests))
         def _():
-            start(jnp.where(more, r, following), jnp.where(more, block + 1, 0), 1 - slot)
+            copies.start(jnp.where(more, r, following), jnp.where(more, block + 1, 0), 1 - slot)
 
-        copies(r, block, slot, lambda copy: copy.wait())
+        copies.wait(r, block, slot)
         where = _Where(
             s0=(plan_ref[_FIRST, r] + block * sizes.block) * sizes.page,
             start=plan_ref[_START, r],
@@ -238,15 +263,8 @@ def _kernel(sizes: _Sizes, table_ref, plan_ref, q_ref, pages_ref, *rest):
         )
         cut = where.cut(sizes)
         refs = (q_ref, buffers, acc_ref, top_ref, sum_ref)
-
-        @pl.when(cut)
-        def _():
-            _block(sizes, where, slot, *refs)
-
-        @pl.when(~cut)
-        def _():
-            _block(sizes, None, slot, *refs)
-
+        pl.when(cut)(lambda: _block(sizes, where, slot, *refs))
+        pl.when(~cut)(lambda: _block(sizes, None, slot, *refs))
         return 1 - slot
 
     @pl.when(blocks > 0)
