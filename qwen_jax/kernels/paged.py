@@ -13,7 +13,7 @@ from qwen_jax.errors import UserError, nearest
 from qwen_jax.kernels.cache import AXES, PagedCache, dequantise, quantise
 from qwen_jax.kernels.flash import merge
 from qwen_jax.kernels.mask import MASKED
-from qwen_jax.parallel import current_mesh, on_mesh, spec
+from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, spec
 
 IMPLEMENTATIONS = ("auto", "reference", "pallas_tpu", "pallas_gpu")
 
@@ -41,8 +41,12 @@ def _announce(requested: str, chosen: str, why: str) -> None:
     logging.info("paged attention: %s (requested %s; %s)", chosen, requested, why)
 
 
-def choose_paged_attention(requested: str, cache: PagedCache, *, q_len: int, heads: int) -> str:
+def choose_paged_attention(
+    requested: str, cache: PagedCache, *, q_len: int, heads: int, entries: int
+) -> str:
     """Resolves `auto` and refuses what can't run; logs each choice once.
+
+    q_len query tokens a request, `heads` query heads a kv head, `entries` of a device's page table.
 
     Raises:
       UserError: unknown name, a kernel on another platform than its own, or a request that the
@@ -63,7 +67,8 @@ def choose_paged_attention(requested: str, cache: PagedCache, *, q_len: int, hea
                 f"paged attention implementation {chosen!r} runs on {home} only and this is {here};"
                 " choose 'auto' or 'reference'"
             )
-        refusal = importlib.import_module(module).refusal(cache, q_len=q_len, heads=heads)
+        refuse = importlib.import_module(module).refusal
+        refusal = refuse(cache, q_len=q_len, heads=heads, entries=entries)
         if refusal is not None:
             if requested != "auto":
                 raise UserError(f"paged attention implementation {chosen!r} can't run: {refusal}")
@@ -116,7 +121,10 @@ def paged_attention(
     """
     _check(q, cache, page_table, lengths, k_new, v_new)
     chosen = choose_paged_attention(
-        implementation, cache, q_len=q.shape[1], heads=q.shape[2] // cache.pages.shape[2]
+        *(implementation, cache),
+        q_len=q.shape[1],
+        heads=q.shape[2] // cache.pages.shape[2],
+        entries=page_table.size // (batch_devices(current_mesh()) if on_mesh() else 1),
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     window = jnp.int32(_NO_WINDOW if window is None else window)

@@ -181,6 +181,10 @@ def test_refusals(monkeypatch):
     refuses("New keys are", k_new=q, v_new=q)
     monkeypatch.setattr(paged, "platform", lambda: "tpu")
     refuses("can't run: heads of 16; the TPU kernel", implementation="pallas_tpu")
+    wide = make_case((3, 5), kv_heads=1, groups=1)
+    table = np.zeros((2, 120_000), np.int32)
+    operands = (jnp.asarray(wide.q), wide.cache, table, lengths)
+    refuses("a page table of 240000 entries", *operands, implementation="pallas_tpu")
     monkeypatch.setattr(paged, "platform", lambda: "gpu")
     refuses("can't run: a cpu; the GPU kernel is made for", implementation="pallas_gpu")
     for size in ("layers", "pages", "kv_heads", "head_dim"):

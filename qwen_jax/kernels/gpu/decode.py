@@ -43,8 +43,9 @@ _HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 _LOG2E = math.log2(math.e)
 
 
-def refusal(cache: PagedCache, *, q_len: int, heads: int) -> str | None:
+def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str | None:
     """Why this kernel can't serve a cache with `heads` query heads a kv head; None if it can."""
+    del entries  # of any number
     device = current_mesh().abstract_device or jax.devices()[0]
     if not any(name in device.device_kind for name in _HOPPER):
         return f"a {device.device_kind}; the GPU kernel is made for Hopper (H100, H200)"

@@ -34,12 +34,16 @@ _BLOCK_SCORES = 16384
 """Scores of a kv head kept at once: 16 of the 64 vector registers."""
 _VMEM_BYTES = 48 << 20
 _LOG2E = math.log2(math.e)
+_ENTRIES = 224 << 10
+"""Most entries of a device's page table: 896 KiB of the 1 MiB of scalar memory."""
 _ROWS = 512
 """Most rows of queries a kv head: beyond it, one page's scores outgrow the registers by far."""
 
 
-def refusal(cache: PagedCache, *, q_len: int, heads: int) -> str | None:
+def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str | None:
     """Why this kernel can't serve a cache with `heads` query heads a kv head; None if it can."""
+    if entries > _ENTRIES:
+        return f"a page table of {entries} entries; the TPU kernel takes {_ENTRIES} on a device"
     if cache.head_dim != 64 and cache.head_dim % _LANES:
         return f"heads of {cache.head_dim}; the TPU kernel takes 64 or a multiple of 128"
     if q_len * heads > _ROWS:
