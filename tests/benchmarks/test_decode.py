@@ -13,7 +13,7 @@ from benchmarks import decode, decode_peers
 
 @pytest.mark.slow
 def test_runs_end_to_end(tmp_path):
-    sizes = ["--batches=1,2", "--contexts=130", "--heads=4,2,64"]
+    sizes = ["--batches=2", "--contexts=130", "--heads=4,2,64"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.decode", *sizes, f"--out={tmp_path / 'out.json'}"],
         env={"JAX_PLATFORMS": "cpu", "PATH": ""},
@@ -24,9 +24,7 @@ def test_runs_end_to_end(tmp_path):
     report = json.loads((tmp_path / "out.json").read_text())
     assert report["device"] == "cpu" and report["jax"] == jax.__version__
     rows = report["results"]
-    assert [(x["cache"], x["batch"]) for x in rows] == [
-        (dtype, batch) for dtype in ("bfloat16", "uint8") for batch in (1, 2)
-    ]
+    assert [(x["cache"], x["batch"]) for x in rows] == [("bfloat16", 2), ("uint8", 2)]
     for row in rows:
         size = row["batch"] * 130 * 2 * (128 * 2 if row["cache"] == "bfloat16" else 128 + 16)
         speed = size / row["microseconds"] * 1e6

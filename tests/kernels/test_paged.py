@@ -31,7 +31,7 @@ def test_matches_float64(name):
     options = {"dtype": jnp.float32, "width": 16} | CASES[name]
     window = options.pop("window", None)
     case = make_case(LENGTHS, **options)
-    got = paged_attention(
+    got = jax.jit(paged_attention)(
         *(jnp.asarray(case.q, jnp.float32), case.cache, case.table, case.lengths),
         layer=options.get("layer", 0),
         window=window,
@@ -51,9 +51,9 @@ def test_new_tokens_merge_as_if_they_were_cached(q_len, window):
     table[:, 2] = np.setdiff1d(np.arange(case.cache.pages.shape[1]), table[:, :2])[:4]
     table[0, 0], table[1, 0] = np.setdiff1d(np.arange(case.cache.pages.shape[1]), table)[:2]
     cache = PagedCache(jnp.nan_to_num(case.cache.pages))
-    attend = functools.partial(paged_attention, jnp.asarray(case.q), window=window)
+    attend = jax.jit(functools.partial(paged_attention, jnp.asarray(case.q), window=window))
     merged = attend(cache, table, case.lengths, k_new=k_new, v_new=v_new)
-    cache = append(cache, k_new[None], v_new[None], table, case.lengths)
+    cache = jax.jit(append)(cache, k_new[None], v_new[None], table, case.lengths)
     cached = attend(cache, table, case.lengths + q_len)
     for a, b in zip(merged, cached, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -91,10 +91,10 @@ def test_append_writes_its_slots_and_nothing_else(dtype):
     table = rng.permutation(20)[:16].reshape(4, 4)
     lengths, counts = np.array([0, 6, 16, 30]), np.array([5, 3, 0, 5])
     k, v = rng.normal(size=(2, layers, 4, steps, kv_heads, width)).astype(np.float32)
-    got = append(cache, k, v, table, lengths, counts)
+    got = jax.jit(append)(cache, k, v, table, lengths, counts)
     tokens, scales = np.concatenate([k, v], -1), None
     if dtype == jnp.uint8:
-        (k_codes, *k_rest), (v_codes, *v_rest) = quantise(k), quantise(v)
+        (k_codes, *k_rest), (v_codes, *v_rest) = (jax.jit(quantise)(x) for x in (k, v))
         tokens = np.concatenate([k_codes, v_codes], -1)
         scales = np.stack([*k_rest, *v_rest], -1)
     pages = np.array(cache.pages)
@@ -122,7 +122,7 @@ def test_sharded_over_requests_and_heads(dtype):
     count = cache.pages.shape[1]
     pools = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), cache)
     table = np.minimum(case.table, count - 1)
-    single = paged_attention(
+    single = jax.jit(paged_attention)(
         q, cache, table, case.lengths, k_new=k_new[0], v_new=v_new[0], window=jnp.int32(30)
     )
     # Compiled both times: a number that lies on a whole code falls where the rounding takes it.

@@ -1,5 +1,6 @@
 """TPU decode kernels: interpreted against float64, races, and compiled for real chips on a CPU."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -95,10 +96,11 @@ def test_attention_merges_new_tokens_on_tpu(monkeypatch):
     case = make_case((0, 20, 65), dtype=jnp.bfloat16, page=16, columns=5)
     k, v = np.random.default_rng(0).normal(size=(2, 3, 1, 2, 128)).astype(np.float32)
     operands = (jnp.asarray(case.q), case.cache, case.table, case.lengths)
-    expected = paged_attention(*operands, k_new=k, v_new=v)
+    expected = jax.jit(paged_attention)(*operands, k_new=k, v_new=v)
     monkeypatch.setattr(paged, "platform", lambda: "tpu")
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        got = paged_attention(*operands, k_new=k, v_new=v, implementation="pallas_tpu")
+        run = jax.jit(functools.partial(paged_attention, implementation="pallas_tpu"))
+        got = run(*operands, k_new=k, v_new=v)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=0.02)
 
