@@ -1,5 +1,14 @@
 """Attention and its dispatch: one contract, several implementations."""
 
+from qwen_jax.kernels.cache import PagedCache, init_paged_cache
 from qwen_jax.kernels.dispatch import attention, choose_attention
+from qwen_jax.kernels.paged import append, paged_attention
 
-__all__ = ["attention", "choose_attention"]
+__all__ = [
+    "PagedCache",
+    "append",
+    "attention",
+    "choose_attention",
+    "init_paged_cache",
+    "paged_attention",
+]

@@ -1,0 +1,135 @@
+"""Hopper decode kernel: lowered on a CPU, and interpreted with plain products for wgmma."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpret
+
+from qwen_jax.kernels.gpu import decode as gpu_decode
+from tests.kernels.paged_cases import NO_WINDOW, check, make_case
+
+
+def operands(case, window=None):
+    start = jnp.asarray(case.lengths - case.q.shape[1])
+    window = jnp.int32(NO_WINDOW if window is None else window)
+    return (jnp.asarray(case.q), *case.flat(), start, window)
+
+
+SHAPES = {
+    "grouped": {},
+    "8 bits": {"dtype": jnp.uint8},
+    "heads of 64, groups of 7": {"width": 64, "groups": 7},
+    "8 bits, heads of 64, a draft": {"width": 64, "dtype": jnp.uint8, "q_len": 3},
+    "a draft of eight": {"groups": 8, "q_len": 8},
+    "multi-head": {"groups": 1, "kv_heads": 4},
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_lowers_for_hopper(name):
+    """To Mosaic GPU's own code, with the check of shared memory; ptxas needs CUDA's wheels."""
+    case = make_case((100, 200), page=64, **SHAPES[name])
+    checks = [
+        jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")
+    ]
+    exported = jax.export.export(
+        jax.jit(lambda *x: gpu_decode.decode(*x, scale=0.1)),
+        platforms=["cuda"],
+        disabled_checks=checks,
+    )(*operands(case))
+    assert exported.mlir_module().count("@mosaic_gpu") == 1
+
+
+CASES = {
+    "block borders, three parts": ({"splits": 3}, {"lengths": (0, 1, 63, 64, 65, 256)}),
+    "8 bits": ({"splits": 2}, {"lengths": (1, 130), "dtype": jnp.uint8}),
+    "window, heads of 64": ({"splits": 2, "window": 70}, {"lengths": (64, 200), "width": 64}),
+    "8 bits, a draft, window": (
+        {"splits": 1, "window": 66},
+        {"lengths": (2, 67, 193), "dtype": jnp.uint8, "q_len": 4, "groups": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_matches_float64(name, monkeypatch):
+    """Everything but layouts and wgmma, which a CPU can't run: plain products stand for those."""
+
+    def product(a, b):
+        return jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
+
+    def accumulate(total, a, b):
+        return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+
+    def widen(codes, wide):
+        wide[...] = (codes[...].astype(jnp.float32) - 128).astype(wide.dtype)
+
+    def iota(axis, columns=64):
+        return jax.lax.broadcasted_iota(jnp.int32, (64, columns), axis)
+
+    plain = {
+        "_share": lambda *memory: memory,
+        "_load": lambda ref, layout: ref[...],
+        "_full": lambda shape, value, layout: jnp.full(shape, value, jnp.float32),
+        "_iota": iota,
+        "_product": product,
+        "_accumulate": accumulate,
+        "_widen": widen,
+    }
+    for attribute, function in plain.items():
+        monkeypatch.setattr(gpu_decode, attribute, function)
+    how, what = CASES[name]
+    how = dict(how)
+    case = make_case(
+        what["lengths"],
+        page=64,
+        kv_heads=1 if "q_len" in what else 2,
+        **{key: value for key, value in what.items() if key != "lengths"},
+    )
+    window = how.pop("window", None)
+    with gpu_interpret.force_gpu_interpret_mode(gpu_interpret.InterpretGPUParams()):
+        got = gpu_decode.decode(*operands(case, window), scale=case.q.shape[-1] ** -0.5, **how)
+    check(got, case.expected(window=window), 1e-2)
+
+
+def test_parts_fill_the_chip():
+    """Whole waves of the 264 blocks that run at once, from one request on."""
+    for pairs in (1, 2, 8, 64, 512):
+        for blocks in (32, 128, 512):
+            splits = gpu_decode.choose_splits(pairs, blocks)
+            parts = pairs * splits
+            assert 1 <= splits <= 128
+            if pairs * min(blocks // 2, 128) >= 264:
+                waves = -(-parts // 264)
+                assert parts / (264 * waves) > 0.9, (pairs, blocks, splits)
+    assert gpu_decode.choose_splits(8, 512) == 32
+    assert gpu_decode.choose_splits(1, 1) == 1
+
+
+def test_plan_takes_every_block_once():
+    """All parts of a request together take the blocks it needs, masked ones where they must be."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 1000, 40).astype(np.int32)
+    for q_len, window, splits in ((1, NO_WINDOW, 5), (4, 100, 3), (8, 64, 16), (2, 1, 1)):
+        start = lengths - q_len
+        sizes = gpu_decode._Sizes(1, 1, q_len, 8, 64, 64, 16, splits, 1.0, False)
+        plan = gpu_decode._plan(jnp.asarray(lengths), jnp.asarray(start), window, sizes)
+        plan = np.asarray(plan).reshape(40, splits, -1)
+        for r in range(40):
+            seen = np.zeros((q_len, 1024), bool)
+            for t in range(q_len):
+                slot = start[r] + t
+                if slot >= 0:
+                    seen[t, max(0, slot - window + 1) : min(slot, lengths[r] - 1) + 1] = True
+            blocks = seen.reshape(q_len, 16, 64)
+            taken = []
+            for first, count, tail, masked, *_ in plan[r]:
+                for step in range(count):
+                    block = first + (count - 1 - step if step < tail else step - tail)
+                    taken.append(block)
+                    assert step < masked or blocks[:, block].all(), (r, block)
+            assert len(set(taken)) == len(taken)
+            assert set(np.flatnonzero(blocks.any(axis=(0, 2)))) <= set(taken)
+            # At most one block more than needed at either end.
+            assert len(taken) <= blocks.any(axis=(0, 2)).sum() + 1
