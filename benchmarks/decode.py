@@ -29,7 +29,7 @@ from absl import app, flags
 from benchmarks.decode_peers import PEERS
 from qwen_jax.kernels.cache import PAGE_SIZE, PagedCache, init_paged_cache, quantise
 from qwen_jax.kernels.paged import paged_attention
-from qwen_jax.kernels.paged import platform as device_platform
+from qwen_jax.parallel import platform as device_platform
 
 _QUICK = flags.DEFINE_bool("quick", False, "Three cases of each dtype only.")
 _BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "Requests.")
@@ -119,7 +119,7 @@ def peer(make, cache: PagedCache):
 
 def contenders(cache: PagedCache) -> dict:
     """What to run on this device: name -> function of a cache, as `ours` and `peer` return."""
-    here = device_platform()
+    here, _ = device_platform()
     found = {"reference": functools.partial(ours, "reference")}
     if here in ("tpu", "gpu"):
         found = {"qwen_jax": functools.partial(ours, f"pallas_{here}"), **found}
@@ -213,7 +213,7 @@ def main(_):
     heads = tuple(int(x) for x in _HEADS.value)
     cases = [(int(b), int(c)) for c in _CONTEXTS.value for b in _BATCHES.value]
     cases = QUICK if _QUICK.value else cases
-    accelerated = device_platform() in ("tpu", "gpu")
+    accelerated = device_platform()[0] in ("tpu", "gpu")
     bandwidth = copy_bandwidth(1 << 30 if accelerated else 1 << 25)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.1f} GB/s")

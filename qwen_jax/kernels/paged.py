@@ -13,7 +13,7 @@ from qwen_jax.errors import UserError, nearest
 from qwen_jax.kernels.cache import AXES, PagedCache, dequantise, quantise
 from qwen_jax.kernels.flash import merge
 from qwen_jax.kernels.mask import MASKED
-from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, spec
+from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, platform, spec
 
 IMPLEMENTATIONS = ("auto", "reference", "pallas_tpu", "pallas_gpu")
 
@@ -27,13 +27,6 @@ _MODULES = {
 }
 _NO_WINDOW = 2**30
 """A window that no cache fills, so that one kernel serves layers with and without."""
-
-
-def platform() -> str:
-    """`tpu`, `gpu` or `cpu`: of the mesh in force, which may be one compiled for, or of jax."""
-    device = current_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
 
 
 @functools.cache
@@ -57,7 +50,7 @@ def choose_paged_attention(
             f"paged attention implementation {requested!r} is unknown"
             f"{nearest(requested, IMPLEMENTATIONS)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    here = platform()
+    here, _ = platform()
     chosen = _KERNELS.get(here, "reference") if requested == "auto" else requested
     why = "as requested"
     if chosen != "reference":
@@ -281,7 +274,7 @@ def append(
     if counts is None:
         counts = jnp.full_like(lengths, k_new.shape[2])
     write = _scatter
-    if platform() == "tpu":
+    if platform()[0] == "tpu":
         kernel = importlib.import_module("qwen_jax.kernels.tpu.append")
         refusal = kernel.refusal(cache)
         write = _scatter if refusal else kernel.write

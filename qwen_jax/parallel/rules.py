@@ -55,7 +55,8 @@ def platform() -> tuple[str, str]:
     """
     device = current_mesh().abstract_device if on_mesh() else None
     device = device or jax.devices()[0]
-    return device.platform, device.device_kind
+    name = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+    return name, device.device_kind
 
 
 def spec(*axes: str | None) -> jax.P | None:

@@ -179,13 +179,13 @@ def test_refusals(monkeypatch):
     refuses("don't describe 2 requests", q, case.cache, table[:1], lengths)
     refuses("both or neither", k_new=q)
     refuses("New keys are", k_new=q, v_new=q)
-    monkeypatch.setattr(paged, "platform", lambda: "tpu")
+    monkeypatch.setattr(paged, "platform", lambda: ("tpu", "tpu"))
     refuses("can't run: heads of 16; the TPU kernel", implementation="pallas_tpu")
     wide = make_case((3, 5), kv_heads=1, groups=1)
     table = np.zeros((2, 120_000), np.int32)
     operands = (jnp.asarray(wide.q), wide.cache, table, lengths)
     refuses("a page table of 240000 entries", *operands, implementation="pallas_tpu")
-    monkeypatch.setattr(paged, "platform", lambda: "gpu")
+    monkeypatch.setattr(paged, "platform", lambda: ("gpu", "gpu"))
     refuses("can't run: a cpu; the GPU kernel is made for", implementation="pallas_gpu")
     for size in ("layers", "pages", "kv_heads", "head_dim"):
         with pytest.raises(UserError, match=f"needs {size} of at least 1"):
@@ -198,7 +198,7 @@ def test_refusals(monkeypatch):
 
 def test_auto_says_once_why_it_falls_back(monkeypatch, caplog):
     case = make_case((3, 5), width=16, dtype=jnp.float32)
-    monkeypatch.setattr(paged, "platform", lambda: "tpu")
+    monkeypatch.setattr(paged, "platform", lambda: ("tpu", "tpu"))
     paged._announce.cache_clear()
     with caplog.at_level("INFO", logger="absl"):
         for _ in range(2):

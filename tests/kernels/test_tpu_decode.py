@@ -97,7 +97,7 @@ def test_attention_merges_new_tokens_on_tpu(monkeypatch):
     k, v = np.random.default_rng(0).normal(size=(2, 3, 1, 2, 128)).astype(np.float32)
     operands = (jnp.asarray(case.q), case.cache, case.table, case.lengths)
     expected = jax.jit(paged_attention)(*operands, k_new=k, v_new=v)
-    monkeypatch.setattr(paged, "platform", lambda: "tpu")
+    monkeypatch.setattr(paged, "platform", lambda: ("tpu", "tpu"))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         run = jax.jit(functools.partial(paged_attention, implementation="pallas_tpu"))
         got = run(*operands, k_new=k, v_new=v)
@@ -130,7 +130,7 @@ def test_append_is_the_scatter(name, dtype, monkeypatch):
     counts = None if counts is None else np.array(counts, np.int32)
     operands = (cache, k, v, table, np.array(lengths, np.int32), counts)
     expected = jax.jit(append)(*operands)
-    monkeypatch.setattr(paged, "platform", lambda: "tpu")
+    monkeypatch.setattr(paged, "platform", lambda: ("tpu", "tpu"))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         got = jax.jit(lambda *operands: append(*operands))(*operands)
     changed = np.asarray(expected.pages != cache.pages).any()
