@@ -178,8 +178,8 @@ def main(_):
         for case in CASES:
             show(case, implementation, check_attention(case, implementation, rng))
     show("paged decode", "bf16", check_decode("bfloat16", rng))
-    # 8 bits a number: half a step of 1/255 of the range, about 0.7 % of the values.
-    show("paged decode", "8 bits", check_decode("uint8", rng), limit=3 * LIMIT)
+    # The release cuts codes off to whole numbers: an error is up to 1/255 of a vector's range.
+    show("paged decode", "8 bits", check_decode("uint8", rng), limit=5 * LIMIT)
     report = {
         "benchmark": "correctness",
         "date": time.strftime("%Y-%m-%d"),
