@@ -1,0 +1,1 @@
+"""Flash attention for Hopper GPUs in Pallas (Mosaic GPU): `flash.KERNEL`."""
