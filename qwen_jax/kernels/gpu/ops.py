@@ -18,9 +18,7 @@ MATRIX = plgpu.Layout.WGMMA
 PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
-PARAMS = plgpu.CompilerParams(
-    approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
-)
+PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 
 _LOAD_TAKES_INDEX = (
     inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
@@ -61,6 +59,19 @@ def columns(x: jax.Array, rows: int) -> jax.Array:
     return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
 
 
+def two_products(a_ref, b_ref, c_ref, d_ref, between) -> tuple[jax.Array, jax.Array]:
+    """(between(a·bᵀ), c·dᵀ), float32; `between` runs while c·dᵀ is computed."""
+
+    def compute(first_ref, second_ref):
+        plgpu.wgmma(first_ref, a_ref, b_ref.transpose((1, 0)))
+        plgpu.wgmma(second_ref, c_ref, d_ref.transpose((1, 0)))
+        first = between(plgpu.wgmma_accumulator_load(first_ref, wait_n=1))
+        return first, plgpu.wgmma_accumulator_load(second_ref, wait_n=0)
+
+    shapes = ((x.shape[0], y.shape[0]) for x, y in ((a_ref, b_ref), (c_ref, d_ref)))
+    return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
 def product(a_ref, b_ref, while_running=lambda: None) -> jax.Array:
     """a·bᵀ in float32, both in shared memory; `while_running` is called once it is issued."""
 
@@ -80,6 +91,16 @@ def accumulate(total: jax.Array, a: jax.Array, b_ref) -> jax.Array:
         plgpu.wgmma(acc_ref, a, b_ref)
 
     return pl.run_state(compute)(plgpu.ACC.init(total))
+
+
+def accumulate_two(total, a, b_ref, other, c, d_ref) -> tuple[jax.Array, jax.Array]:
+    """(total + a·b, other + c·d), waited for together."""
+
+    def compute(refs):
+        plgpu.wgmma(refs[0], a, b_ref)
+        plgpu.wgmma(refs[1], c, d_ref)
+
+    return pl.run_state(compute)((plgpu.ACC.init(total), plgpu.ACC.init(other)))
 
 
 def ctas() -> int:

@@ -1,4 +1,4 @@
-"""What a kernel does, worked out before it starts: bounds per query, blocks per tile, order of work.
+"""What a kernel will do, worked out beforehand: bounds per query, blocks per tile, order of work.
 
 All of it is a handful of small integer arrays made by plain jnp operations; the kernels read them
 and neither load nor compute a block that no query of the tile sees.
@@ -139,8 +139,14 @@ def make_queue(batch: int, tiles: int, heads: int, groups: int, row_bytes: int, 
 
 
 def make_table(
-    mask: Mask, rows: Rows, lengths: tuple[int, int], blocks: tuple[int, int], batch: int, *,
-    keys: bool, queue: Queue,
+    mask: Mask,
+    rows: Rows,
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
+    batch: int,
+    *,
+    keys: bool,
+    queue: Queue,
 ) -> jax.Array:
     """The table a kernel reads, int32 [B·tiles, 6]: `FIELDS` of each tile in order of work.
 

@@ -1,0 +1,177 @@
+"""How a CTA walks through its work: items, steps of an item, stages in flight, the mask of a block.
+
+A CTA has two warpgroups that compute, on 64 rows each, and one that only moves data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from qwen_jax.kernels.gpu import ops
+from qwen_jax.kernels.gpu.plan import FIELDS, Queue, Rows
+
+WARPGROUPS = 2
+"""Warpgroups that compute; one more loads."""
+ROWS = 64
+"""Queries (or keys, for their gradients) of a warpgroup: the M of a wgmma instruction."""
+TILE = WARPGROUPS * ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Keys (or queries, for the gradients of keys) a step, and how many steps are in flight."""
+
+    block: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Which block the t-th step of an item takes: masked ones first, the last of them first."""
+
+    low: jax.Array
+    full_low: jax.Array
+    full_high: jax.Array
+    high: jax.Array
+
+    @property
+    def masked(self):
+        """Number of steps that need the mask."""
+        return self.full_low - self.low + self.high - self.full_high
+
+    @property
+    def steps(self):
+        """Number of steps."""
+        return self.high - self.low
+
+    def masked_block(self, t):
+        """Block of step t < masked."""
+        end = self.high - self.full_high
+        return jnp.where(t < end, self.high - 1 - t, self.full_low - 1 - (t - end))
+
+    def full_block(self, t):
+        """Block of step t >= masked."""
+        return self.full_high - 1 - (t - self.masked)
+
+    def block(self, t):
+        """Block of step t."""
+        return jnp.where(t < self.masked, self.masked_block(t), self.full_block(t))
+
+
+def read_tile(table_ref, row) -> tuple[jax.Array, jax.Array, Step]:
+    """(row of the batch, tile, steps) of a row of the table."""
+    batch, tile, *ranges = (table_ref[row, i] for i in range(len(FIELDS)))
+    return batch, tile, Step(*ranges)
+
+
+def my_items(queue: Queue, ctas: int, body) -> jax.Array:
+    """Folds body(item, carry) over the items of this CTA, with an int32 carry that starts at 0."""
+    cta = lax.axis_index("cta")
+    mine = lax.div(jnp.int32(queue.items + ctas - 1) - cta, jnp.int32(ctas))
+    return lax.fori_loop(0, mine, lambda n, carry: body(cta + n * ctas, carry), jnp.int32(0))
+
+
+def of_batch(array_ref, batch):
+    """Row of the batch in an array that may have one row for all."""
+    return array_ref.at[0 if array_ref.shape[0] == 1 else batch]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Copies into a ring of buffers in shared memory, step after step over all items.
+
+    Attributes:
+      ready, consumed: barriers, one a stage; `ready` takes one arrival a copy.
+      stages: how many there are.
+    """
+
+    ready: jax.Array
+    consumed: jax.Array
+    stages: int
+
+    def slot(self, step):
+        """Buffer of the step-th step, counted over all items of the CTA."""
+        return lax.rem(step, jnp.int32(self.stages))
+
+    def put(self, step, *copies) -> None:
+        """Starts copies (source, buffers) once the buffer of this step is free."""
+        slot = self.slot(step)
+        pl.when(step >= self.stages)(lambda: plgpu.barrier_wait(self.consumed.at[slot]))
+        for source, buffers in copies:
+            plgpu.copy_gmem_to_smem(source, buffers.at[slot], self.ready.at[slot])
+
+    def drain(self, steps) -> None:
+        """Waits for the steps still in use after the last: each phase is waited for once."""
+        for slot in range(self.stages):
+            wait = functools.partial(plgpu.barrier_wait, self.consumed.at[slot])
+            pl.when(steps > slot)(wait)
+
+    def wait(self, step) -> None:
+        """Until the data of a step is there."""
+        plgpu.barrier_wait(self.ready.at[self.slot(step)])
+
+    def release(self, step) -> None:
+        """This warpgroup needs a step's data no more."""
+        plgpu.barrier_arrive(self.consumed.at[self.slot(step)])
+
+
+def stream_barriers(stages: int, copies: int = 1) -> tuple:
+    """Barrier types (ready, consumed) of a `Stream`."""
+    return (
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """The mask's rows for a block of queries, in registers."""
+
+    high: jax.Array
+    low: jax.Array | None
+    q_ids: jax.Array | None
+
+
+def load_bounds(rows: Rows, batch, start, layout, size: int = ROWS) -> Bounds:
+    """Bounds of `size` queries from `start` on. rows: references."""
+    slots = pl.ds(start, size)
+    each = (rows.high, rows.low, rows.q_ids)
+    return Bounds(
+        *(None if x is None else ops.load(of_batch(x, batch).at[slots], layout) for x in each)
+    )
+
+
+def load_k_ids(rows: Rows, batch, start, layout, size: int) -> jax.Array | None:
+    """Segment ids of `size` keys from `start` on, if there are any. rows: references."""
+    if rows.k_ids is None:
+        return None
+    return ops.load(of_batch(rows.k_ids, batch).at[pl.ds(start, size)], layout)
+
+
+def seen(bounds: Bounds, k_ids, first_key, shape, *, keys_down: bool = False) -> jax.Array:
+    """Mask of a block whose keys start at `first_key`, bool [queries, keys].
+
+    keys_down: the block is [keys, queries]. Two one-sided bounds, never an absolute difference:
+    compilers have got that wrong.
+    """
+    of_query = functools.partial(ops.columns, rows=shape[0])
+    of_key = functools.partial(ops.rows, columns=shape[1])
+    if not keys_down:
+        of_query, of_key = (
+            functools.partial(ops.rows, columns=shape[1]),
+            functools.partial(ops.columns, rows=shape[0]),
+        )
+    slots = ops.iota(shape, 0 if keys_down else 1)
+    mask = slots < of_query(bounds.high - first_key)
+    if bounds.low is not None:
+        mask &= slots >= of_query(bounds.low - first_key)
+    if k_ids is not None:
+        mask &= of_query(bounds.q_ids) == of_key(k_ids)
+    return mask
