@@ -24,11 +24,10 @@ from qwen_jax.kernels.gpu.tiles import (
     WARPGROUPS,
     Blocks,
     Stream,
+    hide,
     load_bounds,
-    load_k_ids,
     my_items,
     read_tile,
-    seen,
     stream_barriers,
 )
 
@@ -184,11 +183,13 @@ class _Keys:
         row, part = self.queue.locate(n)
         batch, tile, steps = read_tile(self.table, row)
         first = tile * TILE + group * ROWS
+        bounds = load_bounds(self.rows, batch, first)
         plgpu.barrier_wait(ready)
 
         def step(head_done, masked, t, carry):
             block = steps.masked_block(t) if masked else steps.full_block(t)
-            mask = functools.partial(self._hide, batch, first, block) if masked else None
+            start = block * self.blocks.block
+            mask = functools.partial(hide, self.rows, bounds, batch, start) if masked else None
             return self._step(group, head_done + t, mask, carry)
 
         def of_head(h, carry):
@@ -203,13 +204,6 @@ class _Keys:
         self.dk[keys] = (dk * self.scale).astype(self.dk.dtype)
         self.dv[keys] = dv.astype(self.dv.dtype)
         return done + self.heads * steps.steps
-
-    def _hide(self, batch, first, block, scores):
-        size = self.blocks.block
-        bounds = load_bounds(self.rows, batch, block * size, ops.PER_COLUMN, size)
-        k_ids = load_k_ids(self.rows, batch, first, ops.PER_ROW, ROWS)
-        mask = seen(bounds, k_ids, first, scores.shape, keys_down=True)
-        return jnp.where(mask, scores, -jnp.inf)
 
     def _step(self, group, step, mask, carry):
         dk, dv = carry
@@ -340,18 +334,13 @@ class _Queries:
         numbers = (batch, head, pl.ds(first, ROWS))
         lse = ops.load(self.lse.at[numbers], ops.PER_ROW)
         delta = ops.load(self.delta.at[numbers], ops.PER_ROW)
-        bounds = load_bounds(self.rows, batch, first, ops.PER_ROW)
+        bounds = load_bounds(self.rows, batch, first)
         plgpu.barrier_wait(ready)
-
-        def hide(block, scores):
-            size = self.blocks.block
-            k_ids = load_k_ids(self.rows, batch, block * size, ops.PER_COLUMN, size)
-            mask = seen(bounds, k_ids, block * size, scores.shape)
-            return jnp.where(mask, scores, -jnp.inf)
 
         def step(masked, t, dq):
             block = steps.masked_block(t) if masked else steps.full_block(t)
-            mask = functools.partial(hide, block) if masked else None
+            start = block * self.blocks.block
+            mask = functools.partial(hide, self.rows, bounds, batch, start) if masked else None
             return self._step(group, done + t, mask, lse, delta, dq)
 
         dq = ops.full((ROWS, self.q.shape[-1]), 0.0, ops.MATRIX)

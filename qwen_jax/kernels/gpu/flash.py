@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel
 from qwen_jax.kernels.gpu import backward, forward, ops
-from qwen_jax.kernels.gpu.plan import make_queue, make_rows, make_table
+from qwen_jax.kernels.gpu.plan import key_rows, make_queue, make_table, query_rows
 from qwen_jax.kernels.gpu.tiles import TILE
 from qwen_jax.kernels.mask import Mask
 
@@ -56,7 +56,7 @@ def _forward(q, k, v, mask: Mask, scale: float):
     (batch, q_len, heads, width), (k_len, kv_heads) = q.shape, k.shape[1:3]
     blocks = forward.forward_blocks(width)
     rows_, columns = _up(q_len, TILE), _up(k_len, blocks.block)
-    rows = make_rows(mask, q_len, k_len, rows_ - q_len, columns - k_len)
+    rows = query_rows(mask, q_len, k_len, rows_ - q_len, columns - k_len)
     queue = make_queue(
         batch, rows_ // TILE, heads, heads // kv_heads, (k.nbytes + v.nbytes) // batch, _STREAMED
     )
@@ -82,14 +82,14 @@ def _backward(q, k, v, mask: Mask, scale, lse, d_out, delta, grad_dtype):
     by_keys, by_queries = backward.keys_blocks(width), backward.queries_blocks(width)
     rows_ = _up(q_len, TILE)
     columns = _up(k_len, TILE)
-    rows = make_rows(mask, q_len, k_len, rows_ - q_len, columns - k_len)
+    lengths = (q_len, k_len, rows_ - q_len, columns - k_len)
+    rows = query_rows(mask, *lengths)
     bytes_ = 2 * q.nbytes // batch
     groups = heads // kv_heads
     operands = (
         *(_pad(q, 1, rows_), _pad(k, 1, columns), _pad(v, 1, columns)),
         *(_pad(d_out.astype(q.dtype), 1, rows_), _pad(lse * math.log2(math.e), 2, rows_)),
         _pad(delta, 2, rows_),
-        rows,
     )
 
     parts = _parts(batch, columns // TILE, kv_heads, groups)
@@ -98,7 +98,9 @@ def _backward(q, k, v, mask: Mask, scale, lse, d_out, delta, grad_dtype):
     table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=True, queue=queue)
     k_dtype = grad_dtype or k.dtype
     partial = k_dtype if parts == 1 else jnp.float32
-    dk, dv = backward.backward_keys(*operands, table, queue, scale, by_keys, partial)
+    dk, dv = backward.backward_keys(
+        *operands, key_rows(mask, *lengths), table, queue, scale, by_keys, partial
+    )
     if parts > 1:
         shape = (batch, columns, kv_heads, parts, width)
         dk, dv = (x.reshape(shape).sum(axis=3).astype(k_dtype) for x in (dk, dv))
@@ -107,7 +109,7 @@ def _backward(q, k, v, mask: Mask, scale, lse, d_out, delta, grad_dtype):
     sizes = (TILE, by_queries.block)
     table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=False, queue=queue)
     dq = backward.backward_queries(
-        *operands, table, queue, scale, by_queries, grad_dtype or q.dtype
+        *operands, rows, table, queue, scale, by_queries, grad_dtype or q.dtype
     )
     return dq[:, :q_len], dk[:, :k_len], dv[:, :k_len]
 

@@ -24,11 +24,10 @@ from qwen_jax.kernels.gpu.tiles import (
     WARPGROUPS,
     Blocks,
     Stream,
+    hide,
     load_bounds,
-    load_k_ids,
     my_items,
     read_tile,
-    seen,
     stream_barriers,
 )
 from qwen_jax.kernels.mask import MASKED
@@ -161,18 +160,16 @@ class _Forward:
         row, head = self.queue.locate(n)
         batch, tile, steps = read_tile(self.table, row)
         start = tile * TILE + group * ROWS
-        bounds = load_bounds(self.rows, batch, start, ops.PER_ROW)
+        bounds = load_bounds(self.rows, batch, start)
         plgpu.barrier_wait(q_ready)
 
         def step(masked, t, carry):
             block = steps.masked_block(t) if masked else steps.full_block(t)
             scores = self._scores(group, done + t, t == steps.steps - 1)
             if masked:
-                size = self.blocks.block
-                k_ids = load_k_ids(self.rows, batch, block * size, ops.PER_COLUMN, size)
-                mask = seen(bounds, k_ids, block * size, scores.shape)
                 # A row's maximum starts finite, so what is never seen weighs exactly 0.
-                scores = jnp.where(mask, scores, -jnp.inf)
+                first = block * self.blocks.block
+                scores = hide(self.rows, bounds, batch, first, scores)
             return self._absorb(done + t, scores, carry)
 
         carry = (

@@ -66,6 +66,7 @@ def two_products(a_ref, b_ref, c_ref, d_ref, between) -> tuple[jax.Array, jax.Ar
         plgpu.wgmma(first_ref, a_ref, b_ref.transpose((1, 0)))
         plgpu.wgmma(second_ref, c_ref, d_ref.transpose((1, 0)))
         first = between(plgpu.wgmma_accumulator_load(first_ref, wait_n=1))
+        first = lax.optimization_barrier(first)  # or it is computed after the second wait
         return first, plgpu.wgmma_accumulator_load(second_ref, wait_n=0)
 
     shapes = ((x.shape[0], y.shape[0]) for x, y in ((a_ref, b_ref), (c_ref, d_ref)))

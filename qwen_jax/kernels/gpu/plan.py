@@ -21,38 +21,58 @@ FIELDS = ("batch", "tile", "low", "full_low", "full_high", "high")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The mask per query: keys `low <= s < high` whose id equals the query's. Padded to blocks.
+    """The mask of scores [rows, columns] per row: columns in [low, high) whose id equals the row's.
+
+    Rows are queries and columns keys, or the reverse; lengths R and C are multiples of the blocks.
 
     Attributes:
-      high: int32 [B or 1, T'].
-      low: the same, or None for 0 everywhere.
-      q_ids, k_ids: int32 [B,T'] and [B,S'] or None. A query of padding (id 0) has -1, equal to no
-        key's id; keys of padding have 0.
+      low, high: int32 [B or 1, R], or None where the scores' own edge is the bound.
+      ids, column_ids: int32 [B,R] and [B,C], both or neither; no id of padding equals another.
     """
 
-    high: jax.Array
-    low: jax.Array | None = None
-    q_ids: jax.Array | None = None
-    k_ids: jax.Array | None = None
+    low: jax.Array | None
+    high: jax.Array | None
+    ids: jax.Array | None
+    column_ids: jax.Array | None
 
 
-def make_rows(mask: Mask, q_len: int, k_len: int, q_pad: int, k_pad: int) -> Rows:
-    """`Rows` for q_len queries and k_len keys, made q_pad and k_pad longer.
+def _start(mask: Mask) -> jax.Array:
+    start = jnp.zeros((1,), jnp.int32) if mask.q_start is None else mask.q_start
+    return start[:, None].astype(jnp.int32)
+
+
+def _ids(mask: Mask, q_pad: int, k_pad: int) -> tuple[jax.Array | None, jax.Array | None]:
+    """Ids of queries and keys; -1 and 0 for padding."""
+    if mask.q_segments is None:
+        return None, None
+    q_ids = jnp.pad(mask.q_segments, ((0, 0), (0, q_pad)))
+    k_ids = jnp.pad(mask.k_segments, ((0, 0), (0, k_pad)))
+    return jnp.where(q_ids > 0, q_ids, -1), jnp.maximum(k_ids, 0)
+
+
+def query_rows(mask: Mask, q_len: int, k_len: int, q_pad: int, k_pad: int) -> Rows:
+    """`Rows` of q_len queries and k_len keys, made q_pad and k_pad longer.
 
     The queries added go on counting slots: what they compute is cut off, and in gradients they
     weigh nothing because their d_out is 0. Keys added are never seen.
     """
-    start = jnp.zeros((1,), jnp.int32) if mask.q_start is None else mask.q_start
-    slots = start[:, None].astype(jnp.int32) + jnp.arange(q_len + q_pad, dtype=jnp.int32)
-    low = q_ids = k_ids = None
+    slots = _start(mask) + jnp.arange(q_len + q_pad, dtype=jnp.int32)
     window = mask.any_window()
+    low = None if window is None else jnp.maximum(slots - window + 1, 0)
+    return Rows(low, jnp.minimum(slots + 1, k_len), *_ids(mask, q_pad, k_pad))
+
+
+def key_rows(mask: Mask, q_len: int, k_len: int, q_pad: int, k_pad: int) -> Rows:
+    """The same mask with keys as rows and queries as columns."""
+    first = jnp.arange(k_len + k_pad, dtype=jnp.int32) - _start(mask)
+    window = mask.any_window()
+    high = None
     if window is not None:
-        low = jnp.maximum(slots - window + 1, 0)
-    if mask.q_segments is not None:
-        q_ids = jnp.pad(mask.q_segments, ((0, 0), (0, q_pad)))
-        q_ids = jnp.where(q_ids > 0, q_ids, -1)
-        k_ids = jnp.maximum(jnp.pad(mask.k_segments, ((0, 0), (0, k_pad))), 0)
-    return Rows(jnp.minimum(slots + 1, k_len), low, q_ids, k_ids)
+        high = first + window
+    if k_pad:
+        high = jnp.full_like(first, q_len + q_pad) if high is None else high
+        high = jnp.where(jnp.arange(k_len + k_pad) < k_len, high, 0)
+    return Rows(first, high, *_ids(mask, q_pad, k_pad)[::-1])
 
 
 def _one_id(ids: jax.Array, block: int) -> jax.Array:
@@ -63,15 +83,18 @@ def _one_id(ids: jax.Array, block: int) -> jax.Array:
 
 
 def full_blocks(rows: Rows, k_blocks: int, block_q: int, block_k: int) -> jax.Array:
-    """Whether every query of a block sees every key of a block: bool [B or 1, nq, nk]."""
-    high = rows.high.reshape(rows.high.shape[0], -1, block_q).min(axis=-1)
+    """Whether every query of a block sees every key of a block: bool [B or 1, nq, nk].
+
+    rows: `query_rows`.
+    """
     first = jnp.arange(k_blocks, dtype=jnp.int32) * block_k
+    high = rows.high.reshape(rows.high.shape[0], -1, block_q).min(axis=-1)
     full = first + block_k <= high[:, :, None]
     if rows.low is not None:
         low = rows.low.reshape(rows.low.shape[0], -1, block_q).max(axis=-1)
         full &= low[:, :, None] <= first
-    if rows.q_ids is not None:
-        q_id, k_id = _one_id(rows.q_ids, block_q), _one_id(rows.k_ids, block_k)
+    if rows.ids is not None:
+        q_id, k_id = _one_id(rows.ids, block_q), _one_id(rows.column_ids, block_k)
         full &= (q_id[:, :, None] == k_id[:, None, :]) & (k_id > 0)[:, None, :]
     return full
 

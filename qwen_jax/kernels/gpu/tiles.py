@@ -132,46 +132,35 @@ def stream_barriers(stages: int, copies: int = 1) -> tuple:
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The mask's rows for a block of queries, in registers."""
+    """The mask of a warpgroup's 64 rows, in registers."""
 
-    high: jax.Array
     low: jax.Array | None
-    q_ids: jax.Array | None
+    high: jax.Array | None
+    ids: jax.Array | None
 
 
-def load_bounds(rows: Rows, batch, start, layout, size: int = ROWS) -> Bounds:
-    """Bounds of `size` queries from `start` on. rows: references."""
-    slots = pl.ds(start, size)
-    each = (rows.high, rows.low, rows.q_ids)
+def load_bounds(rows: Rows, batch, start) -> Bounds:
+    """Bounds of the rows from `start` on. rows: references."""
+    slots = pl.ds(start, ROWS)
+    each = (rows.low, rows.high, rows.ids)
     return Bounds(
-        *(None if x is None else ops.load(of_batch(x, batch).at[slots], layout) for x in each)
+        *(None if x is None else ops.load(of_batch(x, batch).at[slots], ops.PER_ROW) for x in each)
     )
 
 
-def load_k_ids(rows: Rows, batch, start, layout, size: int) -> jax.Array | None:
-    """Segment ids of `size` keys from `start` on, if there are any. rows: references."""
-    if rows.k_ids is None:
-        return None
-    return ops.load(of_batch(rows.k_ids, batch).at[pl.ds(start, size)], layout)
+def hide(rows: Rows, bounds: Bounds, batch, start, scores) -> jax.Array:
+    """Scores [64, columns from `start` on] with -inf where the mask has nothing. rows: references.
 
-
-def seen(bounds: Bounds, k_ids, first_key, shape, *, keys_down: bool = False) -> jax.Array:
-    """Mask of a block whose keys start at `first_key`, bool [queries, keys].
-
-    keys_down: the block is [keys, queries]. Two one-sided bounds, never an absolute difference:
-    compilers have got that wrong.
+    Two one-sided bounds, never an absolute difference: compilers have got that wrong.
     """
-    of_query = functools.partial(ops.columns, rows=shape[0])
-    of_key = functools.partial(ops.rows, columns=shape[1])
-    if not keys_down:
-        of_query, of_key = (
-            functools.partial(ops.rows, columns=shape[1]),
-            functools.partial(ops.columns, rows=shape[0]),
-        )
-    slots = ops.iota(shape, 0 if keys_down else 1)
-    mask = slots < of_query(bounds.high - first_key)
+    columns = scores.shape[1]
+    slots, seen = ops.iota(scores.shape, 1), []
     if bounds.low is not None:
-        mask &= slots >= of_query(bounds.low - first_key)
-    if k_ids is not None:
-        mask &= of_query(bounds.q_ids) == of_key(k_ids)
-    return mask
+        seen.append(slots >= ops.rows(bounds.low - start, columns))
+    if bounds.high is not None:
+        seen.append(slots < ops.rows(bounds.high - start, columns))
+    if bounds.ids is not None:
+        ids = of_batch(rows.column_ids, batch).at[pl.ds(start, columns)]
+        ids = ops.columns(ops.load(ids, ops.PER_COLUMN), ROWS)
+        seen.append(ops.rows(bounds.ids, columns) == ids)
+    return jnp.where(functools.reduce(jnp.logical_and, seen), scores, -jnp.inf)
