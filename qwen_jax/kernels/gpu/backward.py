@@ -133,7 +133,7 @@ class _Keys:
 
     def load(self) -> None:
         """The warpgroup that loads: keys and values of an item, then queries step by step."""
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         k_memory, v_memory, q_memory, o_memory, lse_memory, delta_memory = self.memory
         ready, consumed = self.k_barriers
         size = self.blocks.block
@@ -174,7 +174,7 @@ class _Keys:
 
     def compute(self) -> None:
         """A warpgroup that computes, on 64 keys of the item."""
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
         my_items(self.queue, self.ctas, functools.partial(self._item, group))
 
@@ -217,12 +217,16 @@ class _Keys:
             lse = ops.load(lse_memory.at[slot], ops.PER_COLUMN)
             return jnp.exp2(scores * fold_scale(self.scale) - ops.columns(lse, ROWS))
 
+        def gradient(p, dp):
+            delta = ops.load(delta_memory.at[slot], ops.PER_COLUMN)
+            return p * (dp - ops.columns(delta, ROWS))
+
         self.q_stream.wait(step)
         self.o_stream.wait(step)
-        p, d_p = ops.two_products(k_memory.at[group], q, v_memory.at[group], d_out, weights)
-        delta = ops.load(delta_memory.at[slot], ops.PER_COLUMN)
-        d_scores = (p * (d_p - ops.columns(delta, ROWS))).astype(self.q.dtype)
-        dv, dk = ops.accumulate_two(dv, p.astype(self.q.dtype), d_out, dk, d_scores, q)
+        dk, dv = ops.key_gradients(
+            *(dk, dv, k_memory.at[group], v_memory.at[group], q, d_out),
+            *(weights, gradient, self.q.dtype),
+        )
         self.q_stream.release(step)
         self.o_stream.release(step)
         return dk, dv
@@ -291,7 +295,7 @@ class _Queries:
 
     def load(self) -> None:
         """The warpgroup that loads: q and d_out of an item, then keys and values step by step."""
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         q_memory, o_memory, k_memory, v_memory = self.memory
         ready, consumed = self.q_barriers
 
@@ -322,7 +326,7 @@ class _Queries:
 
     def compute(self) -> None:
         """A warpgroup that computes, on 64 queries of the item."""
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
         my_items(self.queue, self.ctas, functools.partial(self._item, group))
 

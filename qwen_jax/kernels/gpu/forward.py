@@ -113,7 +113,7 @@ class _Forward:
 
     def load(self) -> None:
         """The warpgroup that loads: queries of an item, then keys and values step by step."""
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         q_memory, k_memory, v_memory = self.memory[:3]
         q_ready, q_consumed = self.q_barriers
 
@@ -143,7 +143,7 @@ class _Forward:
 
     def compute(self) -> None:
         """A warpgroup that computes, from queries in shared memory to the output."""
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
         # The second warpgroup starts half a step later.
         pl.when(group == 1)(self._take_turn)

@@ -94,14 +94,28 @@ def accumulate(total: jax.Array, a: jax.Array, b_ref) -> jax.Array:
     return pl.run_state(compute)(plgpu.ACC.init(total))
 
 
-def accumulate_two(total, a, b_ref, other, c, d_ref) -> tuple[jax.Array, jax.Array]:
-    """(total + a·b, other + c·d), waited for together."""
+def key_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, dtype):
+    """(dk + gradient(p, v·d_outᵀ)·q, dv + p·d_out) for p = weights(k·qᵀ), in float32.
+
+    k_ref, v_ref: [keys, H], q_ref, o_ref: [queries, H] in shared memory; dk, dv: [keys, H] in
+    registers. While the tensor cores compute v·d_outᵀ, `weights` runs; while p·d_out, `gradient`.
+    """
 
     def compute(refs):
-        plgpu.wgmma(refs[0], a, b_ref)
-        plgpu.wgmma(refs[1], c, d_ref)
+        dk_ref, dv_ref = refs
 
-    return pl.run_state(compute)((plgpu.ACC.init(total), plgpu.ACC.init(other)))
+        def scores(s_ref, dp_ref):
+            plgpu.wgmma(s_ref, k_ref, q_ref.transpose((1, 0)))
+            plgpu.wgmma(dp_ref, v_ref, o_ref.transpose((1, 0)))
+            p = weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+            plgpu.wgmma(dv_ref, p.astype(dtype), o_ref)
+            ds = gradient(p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1))
+            plgpu.wgmma(dk_ref, ds.astype(dtype), q_ref)
+
+        shape = (k_ref.shape[0], q_ref.shape[0])
+        pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+
+    return pl.run_state(compute)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
 
 
 def ctas() -> int:
