@@ -23,11 +23,11 @@ from qwen_jax.kernels.gpu.tiles import (
     TILE,
     WARPGROUPS,
     Blocks,
+    Item,
     Stream,
+    for_my_items,
     hide,
     load_bounds,
-    my_items,
-    read_tile,
     stream_barriers,
 )
 
@@ -138,11 +138,10 @@ class _Keys:
         ready, consumed = self.k_barriers
         size = self.blocks.block
 
-        def item(n, done):
-            row, part = self.queue.locate(n)
-            batch, tile, steps = read_tile(self.table, row)
+        def one(n, item: Item, done):
+            batch, tile, part, steps = item.batch, item.tile, item.head, item.steps
             kv_head = lax.div(part, jnp.int32(self.parts))
-            pl.when(n >= self.ctas)(lambda: plgpu.barrier_wait(consumed))
+            pl.when(n > 0)(lambda: plgpu.barrier_wait(consumed))
             for group in range(WARPGROUPS):
                 keys = pl.ds(tile * TILE + group * ROWS, ROWS)
                 for source, memory in ((self.k, k_memory), (self.v, v_memory)):
@@ -167,7 +166,7 @@ class _Keys:
 
             return lax.fori_loop(0, self.heads, of_head, done)
 
-        done = my_items(self.queue, self.ctas, item)
+        done = for_my_items(self.queue, self.ctas, self.table, one)
         plgpu.barrier_wait(consumed)
         self.q_stream.drain(done)
         self.o_stream.drain(done)
@@ -176,12 +175,11 @@ class _Keys:
         """A warpgroup that computes, on 64 keys of the item."""
         plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
-        my_items(self.queue, self.ctas, functools.partial(self._item, group))
+        for_my_items(self.queue, self.ctas, self.table, functools.partial(self._item, group))
 
-    def _item(self, group, n, done):
+    def _item(self, group, _, item: Item, done):
         ready, consumed = self.k_barriers
-        row, part = self.queue.locate(n)
-        batch, tile, steps = read_tile(self.table, row)
+        batch, tile, part, steps = item.batch, item.tile, item.head, item.steps
         first = tile * TILE + group * ROWS
         bounds = load_bounds(self.rows, batch, first)
         plgpu.barrier_wait(ready)
@@ -299,11 +297,10 @@ class _Queries:
         q_memory, o_memory, k_memory, v_memory = self.memory
         ready, consumed = self.q_barriers
 
-        def item(n, done):
-            row, head = self.queue.locate(n)
-            batch, tile, steps = read_tile(self.table, row)
+        def one(n, item: Item, done):
+            batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
             kv_head = lax.div(head, jnp.int32(self.groups))
-            pl.when(n >= self.ctas)(lambda: plgpu.barrier_wait(consumed))
+            pl.when(n > 0)(lambda: plgpu.barrier_wait(consumed))
             for group in range(WARPGROUPS):
                 queries = pl.ds(tile * TILE + group * ROWS, ROWS)
                 for source, memory in ((self.q, q_memory), (self.d_out, o_memory)):
@@ -319,7 +316,7 @@ class _Queries:
 
             return lax.fori_loop(0, steps.steps, step, done)
 
-        done = my_items(self.queue, self.ctas, item)
+        done = for_my_items(self.queue, self.ctas, self.table, one)
         plgpu.barrier_wait(consumed)
         self.keys.drain(done)
         self.values.drain(done)
@@ -328,12 +325,11 @@ class _Queries:
         """A warpgroup that computes, on 64 queries of the item."""
         plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
-        my_items(self.queue, self.ctas, functools.partial(self._item, group))
+        for_my_items(self.queue, self.ctas, self.table, functools.partial(self._item, group))
 
-    def _item(self, group, n, done):
+    def _item(self, group, _, item: Item, done):
         ready, consumed = self.q_barriers
-        row, head = self.queue.locate(n)
-        batch, tile, steps = read_tile(self.table, row)
+        batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
         first = tile * TILE + group * ROWS
         numbers = (batch, head, pl.ds(first, ROWS))
         lse = ops.load(self.lse.at[numbers], ops.PER_ROW)

@@ -23,11 +23,11 @@ from qwen_jax.kernels.gpu.tiles import (
     TILE,
     WARPGROUPS,
     Blocks,
+    Item,
     Stream,
+    for_my_items,
     hide,
     load_bounds,
-    my_items,
-    read_tile,
     stream_barriers,
 )
 from qwen_jax.kernels.mask import MASKED
@@ -117,11 +117,10 @@ class _Forward:
         q_memory, k_memory, v_memory = self.memory[:3]
         q_ready, q_consumed = self.q_barriers
 
-        def item(n, done):
-            row, head = self.queue.locate(n)
-            batch, tile, steps = read_tile(self.table, row)
+        def one(n, item: Item, done):
+            batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
             kv_head = lax.div(head, jnp.int32(self.groups))
-            pl.when(n >= self.ctas)(lambda: plgpu.barrier_wait(q_consumed))
+            pl.when(n > 0)(lambda: plgpu.barrier_wait(q_consumed))
             for group in range(WARPGROUPS):
                 queries = pl.ds(tile * TILE + group * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(
@@ -136,7 +135,7 @@ class _Forward:
 
             return lax.fori_loop(0, steps.steps, step, done)
 
-        done = my_items(self.queue, self.ctas, item)
+        done = for_my_items(self.queue, self.ctas, self.table, one)
         plgpu.barrier_wait(q_consumed)
         self.keys.drain(done)
         self.values.drain(done)
@@ -147,7 +146,7 @@ class _Forward:
         group = lax.axis_index("wg")
         # The second warpgroup starts half a step later.
         pl.when(group == 1)(self._take_turn)
-        my_items(self.queue, self.ctas, functools.partial(self._item, group))
+        for_my_items(self.queue, self.ctas, self.table, functools.partial(self._item, group))
         pl.when(group == 0)(self._take_turn)
         plgpu.wait_smem_to_gmem(0)
 
@@ -155,10 +154,9 @@ class _Forward:
         plgpu.barrier_arrive(self.turn)
         plgpu.barrier_wait(self.turn)
 
-    def _item(self, group, n, done):
+    def _item(self, group, _, item: Item, done):
         q_ready, q_consumed = self.q_barriers
-        row, head = self.queue.locate(n)
-        batch, tile, steps = read_tile(self.table, row)
+        batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
         start = tile * TILE + group * ROWS
         bounds = load_bounds(self.rows, batch, start)
         plgpu.barrier_wait(q_ready)

@@ -65,17 +65,34 @@ class Step:
         return jnp.where(t < self.masked, self.masked_block(t), self.full_block(t))
 
 
-def read_tile(table_ref, row) -> tuple[jax.Array, jax.Array, Step]:
-    """(row of the batch, tile, steps) of a row of the table."""
-    batch, tile, *ranges = (table_ref[row, i] for i in range(len(FIELDS)))
-    return batch, tile, Step(*ranges)
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One tile of one head."""
+
+    batch: jax.Array
+    tile: jax.Array
+    head: jax.Array
+    steps: Step
 
 
-def my_items(queue: Queue, ctas: int, body) -> jax.Array:
-    """Folds body(item, carry) over the items of this CTA, with an int32 carry that starts at 0."""
+def for_my_items(queue: Queue, ctas: int, table_ref, body) -> jax.Array:
+    """Folds body(n, item, carry) over the items of this CTA; the int32 carry starts at 0.
+
+    n counts this CTA's items. An item's row of the table is read while the one before is worked on.
+    """
     cta = lax.axis_index("cta")
     mine = lax.div(jnp.int32(queue.items + ctas - 1) - cta, jnp.int32(ctas))
-    return lax.fori_loop(0, mine, lambda n, carry: body(cta + n * ctas, carry), jnp.int32(0))
+
+    def read(n):
+        row, head = queue.locate(jnp.minimum(cta + n * ctas, queue.items - 1))
+        return head, *(table_ref[row, i] for i in range(len(FIELDS)))
+
+    def one(n, carry):
+        done, (head, batch, tile, *ranges) = carry
+        following = read(n + 1)
+        return body(n, Item(batch, tile, head, Step(*ranges)), done), following
+
+    return lax.fori_loop(0, mine, one, (jnp.int32(0), read(0)))[0]
 
 
 def of_batch(array_ref, batch):
