@@ -225,6 +225,8 @@ class _Keys:
             *(dk, dv, k_memory.at[group], v_memory.at[group], q, d_out),
             *(weights, gradient, self.q.dtype),
         )
+        # lse and delta were read as plain memory, and the copy engine writes there next.
+        plgpu.commit_smem()
         self.q_stream.release(step)
         self.o_stream.release(step)
         return dk, dv
