@@ -123,5 +123,5 @@ def ctas() -> int:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None and device.num_cores:
         return device.num_cores
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     return device.core_count if device.platform == "gpu" else 132
