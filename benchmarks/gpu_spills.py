@@ -25,7 +25,7 @@ import sys
 import sysconfig
 import tempfile
 
-LIMITS = {"flash_forward": 0, "flash_backward_keys": 64, "flash_backward_queries": 64}
+LIMITS = {"flash_forward": 0, "flash_backward_keys": 64, "flash_backward_queries": 96}
 """Bytes of spill stores allowed. The backward kernels' few are before and after their loops."""
 
 # Numbers of the device as its driver reports them, in the form openxla/xla keeps its reference

@@ -166,7 +166,7 @@ class _Keys:
 
             return lax.fori_loop(0, self.heads, of_head, done)
 
-        done = for_my_items(self.queue, self.ctas, self.table, one)
+        done = for_my_items(self.queue, self.ctas, self.table, one, ahead=True)
         plgpu.barrier_wait(consumed)
         self.q_stream.drain(done)
         self.o_stream.drain(done)
@@ -175,7 +175,9 @@ class _Keys:
         """A warpgroup that computes, on 64 keys of the item."""
         plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
-        for_my_items(self.queue, self.ctas, self.table, functools.partial(self._item, group))
+        for_my_items(
+            self.queue, self.ctas, self.table, functools.partial(self._item, group), ahead=False
+        )
 
     def _item(self, group, _, item: Item, done):
         ready, consumed = self.k_barriers
@@ -318,7 +320,7 @@ class _Queries:
 
             return lax.fori_loop(0, steps.steps, step, done)
 
-        done = for_my_items(self.queue, self.ctas, self.table, one)
+        done = for_my_items(self.queue, self.ctas, self.table, one, ahead=True)
         plgpu.barrier_wait(consumed)
         self.keys.drain(done)
         self.values.drain(done)
@@ -327,7 +329,9 @@ class _Queries:
         """A warpgroup that computes, on 64 queries of the item."""
         plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
-        for_my_items(self.queue, self.ctas, self.table, functools.partial(self._item, group))
+        for_my_items(
+            self.queue, self.ctas, self.table, functools.partial(self._item, group), ahead=False
+        )
 
     def _item(self, group, _, item: Item, done):
         ready, consumed = self.q_barriers

@@ -135,7 +135,7 @@ class _Forward:
 
             return lax.fori_loop(0, steps.steps, step, done)
 
-        done = for_my_items(self.queue, self.ctas, self.table, one)
+        done = for_my_items(self.queue, self.ctas, self.table, one, ahead=True)
         plgpu.barrier_wait(q_consumed)
         self.keys.drain(done)
         self.values.drain(done)
@@ -146,7 +146,9 @@ class _Forward:
         group = lax.axis_index("wg")
         # The second warpgroup starts half a step later.
         pl.when(group == 1)(self._take_turn)
-        for_my_items(self.queue, self.ctas, self.table, functools.partial(self._item, group))
+        for_my_items(
+            self.queue, self.ctas, self.table, functools.partial(self._item, group), ahead=True
+        )
         pl.when(group == 0)(self._take_turn)
         plgpu.wait_smem_to_gmem(0)
 

@@ -75,10 +75,11 @@ class Item:
     steps: Step
 
 
-def for_my_items(queue: Queue, ctas: int, table_ref, body) -> jax.Array:
+def for_my_items(queue: Queue, ctas: int, table_ref, body, *, ahead: bool) -> jax.Array:
     """Folds body(n, item, carry) over the items of this CTA; the int32 carry starts at 0.
 
-    n counts this CTA's items. An item's row of the table is read while the one before is worked on.
+    n counts this CTA's items. ahead: an item's row of the table is read while the one before is
+    worked on, which hides a latency and costs registers.
     """
     cta = lax.axis_index("cta")
     mine = lax.div(jnp.int32(queue.items + ctas - 1) - cta, jnp.int32(ctas))
@@ -87,10 +88,16 @@ def for_my_items(queue: Queue, ctas: int, table_ref, body) -> jax.Array:
         row, head = queue.locate(jnp.minimum(cta + n * ctas, queue.items - 1))
         return head, *(table_ref[row, i] for i in range(len(FIELDS)))
 
+    def item(head, batch, tile, *ranges):
+        return Item(batch, tile, head, Step(*ranges))
+
+    if not ahead:
+        return lax.fori_loop(0, mine, lambda n, c: body(n, item(*read(n)), c), jnp.int32(0))
+
     def one(n, carry):
-        done, (head, batch, tile, *ranges) = carry
+        done, place = carry
         following = read(n + 1)
-        return body(n, Item(batch, tile, head, Step(*ranges)), done), following
+        return body(n, item(*place), done), following
 
     return lax.fori_loop(0, mine, one, (jnp.int32(0), read(0)))[0]
 
