@@ -26,7 +26,7 @@ import sysconfig
 import tempfile
 
 LIMITS = {"flash_forward": 0, "flash_backward_keys": 64, "flash_backward_queries": 96}
-"""Bytes of spill stores allowed. The backward kernels' few are before and after their loops."""
+"""Bytes of spill stores allowed. The backward kernels' few lie outside the loops without a mask."""
 
 # Numbers of the device as its driver reports them, in the form openxla/xla keeps its reference
 # specifications in (xla/backends/gpu/target_config/specs).
