@@ -1,0 +1,215 @@
+"""Compiles the Hopper kernels to machine code for an H200 and counts registers and spills.
+
+    python -m benchmarks.gpu_spills                     # table; fails above the limits below
+    python -m benchmarks.gpu_spills --width 128 --json spills.json
+
+Needs no GPU. It needs the CUDA plugin of the installed jax and NVIDIA's assembler (1.3 GB):
+
+    pip install --no-deps jax-cuda13-plugin==$JAX jax-cuda13-pjrt==$JAX \
+        nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
+
+What it proves: the kernels build, and how many bytes their threads keep in local memory. It says
+nothing about results or speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import re
+import sys
+import sysconfig
+import tempfile
+
+LIMITS = {"flash_forward": 0, "flash_backward_keys": 64, "flash_backward_queries": 96}
+"""Bytes of spill stores allowed. The backward kernels' few lie outside the loops without a mask."""
+
+# Numbers of the device as its driver reports them, in the form openxla/xla keeps its reference
+# specifications in (xla/backends/gpu/target_config/specs).
+_H200 = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49152,
+    "shared_memory_per_block_optin": 232448,
+    "shared_memory_per_core": 233472,
+    "threads_per_core_limit": 2048,
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+    "device_address_bits": 64,
+    "clock_rate_ghz": 1.98,
+    "memory_bandwidth": 4_800_000_000_000,
+    "l2_cache_size": 52_428_800,
+    "device_memory_size": 151_397_597_184,
+    "device_vendor": '"NVIDIA Corporation"',
+    "name": '"NVIDIA H200"',
+    "dnn_version": '"9.12.0"',
+    "platform_version": '"Compute Capability 9.0a"',
+    "driver_version": '"13.0.0"',
+    "runtime_version": '"13.0.0"',
+    "compile_time_toolkit_version": '"13.0.0"',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One set of options to compile for."""
+
+    width: int
+    segments: bool
+    window: bool
+    grad_dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What the assembler said of one kernel; bytes are per thread."""
+
+    kernel: str
+    case: Case
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    wgmma: int
+    warnings: tuple[str, ...]
+
+
+def _target_config() -> str:
+    fields = [f"{name}: {value}" for name, value in _H200.items()]
+    # The extension selects sm_90a, where wgmma is.
+    fields.append("cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }")
+    return (
+        f'gpu_device_info {{ {" ".join(fields)} }} platform_name: "CUDA" '
+        "dnn_version_info { major: 9 minor: 12 patch: 0 } "
+        'device_description_str: "NVIDIA H200"'
+    )
+
+
+def _compile(case: Case, mesh) -> None:
+    import jax
+    import jax.numpy as jnp
+
+    from qwen_jax.kernels.gpu.flash import KERNEL
+    from qwen_jax.kernels.mask import make_mask
+
+    place = jax.sharding.NamedSharding(mesh, jax.P())
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    q, k = array(2, 4096, 8, case.width), array(2, 4096, 4, case.width)
+    numbers, ids = array(2, 8, 4096, dtype=jnp.float32), array(2, 4096, dtype=jnp.int32)
+
+    def run(q, k, v, lse, d_out, delta, ids):
+        ids = ids if case.segments else None
+        mask = make_mask(None, ids, ids, 1024 if case.window else None)
+        scale = case.width**-0.5
+        return KERNEL.forward(q, k, v, mask, scale), KERNEL.backward(
+            q, k, v, mask, scale, lse, d_out, delta, case.grad_dtype
+        )
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jax.jit(run).lower(q, k, k, numbers, q, numbers, ids).compile()
+
+
+def _read(folder: pathlib.Path, case: Case) -> list[Report]:
+    reports = []
+    for path in sorted(folder.rglob("*.ptxas")):
+        text, kernel = path.read_text(), path.stem.rsplit("_", 1)[0]
+        stores, loads = re.search(
+            r"(\d+) bytes spill stores, (\d+) bytes spill loads", text
+        ).groups()
+        registers = int(re.search(r"Used (\d+) registers", text).group(1))
+        code = path.with_suffix(".sass_ctrl")
+        wgmma = len(re.findall("HGMMA", code.read_text())) if code.exists() else 0
+        # Spills are counted; anything else (products one after another, registers not given over)
+        # is a finding.
+        warnings = [x for x in re.findall(r".*warning.*", text) if "spilled" not in x]
+        reports.append(
+            Report(kernel, case, registers, int(stores), int(loads), wgmma, tuple(warnings))
+        )
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+    return reports
+
+
+def measure(cases: list[Case]) -> list[Report]:
+    """Compiles each case; one report a kernel. Raises RuntimeError without the CUDA plugin."""
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="gpu_spills_"))
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
+    tools = pathlib.Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13", "bin")
+    os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+
+    try:
+        device = topologies.get_topology_desc(
+            platform="cuda", topology_name="", topology="1x1x1", target_config=_target_config()
+        ).devices[0]
+    except Exception as error:
+        raise RuntimeError(
+            "jax's CUDA plugin is not installed here; see the top of benchmarks/gpu_spills.py"
+        ) from error
+    mesh = jax.sharding.Mesh(np.array([device]), ("x",))
+    reports = []
+    for case in cases:
+        _compile(case, mesh)
+        reports += _read(folder, case)
+    return reports
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--width", type=int, choices=(64, 128), help="one head dimension only")
+    parser.add_argument("--json", type=pathlib.Path, help="write the reports here")
+    options = parser.parse_args()
+    widths = (options.width,) if options.width else (128, 64)
+    cases = [
+        Case(width, segments, window, grad_dtype)
+        for width in widths
+        for segments, window, grad_dtype in (
+            (False, False, None),
+            (True, False, None),
+            (True, True, "float32"),
+        )
+    ]
+    try:
+        reports = measure(cases)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    import jax
+
+    print(f"jax {jax.__version__}, {datetime.date.today()}, sm_90a, no GPU involved")
+    print(f"{'kernel':24}{'H':>4} segments window  registers  spill B (stores/loads)  wgmma")
+    failed = False
+    for r in reports:
+        over = r.spill_stores > LIMITS[r.kernel] or bool(r.warnings)
+        failed |= over
+        print(
+            f"{r.kernel:24}{r.case.width:4} {r.case.segments!s:8} {r.case.window!s:7}"
+            f"{r.registers:9}{r.spill_stores:12}/{r.spill_loads}{r.wgmma:17}"
+            f"{'  ABOVE THE LIMIT' if over else ''}{' '.join(r.warnings)}"
+        )
+    if options.json:
+        records = [dataclasses.asdict(r) for r in reports]
+        options.json.write_text(json.dumps({"jax": jax.__version__, "reports": records}, indent=1))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The few Mosaic GPU operations the kernels are made of; what differs between jax 0.10 and 0.11.
+
+Everything a CPU cannot interpret is here as well, so that a test can put plain products in its
+place and run the rest of a kernel as it stands.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+PER_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
+
+_LOAD_TAKES_INDEX = (
+    inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+)
+
+
+def tile_memory(shape: tuple[int, ...], dtype) -> plgpu.GPUMemoryRef:
+    """Shared memory for matrix operands, rows of 64 16-bit values swizzled over 128 bytes."""
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    )
+
+
+def load(ref, layout) -> jax.Array:
+    """Reads a reference into registers."""
+    if _LOAD_TAKES_INDEX:
+        return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def full(shape: tuple[int, ...], value: float, layout) -> jax.Array:
+    """A constant, float32."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def iota(shape: tuple[int, int], axis: int) -> jax.Array:
+    """int32 positions along one axis of a matrix."""
+    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
+
+
+def rows(x: jax.Array, columns: int) -> jax.Array:
+    """[M] -> [M, columns]."""
+    return lax.broadcast_in_dim(x, (x.shape[0], columns), [0])
+
+
+def columns(x: jax.Array, rows: int) -> jax.Array:
+    """[N] -> [rows, N]."""
+    return lax.broadcast_in_dim(x, (rows, x.shape[0]), [1])
+
+
+def two_products(a_ref, b_ref, c_ref, d_ref, between) -> tuple[jax.Array, jax.Array]:
+    """(between(a·bᵀ), c·dᵀ), float32; `between` runs while c·dᵀ is computed."""
+
+    def compute(first_ref, second_ref):
+        plgpu.wgmma(first_ref, a_ref, b_ref.transpose((1, 0)))
+        plgpu.wgmma(second_ref, c_ref, d_ref.transpose((1, 0)))
+        first = between(plgpu.wgmma_accumulator_load(first_ref, wait_n=1))
+        first = lax.optimization_barrier(first)  # or it is computed after the second wait
+        return first, plgpu.wgmma_accumulator_load(second_ref, wait_n=0)
+
+    shapes = ((x.shape[0], y.shape[0]) for x, y in ((a_ref, b_ref), (c_ref, d_ref)))
+    return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def product(a_ref, b_ref, while_running=lambda: None) -> jax.Array:
+    """a·bᵀ in float32, both in shared memory; `while_running` is called once it is issued."""
+
+    def compute(acc_ref):
+        plgpu.wgmma(acc_ref, a_ref, b_ref.transpose((1, 0)))
+        while_running()
+        return acc_ref[...]
+
+    shape = (a_ref.shape[0], b_ref.shape[0])
+    return pl.run_scoped(compute, plgpu.ACC(shape, jnp.float32))
+
+
+def accumulate(total: jax.Array, a: jax.Array, b_ref) -> jax.Array:
+    """total + a·b: a in registers, b in shared memory."""
+
+    def compute(acc_ref):
+        plgpu.wgmma(acc_ref, a, b_ref)
+
+    return pl.run_state(compute)(plgpu.ACC.init(total))
+
+
+def key_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, dtype):
+    """(dk + gradient(p, v·d_outᵀ)·q, dv + p·d_out) for p = weights(k·qᵀ), in float32.
+
+    k_ref, v_ref: [keys, H], q_ref, o_ref: [queries, H] in shared memory; dk, dv: [keys, H] in
+    registers. While the tensor cores compute v·d_outᵀ, `weights` runs; while p·d_out, `gradient`.
+    """
+
+    def compute(refs):
+        dk_ref, dv_ref = refs
+
+        def scores(s_ref, dp_ref):
+            plgpu.wgmma(s_ref, k_ref, q_ref.transpose((1, 0)))
+            plgpu.wgmma(dp_ref, v_ref, o_ref.transpose((1, 0)))
+            p = weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
+            plgpu.wgmma(dv_ref, p.astype(dtype), o_ref)
+            ds = gradient(p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1))
+            plgpu.wgmma(dk_ref, ds.astype(dtype), q_ref)
+
+        shape = (k_ref.shape[0], q_ref.shape[0])
+        pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+
+    return pl.run_state(compute)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+
+
+def ctas() -> int:
+    """How many thread blocks run at once: one for each multiprocessor (132 on an H100 or H200)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None and device.num_cores:
+        return device.num_cores
+    device = jax.local_devices()[0]
+    return device.core_count if device.platform == "gpu" else 132
