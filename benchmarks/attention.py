@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention                  # T 2k-32k, D 64/128, causal, packed, window
     python -m benchmarks.attention --quick          # six cases, minutes on one GPU
-    python -m benchmarks.attention --only pallas_gpu cudnn --json attention.json
+    python -m benchmarks.attention --only pallas_gpu cudnn --out=attention.json
 
 Each implementation is first compared with float32 on one group of heads; one that is wrong is
 reported as wrong and not timed, one that can't run is listed with the reason. Times are medians of
@@ -29,8 +29,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
 from qwen_jax.kernels.chunked import chunked_kernel
 from qwen_jax.kernels.dispatch import IMPLEMENTATIONS
-from qwen_jax.kernels.flash import flash_attention, row_delta
-from qwen_jax.kernels.gpu import flash as gpu
+from qwen_jax.kernels.flash import row_delta
 from qwen_jax.kernels.mask import make_mask
 
 MOST_SCORES = 8 * 2**30
@@ -95,102 +94,29 @@ TINY = [
 ]
 
 
-# --- Implementations: (case, device) -> why not, and (case, segments) -> f(q, k, v) ---------------
+# --- Implementations ------------------------------------------------------------------------------
 
 
-def _ours(name):
-    def run(case, segments):
-        return lambda q, k, v: attention(
-            *(q, k, v),
-            q_segments=segments,
-            k_segments=segments,
-            window=case.window,
-            implementation=name,
-        )
-
-    def why_not(case, device):
-        scores = 4 * case.batch * case.heads * case.length**2
-        if name == "reference" and scores > MOST_SCORES:
-            return f"its scores would take {scores / 2**30:.0f} GiB"
-        return None
-
-    return why_not, run
+def implementations() -> list[str]:
+    """Names of the dispatch; which of them run here, and why not, it says itself."""
+    return [name for name in IMPLEMENTATIONS if name != "auto"]
 
 
-def _pallas_gpu():
-    def run(case, segments):
-        mask = make_mask(None, segments, segments, case.window)
-        scale = case.width**-0.5
-        return lambda q, k, v: flash_attention(q, k, v, mask, scale, gpu.KERNEL)[0]
-
-    def why_not(case, device):
-        return gpu.why_not(head_dim=case.width, dtype=case.dtype, device_kind=device.device_kind)
-
-    return why_not, run
+def _function(name: str, case: Case, segments):
+    return lambda q, k, v: attention(
+        *(q, k, v),
+        q_segments=segments,
+        k_segments=segments,
+        window=case.window,
+        implementation=name,
+    )
 
 
-def _cudnn():
-    def run(case, segments):
-        local = None if case.window is None else (case.window - 1, 0)
-        return lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, local_window_size=local, implementation="cudnn"
-        )
-
-    def why_not(case, device):
-        if device.platform != "gpu":
-            return "cuDNN runs on NVIDIA GPUs"
-        if case.mask == "packed":
-            return "jax's cuDNN attention has no segments"
-        return None
-
-    return why_not, run
-
-
-def _splash():
-    def run(case, segments):
-        from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-        shape = (case.length, case.length)
-        if case.window:
-            mask = splash.LocalMask(shape, (case.window - 1, 0), 0)
-        else:
-            mask = splash.CausalMask(shape)
-        large = min(case.length, 1024)
-        small = min(case.length, 512)
-        sizes = splash.BlockSizes(
-            block_q=large,
-            block_kv=large,
-            block_kv_compute=small,
-            block_q_dkv=large,
-            block_kv_dkv=large,
-            block_kv_dkv_compute=small,
-            block_q_dq=large,
-            block_kv_dq=large,
-        )
-        kernel = splash.make_splash_mha(
-            splash.MultiHeadMask([mask] * case.heads),
-            head_shards=1,
-            q_seq_shards=1,
-            block_sizes=sizes,
-        )
-        ids = None if segments is None else splash.SegmentIds(segments, segments)
-
-        def f(q, k, v):
-            q, k, v = (x.swapaxes(1, 2) for x in (q * case.width**-0.5, k, v))
-            return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
-
-        return f
-
-    def why_not(case, device):
-        return None if device.platform == "tpu" else "splash runs on TPUs"
-
-    return why_not, run
-
-
-def implementations() -> dict:
-    """name -> (why_not(case, device), run(case, segments)); ours first."""
-    ours = {name: _ours(name) for name in IMPLEMENTATIONS if name != "auto"}
-    return ours | {"pallas_gpu": _pallas_gpu(), "cudnn": _cudnn(), "splash": _splash()}
+def _too_large(name: str, case: Case) -> str | None:
+    scores = 4 * case.batch * case.heads * case.length**2
+    if name == "reference" and scores > MOST_SCORES:
+        return f"its scores would take {scores / 2**30:.0f} GiB"
+    return None
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -253,15 +179,14 @@ def _seconds(function, *operands, repeats: int) -> float:
 def measure(name: str, case: Case, repeats: int) -> dict:
     """One row: sizes, and either times, or an error above the bound, or why it didn't run."""
     row = {"implementation": name, **dataclasses.asdict(case)}
-    why_not, build = implementations()[name]
-    reason = why_not(case, jax.devices()[0])
+    reason = _too_large(name, case)
     if reason is not None:
         return row | {"status": "not run", "reason": reason}
     ids = case.segments()
     segments = None if ids is None else jnp.asarray(ids)
     *operands, d_out = _operands(case)
     try:
-        function = build(case, segments)
+        function = _function(name, case, segments)
         forward = jax.jit(function)
         differentiate = jax.jit(lambda *x: jax.vjp(function, *x))
         backward = jax.jit(lambda pull, d_out: pull(d_out))
@@ -319,9 +244,9 @@ def main(arguments: list[str] | None = None) -> int:
     sets = parser.add_mutually_exclusive_group()
     sets.add_argument("--quick", action="store_true", help="six cases")
     sets.add_argument("--tiny", action="store_true", help="sizes for a CPU, to try the program")
-    parser.add_argument("--only", nargs="+", choices=sorted(implementations()), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=implementations(), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--json", type=pathlib.Path, help="write the rows here")
+    parser.add_argument("--out", type=pathlib.Path, help="also write JSON here")
     options = parser.parse_args(arguments)
     cases = TINY if options.tiny else QUICK if options.quick else GRID
     about = environment()
@@ -332,8 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in options.only or implementations():
             rows.append(measure(name, case, options.repeats))
             print(_line(rows[-1]), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    if options.out:
+        options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     bad = [r for r in rows if r["status"] in ("wrong", "failed")]
     return int(any(r["implementation"] not in ("cudnn", "splash") for r in bad))
 

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from qwen_jax.kernels.cache import init_paged_cache
-from qwen_jax.kernels.paged import append, paged_attention
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
+from qwen_jax.kernels.cache import init_paged_cache
+from qwen_jax.kernels.paged import append, paged_attention
 
 LIMIT = 1e-2
 

@@ -12,7 +12,7 @@ from qwen_jax.kernels.mask import visible
 
 def test_every_implementation_is_timed_or_says_why_not(tmp_path, capsys):
     path = tmp_path / "rows.json"
-    assert benchmark.main(["--tiny", "--repeats", "1", "--json", str(path)]) == 0
+    assert benchmark.main(["--tiny", "--repeats", "1", "--out", str(path)]) == 0
     report = json.loads(path.read_text())
     assert {"date", "device", "jax"} <= set(report)
     rows = report["rows"]
@@ -29,22 +29,16 @@ def test_every_implementation_is_timed_or_says_why_not(tmp_path, capsys):
 
 
 def test_a_wrong_implementation_is_not_timed(monkeypatch):
-    def without_mask(case, segments):
-        groups = case.heads // case.kv_heads
+    def without_mask(q, k, v, **_):
+        k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+        scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * q.shape[-1] ** -0.5
+        scores = jnp.exp(scores - scores.max(-1, keepdims=True))
+        return jnp.einsum("BNTS,BSNH->BTNH", scores / scores.sum(-1, keepdims=True), v)
 
-        def f(q, k, v):
-            k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
-            scores = jnp.einsum("BTNH,BSNH->BNTS", q, k) * case.width**-0.5
-            scores = jnp.exp(scores - scores.max(-1, keepdims=True))
-            return jnp.einsum("BNTS,BSNH->BTNH", scores / scores.sum(-1, keepdims=True), v)
-
-        return f
-
-    wrong = {"wrong": (lambda case, device: None, without_mask)}
-    monkeypatch.setattr(benchmark, "implementations", lambda: wrong)
-    row = benchmark.measure("wrong", benchmark.TINY[0], repeats=1)
+    monkeypatch.setattr(benchmark, "attention", without_mask)
+    row = benchmark.measure("chunked", benchmark.TINY[0], repeats=1)
     assert row["status"] == "wrong" and row["error"] > 0.1 and "forward_ms" not in row
-    assert benchmark.main(["--tiny", "--repeats", "1"]) == 1
+    assert benchmark.main(["--tiny", "--repeats", "1", "--only", "chunked"]) == 1
 
 
 @pytest.mark.parametrize("mask", ["causal", "packed", "window"])
