@@ -28,17 +28,24 @@ def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def fit(tiles: Tiles, length: int) -> Tiles:
-    """Tiles for sequences of this length: halved while they would pad by more than an eighth."""
-    block = tiles.block_q
-    while block > LANES and round_up(length, block) - length > length // 8:
-        block //= 2
-    return dataclasses.replace(
-        tiles,
-        block_q=block,
-        block_k=min(block, tiles.block_k),
-        diagonal=min(block, tiles.diagonal),
-    )
+def _fit(block: int, length: int) -> int:
+    """The block size, this or halves of it, at which the padded length costs least.
+
+    A block of n costs about as much as n + 512 tokens would at the rate of endless ones: fitted to
+    cycle estimates of blocks of 512, 1,024 and 2,048.
+    """
+    sizes = [block]
+    while sizes[-1] > LANES:
+        sizes.append(sizes[-1] // 2)
+    return min(sizes, key=lambda n: round_up(length, n) * (n + 512) / n)
+
+
+def fit(tiles: Tiles, q_len: int, k_len: int, diagonal: bool, packed: bool) -> Tiles:
+    """Tiles for these lengths; off the diagonal, queries and keys are cut independently."""
+    block_q = _fit(min(tiles.block_q, tiles.packed_q) if packed else tiles.block_q, q_len)
+    block_k = min(tiles.block_k, block_q) if diagonal else _fit(tiles.block_k, k_len)
+    cut = min(tiles.diagonal, block_q)
+    return dataclasses.replace(tiles, block_q=block_q, block_k=block_k, diagonal=cut)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +118,22 @@ class Layout:
 
 def make_layout(q_len: int, k_len: int, width: int, itemsize: int, mask: Mask, tiles: Tiles):
     """The layout of a call with these lengths, head width and bytes an element."""
-    tiles = fit(tiles, max(q_len, LANES))
-    most = max(tiles.resident // (max(width, LANES) * itemsize), tiles.block_q)
-    unit = tiles.block_q
+    diagonal = mask.q_start is None and q_len == k_len
+    packed = mask.q_segments is not None or mask.any_window() is not None
+    # Float32 takes six products for one and wide heads take several: smaller blocks keep the code
+    # that is unrolled for one iteration, and what it spills, the same.
+    shrink = max(width // LANES, 1) * (4 if itemsize == 4 else 1)
+    block_q, block_k = (max(x // shrink, LANES) for x in (tiles.block_q, tiles.block_k))
+    tiles = dataclasses.replace(tiles, block_q=block_q, block_k=block_k)
+    tiles = fit(tiles, q_len, k_len, diagonal, packed)
+    assert not diagonal or tiles.block_q % tiles.block_k == tiles.block_q % tiles.diagonal == 0
+    unit = tiles.block_q if diagonal else tiles.block_k
+    most = max(tiles.resident // (max(width, LANES) * itemsize), unit)
     chunks = -(-round_up(k_len, unit) // most)
     chunk = round_up(-(-k_len // chunks), unit)
     return Layout(
         *(q_len, k_len, tiles, chunk),
-        diagonal=mask.q_start is None and q_len == k_len,
+        diagonal=diagonal,
         window=mask.window,
         traced_window=mask.layer_window is not None,
         traced_start=mask.q_start is not None,
