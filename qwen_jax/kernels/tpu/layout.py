@@ -16,11 +16,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from qwen_jax.kernels.mask import Mask, full_blocks, live_blocks
-from qwen_jax.kernels.tpu.tiles import LANES, Tiles
+from qwen_jax.kernels.tpu.tiles import LANES, MIB, Tiles
 
 # Scores of unseen keys lie below the running maximum's start, so their weight is 0 even in a row
 # that has seen nothing yet.
 UNSEEN = -2e30
+
+# Blocks of scores, weights and their gradients, their spills, and a grid step's own operands: at
+# most 16 MiB in what benchmarks/attention_cycles.py compiles.
+WORKING = 24 * MIB
 
 
 def round_up(x: int, multiple: int) -> int:
@@ -106,6 +110,13 @@ class Layout:
     def chunk_blocks(self) -> int:
         """Key blocks a chunk."""
         return self.chunk // self.tiles.block_k
+
+    def vmem(self, bytes_per_key: int, most: int) -> int:
+        """Vector memory to ask for: what a chunk holds, and room for blocks of scores and spills.
+
+        Asking for less than there is leaves the rest to the operations around the kernel.
+        """
+        return min(self.chunk * bytes_per_key + WORKING, most)
 
     def pairs(self) -> int:
         """Query-key pairs the mask leaves of one row and head, as far as known when compiling."""
@@ -234,3 +245,12 @@ def when_chunk(layout: Layout, condition, body):
         body()
     else:
         pl.when(condition)(body)
+
+
+def loop(step: Step, block):
+    """Runs block(j, masked) on the key blocks of a grid step, the diagonal's left out."""
+    low, full_low, full_high, high = step.loops()
+    jax.lax.fori_loop(full_low, full_high, lambda j, _: block(j, False), None)
+    if step.layout.limited:
+        jax.lax.fori_loop(low, full_low, lambda j, _: block(j, True), None)
+        jax.lax.fori_loop(full_high, high, lambda j, _: block(j, True), None)
