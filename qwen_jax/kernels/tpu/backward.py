@@ -8,6 +8,7 @@ blocks of queries and over the heads of a group, so the sum over the group never
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -46,75 +47,123 @@ def _seen(layout: Layout, ahead, window, left, q_ids, k_ids, shape):
     return seen
 
 
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    """What the kernel reads and writes. Shapes: Q is block_q, C the chunk of keys.
+
+    Attributes:
+      q [Q,H], k [C,H], v [C,H], lse float32 [1,Q], d_out [Q,H], delta float32 [1,Q].
+      q_ids int32 [1,Q], k_ids int32 [1,C] or None.
+      before: float32 [Q,H], dq from the chunks before, or None.
+      dq_out [Q,H], dk_out [C,H], dv_out [C,H].
+      q_scaled [Q,H]: q times the scale, in bits.
+      dq: float32 [H,Q]; dk, dv: float32 [C,H]; the accumulators.
+    """
+
+    q: object
+    k: object
+    v: object
+    lse: object
+    d_out: object
+    delta: object
+    q_ids: object
+    k_ids: object
+    before: object
+    dq_out: object
+    dk_out: object
+    dv_out: object
+    q_scaled: object
+    dq: object
+    dk: object
+    dv: object
+
+    def update(self, cols, keys, seen_from=None):
+        """Adds what these queries (cols) and these keys give to all three gradients."""
+        k, v, d_out = self.k[keys], self.v[keys], self.d_out[cols]
+        s = dot(k, self.q_scaled[cols], (1, 1))
+        if seen_from is not None:
+            packed = self.q_ids is not None
+            ids = (self.q_ids[:, cols], self.k_ids[:, keys]) if packed else (None, None)
+            s = jnp.where(seen_from(*ids, s.shape), s, UNSEEN)
+        p = jnp.exp2(s - self.lse[:, cols] * LOG2E)
+        self.dv[keys] += dot(p.astype(d_out.dtype), d_out, (1, 0))
+        dp = dot(v, d_out, (1, 1))
+        ds = (p * (dp - self.delta[:, cols])).astype(k.dtype)
+        self.dk[keys] += dot(ds, self.q[cols], (1, 0))
+        self.dq[:, cols] += dot(k, ds, (0, 0))
+
+
 def _kernel(*refs, layout: Layout, scale: float, chunk: int, first_block: int):
     refs = list(refs)
     ranges = refs.pop(0) if layout.limited else None
     slots = refs.pop(0) if layout.traced_start or layout.traced_window else None
-    q_ref, k_ref, v_ref, lse_ref, d_out_ref, delta_ref = (refs.pop(0) for _ in range(6))
-    q_ids_ref, k_ids_ref = (refs.pop(0), refs.pop(0)) if layout.segments else (None, None)
+    operands, refs = refs[:6], refs[6:]
+    ids = (refs.pop(0), refs.pop(0)) if layout.segments else (None, None)
     before = refs.pop(0) if chunk else None
-    dq_ref, dk_ref, dv_ref, q_scaled, dq, dk, dv = refs
+    at = _Refs(*operands, *ids, before, *refs)
     tiles = layout.tiles
-    i = pl.program_id(3) + first_block
-    step = Step(layout, pl.program_id(0), i, chunk, ranges, slots)
     group, n = pl.program_id(2), pl.program_id(3)
+    step = Step(layout, pl.program_id(0), n + first_block, chunk, ranges, slots)
 
     @pl.when((group == 0) & (n == 0))
     def _():
-        dk[...] = jnp.zeros_like(dk)
-        dv[...] = jnp.zeros_like(dv)
+        at.dk[...] = jnp.zeros_like(at.dk)
+        at.dv[...] = jnp.zeros_like(at.dv)
 
-    q_scaled[...] = (q_ref[...].astype(jnp.float32) * (scale * LOG2E)).astype(q_ref.dtype)
-    dq[...] = jnp.zeros_like(dq)
-
-    def update(cols, keys, seen_from=None):
-        """Adds what these queries (cols) and these keys give to all three gradients."""
-        k, v, d_out = k_ref[keys], v_ref[keys], d_out_ref[cols]
-        s = dot(k, q_scaled[cols], (1, 1))
-        if seen_from is not None:
-            s = jnp.where(seen_from(s.shape), s, UNSEEN)
-        p = jnp.exp2(s - lse_ref[:, cols] * LOG2E)
-        dv[keys] += dot(p.astype(d_out.dtype), d_out, (1, 0))
-        dp = dot(v, d_out, (1, 1))
-        ds = (p * (dp - delta_ref[:, cols])).astype(k.dtype)
-        dk[keys] += dot(ds, q_ref[cols], (1, 0))
-        dq[:, cols] += dot(k, ds, (0, 0))
+    at.q_scaled[...] = (at.q[...].astype(jnp.float32) * (scale * LOG2E)).astype(at.q.dtype)
+    at.dq[...] = jnp.zeros_like(at.dq)
 
     def block(j, masked):
         first = pl.multiple_of(j * tiles.block_k, tiles.block_k)
         keys = pl.ds(first, tiles.block_k)
         if not masked:
-            return update(slice(None), keys)
+            return at.update(slice(None), keys)
         key = first + chunk * layout.chunk
-        ids = (q_ids_ref[...], k_ids_ref[:, keys]) if layout.segments else (None, None)
-        seen = (layout, step.start() - key, step.window(), layout.k_len - key, *ids)
-        update(slice(None), keys, functools.partial(_seen, *seen))
+        seen = (layout, step.start() - key, step.window(), layout.k_len - key)
+        at.update(slice(None), keys, functools.partial(_seen, *seen))
 
     def diagonal():
         start = step.i * tiles.block_q - chunk * layout.chunk
         for key in range(0, tiles.block_q, tiles.diagonal):
-            first = pl.multiple_of(start + key, tiles.diagonal)
-            keys, cols = pl.ds(first, tiles.diagonal), slice(key, None)
-            ids = (q_ids_ref[:, cols], k_ids_ref[:, keys]) if layout.segments else (None, None)
-            seen = (layout, 0, step.window(), None, *ids)
-            update(cols, keys, functools.partial(_seen, *seen))
+            keys = pl.ds(pl.multiple_of(start + key, tiles.diagonal), tiles.diagonal)
+            seen = (layout, 0, step.window(), None)
+            at.update(slice(key, None), keys, functools.partial(_seen, *seen))
 
-    low, full_low, full_high, high = step.loops()
-    jax.lax.fori_loop(full_low, full_high, lambda j, _: block(j, False), None)
-    if layout.limited:
-        jax.lax.fori_loop(low, full_low, lambda j, _: block(j, True), None)
-        jax.lax.fori_loop(full_high, high, lambda j, _: block(j, True), None)
+    lay.loop(step, block)
     if layout.diagonal:
         lay.when_chunk(layout, step.on_diagonal(), diagonal)
-    result = dq[...].T * scale
+    dq = at.dq[...].T * scale
     if before is not None:
-        result += before[...]
-    dq_ref[...] = result.astype(dq_ref.dtype)
+        dq += before[...]
+    at.dq_out[...] = dq.astype(at.dq_out.dtype)
 
     @pl.when((group == pl.num_programs(2) - 1) & (n == pl.num_programs(3) - 1))
     def _():
-        dk_ref[...] = (dk[...] * scale).astype(dk_ref.dtype)
-        dv_ref[...] = dv[...].astype(dv_ref.dtype)
+        at.dk_out[...] = (at.dk[...] * scale).astype(at.dk_out.dtype)
+        at.dv_out[...] = at.dv[...].astype(at.dv_out.dtype)
+
+
+def _specs(layout: Layout, groups: int, width: int, chunk: int, first_block: int):
+    """(spec of q, in_specs, spec of dk) for a grid over rows, kv heads, their groups, q blocks."""
+    tiles = layout.tiles
+
+    def queries(b, n, g, i, *_):
+        return b, n * groups + g, i + first_block, 0
+
+    def rows(b, n, g, i, *_):
+        return b, n * groups + g, 0, i + first_block
+
+    q = pl.BlockSpec((None, None, tiles.block_q, width), queries)
+    row = pl.BlockSpec((None, None, 1, tiles.block_q), rows)
+    k = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, chunk, 0))
+    in_specs = [q, k, k, row, q, row]
+    if layout.segments:
+        in_specs += [
+            pl.BlockSpec((None, 1, tiles.block_q), lambda b, n, g, i, *_: (b, 0, i + first_block)),
+            pl.BlockSpec((None, 1, layout.chunk), lambda b, *_: (b, 0, chunk)),
+        ]
+    gradient = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, 0, 0))
+    return q, in_specs, gradient
 
 
 def _chunk(operands, prefetched, layout: Layout, scale, chunk, dq, dtypes, chip, interpret):
@@ -123,26 +172,10 @@ def _chunk(operands, prefetched, layout: Layout, scale, chunk, dq, dtypes, chip,
     batch, heads, _, width = q.shape
     kv_heads = k.shape[1]
     groups = heads // kv_heads
-    tiles = layout.tiles
     # Causal from slot 0: blocks of queries before the chunk have no work in it.
-    first_block = chunk * layout.chunk // tiles.block_q if layout.diagonal else 0
-
-    def queries(b, n, g, i, *_):
-        return b, n * groups + g, i + first_block, 0
-
-    def rows(b, n, g, i, *_):
-        return b, n * groups + g, 0, i + first_block
-
-    q_spec = pl.BlockSpec((None, None, tiles.block_q, width), queries)
-    row_spec = pl.BlockSpec((None, None, 1, tiles.block_q), rows)
-    key_spec = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, chunk, 0))
-    grad_spec = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, 0, 0))
-    in_specs = [q_spec, key_spec, key_spec, row_spec, q_spec, row_spec]
-    if layout.segments:
-        in_specs += [
-            pl.BlockSpec((None, 1, tiles.block_q), lambda b, n, g, i, *_: (b, 0, i + first_block)),
-            pl.BlockSpec((None, 1, layout.chunk), lambda b, *_: (b, 0, chunk)),
-        ]
+    block_q = layout.tiles.block_q
+    first_block = chunk * layout.chunk // block_q if layout.diagonal else 0
+    q_spec, in_specs, grad_spec = _specs(layout, groups, width, chunk, first_block)
     aliases = {}
     if chunk:
         aliases = {len(prefetched) + len(operands): 0}
@@ -150,6 +183,8 @@ def _chunk(operands, prefetched, layout: Layout, scale, chunk, dq, dtypes, chip,
         operands = [*operands, dq]
     pairs = batch * heads * layout.pairs() // layout.chunks
     gradient = (batch, kv_heads, layout.chunk, width)
+    # K, V and their gradients in two buffers each, and the float32 sums of the gradients.
+    item, grad_item = k.dtype.itemsize, jnp.dtype(dtypes[1]).itemsize
     return pl.pallas_call(
         functools.partial(
             _kernel, layout=layout, scale=scale, chunk=chunk, first_block=first_block
@@ -160,10 +195,9 @@ def _chunk(operands, prefetched, layout: Layout, scale, chunk, dq, dtypes, chip,
             in_specs=in_specs,
             out_specs=[q_spec, grad_spec, grad_spec],
             scratch_shapes=[
-                pltpu.VMEM((tiles.block_q, width), q.dtype),
-                pltpu.VMEM((width, tiles.block_q), jnp.float32),
-                pltpu.VMEM((layout.chunk, width), jnp.float32),
-                pltpu.VMEM((layout.chunk, width), jnp.float32),
+                pltpu.VMEM((block_q, width), q.dtype),
+                pltpu.VMEM((width, block_q), jnp.float32),
+                *[pltpu.VMEM((layout.chunk, width), jnp.float32)] * 2,
             ],
         ),
         out_shape=[
@@ -174,11 +208,11 @@ def _chunk(operands, prefetched, layout: Layout, scale, chunk, dq, dtypes, chip,
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=chip.vmem,
+            vmem_limit_bytes=layout.vmem(width * (4 * item + 8 + 4 * grad_item), chip.vmem),
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * width,
-            bytes_accessed=(3 * q.nbytes + 4 * k.nbytes // layout.chunks),
+            bytes_accessed=3 * q.nbytes + 4 * k.nbytes // layout.chunks,
             transcendentals=pairs,
         ),
         interpret=interpret,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -56,86 +57,103 @@ def _seen(layout: Layout, ahead, window, left, q_ids, k_ids, shape):
     return seen
 
 
+@dataclasses.dataclass(frozen=True)
+class _Refs:
+    """What the kernel reads and writes. Shapes: Q is block_q, C the chunk of keys.
+
+    Attributes:
+      q [Q,H], k [C,H], v [C,H]; q_ids int32 [1,Q], k_ids int32 [1,C] or None.
+      out [Q,H], lse float32 [1,Q].
+      q_scaled [Q,H]: q times the scale, in bits.
+      highest, total: float32 [Q,LANES], the maximum so far in every lane and the sum of weights by
+        lane. acc: float32 [Q,H].
+      ids: int32 [Q,LANES], the queries' ids in every lane, or None.
+    """
+
+    q: object
+    k: object
+    v: object
+    q_ids: object
+    k_ids: object
+    out: object
+    lse: object
+    q_scaled: object
+    highest: object
+    total: object
+    acc: object
+    ids: object
+
+    def start(self, scale: float):
+        """Empties the accumulators and prepares the queries."""
+        scaled = self.q[...].astype(jnp.float32) * (scale * LOG2E)
+        self.q_scaled[...] = scaled.astype(self.q.dtype)
+        self.highest[...] = jnp.full_like(self.highest, MASKED)
+        self.total[...] = jnp.zeros_like(self.total)
+        self.acc[...] = jnp.zeros_like(self.acc)
+        if self.ids is not None:
+            self.ids[...] = jnp.broadcast_to(self.q_ids[...], self.ids.shape[::-1]).T
+
+    def update(self, rows, keys, seen_from=None):
+        """Softmax update of these rows and keys; seen_from: (q_ids, k_ids, shape) -> mask."""
+        k, v = self.k[keys], self.v[keys]
+        s = dot(self.q_scaled[rows], k, (1, 1))
+        if seen_from is not None:
+            packed = self.ids is not None
+            ids = (self.ids[rows], self.k_ids[:, keys]) if packed else (None, None)
+            s = jnp.where(seen_from(*ids, s.shape), s, UNSEEN)
+        old = self.highest[rows]
+        new = jnp.maximum(old, s.max(axis=1, keepdims=True))
+        p = jnp.exp2(s - across(new, s.shape[1]))
+        keep = jnp.exp2(old - new)
+        self.highest[rows] = new
+        lanes = sum(p[:, x : x + LANES] for x in range(0, p.shape[1], LANES))
+        self.total[rows] = self.total[rows] * keep + lanes
+        product = dot(p.astype(v.dtype), v, (1, 0))
+        self.acc[rows] = self.acc[rows] * across(keep, v.shape[1]) + product
+
+    def finish(self):
+        """Writes out and lse."""
+        sums = self.total[...].sum(axis=1, keepdims=True)
+        some = sums > 0
+        sums = jnp.where(some, sums, 1.0)
+        self.out[...] = (self.acc[...] / sums).astype(self.out.dtype)
+        lse = (self.highest[...] + jnp.log2(sums)) * (1 / LOG2E)
+        self.lse[...] = jnp.where(some, lse, MASKED).T[:1]
+
+
 def _kernel(*refs, layout: Layout, scale: float):
     refs = list(refs)
     ranges = refs.pop(0) if layout.limited else None
     slots = refs.pop(0) if layout.traced_start or layout.traced_window else None
-    q_ref, k_ref, v_ref = (refs.pop(0) for _ in range(3))
-    q_ids_ref, k_ids_ref = (refs.pop(0), refs.pop(0)) if layout.segments else (None, None)
-    out_ref, lse_ref, q_scaled, highest, total, acc = (refs.pop(0) for _ in range(6))
-    ids = refs.pop(0) if layout.segments else None
+    if not layout.segments:
+        refs = [*refs[:3], None, None, *refs[3:], None]
+    at = _Refs(*refs)
     tiles = layout.tiles
-    width = q_ref.shape[-1]
     c = pl.program_id(3) if layout.chunks > 1 else 0
     step = Step(layout, pl.program_id(0), pl.program_id(2), c, ranges, slots)
-
-    def start():
-        q_scaled[...] = (q_ref[...].astype(jnp.float32) * (scale * LOG2E)).astype(q_ref.dtype)
-        highest[...] = jnp.full_like(highest, MASKED)
-        total[...] = jnp.zeros_like(total)
-        acc[...] = jnp.zeros_like(acc)
-        if layout.segments:
-            ids[...] = jnp.broadcast_to(q_ids_ref[...], (LANES, tiles.block_q)).T
-
-    def update(rows, keys, seen_from=None):
-        """Softmax update of these rows with these keys; seen_from: how a mask is made."""
-        k, v = k_ref[keys], v_ref[keys]
-        s = dot(q_scaled[rows], k, (1, 1))
-        if seen_from is not None:
-            s = jnp.where(seen_from(s.shape), s, UNSEEN)
-        old = highest[rows]
-        new = jnp.maximum(old, s.max(axis=1, keepdims=True))
-        p = jnp.exp2(s - across(new, s.shape[1]))
-        keep = jnp.exp2(old - new)
-        highest[rows] = new
-        lanes = sum(p[:, x : x + LANES] for x in range(0, p.shape[1], LANES))
-        total[rows] = total[rows] * keep + lanes
-        acc[rows] = acc[rows] * across(keep, width) + dot(p.astype(v.dtype), v, (1, 0))
-
-    everything = slice(None)
 
     def block(j, masked):
         first = pl.multiple_of(j * tiles.block_k, tiles.block_k)
         keys = pl.ds(first, tiles.block_k)
         if not masked:
-            return update(everything, keys)
+            return at.update(slice(None), keys)
         key = first + step.c * layout.chunk
-        q_ids, k_ids = (ids[...], k_ids_ref[:, keys]) if layout.segments else (None, None)
-        seen = functools.partial(
-            _seen, layout, step.start() - key, step.window(), layout.k_len - key, q_ids, k_ids
-        )
-        update(everything, keys, seen)
+        seen = (layout, step.start() - key, step.window(), layout.k_len - key)
+        at.update(slice(None), keys, functools.partial(_seen, *seen))
 
     def diagonal():
         first = step.i * tiles.block_q - step.c * layout.chunk
+        first = pl.multiple_of(first, tiles.block_q)
         for row in range(0, tiles.block_q, tiles.diagonal):
-            rows = slice(row, row + tiles.diagonal)
-            n = row + tiles.diagonal
-            keys = pl.ds(pl.multiple_of(first, tiles.block_q), n)
-            q_ids, k_ids = (ids[rows], k_ids_ref[:, keys]) if layout.segments else (None, None)
-            update(
-                rows,
-                keys,
-                functools.partial(_seen, layout, row, step.window(), None, q_ids, k_ids),
-            )
+            seen = (layout, row, step.window(), None)
+            rows, keys = slice(row, row + tiles.diagonal), pl.ds(first, row + tiles.diagonal)
+            at.update(rows, keys, functools.partial(_seen, *seen))
 
-    def finish():
-        sums = total[...].sum(axis=1, keepdims=True)
-        some = sums > 0
-        sums = jnp.where(some, sums, 1.0)
-        out_ref[...] = (acc[...] / sums).astype(out_ref.dtype)
-        lse = (highest[...] + jnp.log2(sums)) * (1 / LOG2E)
-        lse_ref[...] = jnp.where(some, lse, MASKED).T[:1]
-
-    lay.when_chunk(layout, c == 0, start)
-    low, full_low, full_high, high = step.loops()
-    jax.lax.fori_loop(full_low, full_high, lambda j, _: block(j, False), None)
-    if layout.limited:
-        jax.lax.fori_loop(low, full_low, lambda j, _: block(j, True), None)
-        jax.lax.fori_loop(full_high, high, lambda j, _: block(j, True), None)
+    lay.when_chunk(layout, c == 0, functools.partial(at.start, scale))
+    lay.loop(step, block)
     if layout.diagonal:
         lay.when_chunk(layout, step.on_diagonal(), diagonal)
-    lay.when_chunk(layout, c == layout.chunks - 1, finish)
+    lay.when_chunk(layout, c == layout.chunks - 1, at.finish)
 
 
 def padded_width(width: int) -> int:
@@ -168,75 +186,71 @@ def scalars(mask: Mask, layout: Layout, batch: int) -> list[jax.Array]:
     return out + ([jnp.concatenate(slots)] if slots else [])
 
 
-def forward(q, k, v, mask: Mask, scale: float, *, chip: Chip, interpret=False):
-    """Contract: `flash.FlashKernel.forward`."""
-    batch, q_len, heads, head_dim = q.shape
-    k_len, kv_heads = k.shape[1:3]
-    width = padded_width(head_dim)
-    groups = heads // kv_heads
-    layout = lay.make_layout(q_len, k_len, width, q.dtype.itemsize, mask, chip.forward)
+def _chunk_with_work(layout: Layout, b, i, c, refs):
+    """Number of the chunk to hold in step c: one that has work, so that no other is ever loaded."""
+    if layout.chunks == 1:
+        return 0
+    tiles, n = layout.tiles, layout.chunk_blocks
+    at = (b * layout.q_blocks + i) * 4
+    first = jax.lax.div(refs[0][at], n) if layout.limited else 0
+    if layout.diagonal:
+        last = jax.lax.div(i * tiles.block_q, layout.chunk)
+    else:
+        end = -(-layout.k_len // tiles.block_k) - refs[0][at + 3]
+        last = jax.lax.div(jnp.maximum(end - 1, 0), n)
+    return jnp.clip(c, jnp.minimum(first, last), last)
+
+
+def _specs(layout: Layout, groups: int, width: int):
+    """(in_specs, out_specs) for a grid over rows, heads, blocks of queries, chunks of keys."""
     tiles = layout.tiles
-    prefetched = scalars(mask, layout, batch)
-
-    def queries(b, n, i, c, *_):
-        return b, n, i, 0
-
-    def chunk(b, i, c, refs):
-        """The chunk to hold: one that has work for block i, so that no other is ever loaded."""
-        if layout.chunks == 1:
-            return 0
-        n = layout.chunk_blocks
-        if layout.diagonal:
-            last = jax.lax.div(i * tiles.block_q, layout.chunk)
-        else:
-            last = layout.chunks - 1
-        first = 0
-        if layout.limited:
-            at = (b * layout.q_blocks + i) * 4
-            first = jax.lax.div(refs[0][at], n)
-            if not layout.diagonal:
-                end = -(-layout.k_len // tiles.block_k) - refs[0][at + 3]
-                last = jax.lax.div(jnp.maximum(end - 1, 0), n)
-        return jnp.clip(c, jnp.minimum(first, last), last)
 
     def keys(b, n, i, c, *refs):
-        return b, jax.lax.div(n, groups), chunk(b, i, c, refs), 0
+        return b, jax.lax.div(n, groups), _chunk_with_work(layout, b, i, c, refs), 0
 
-    in_specs = [
-        pl.BlockSpec((None, None, tiles.block_q, width), queries),
-        pl.BlockSpec((None, None, layout.chunk, width), keys),
-        pl.BlockSpec((None, None, layout.chunk, width), keys),
-    ]
-    operands = [heads_first(q, layout.rows), *(heads_first(x, layout.columns) for x in (k, v))]
+    q = pl.BlockSpec((None, None, tiles.block_q, width), lambda b, n, i, c, *_: (b, n, i, 0))
+    k = pl.BlockSpec((None, None, layout.chunk, width), keys)
+    lse = pl.BlockSpec((None, None, 1, tiles.block_q), lambda b, n, i, c, *_: (b, n, 0, i))
+    in_specs = [q, k, k]
     if layout.segments:
         in_specs += [
             pl.BlockSpec((None, 1, tiles.block_q), lambda b, n, i, c, *_: (b, 0, i)),
             pl.BlockSpec(
                 (None, 1, layout.chunk),
-                lambda b, n, i, c, *refs: (b, 0, chunk(b, i, c, refs)),
+                lambda b, n, i, c, *refs: (b, 0, _chunk_with_work(layout, b, i, c, refs)),
             ),
         ]
+    return in_specs, [q, lse]
+
+
+def _scratch(layout: Layout, width: int, dtype):
+    block_q = layout.tiles.block_q
+    lanes = (block_q, LANES)
+    ids = [pltpu.VMEM(lanes, jnp.int32)] if layout.segments else []
+    wide = [pltpu.VMEM((block_q, width), x) for x in (dtype, jnp.float32)]
+    return [wide[0], *[pltpu.VMEM(lanes, jnp.float32)] * 2, wide[1], *ids]
+
+
+def forward(q, k, v, mask: Mask, scale: float, *, chip: Chip, interpret=False):
+    """Contract: `flash.FlashKernel.forward`."""
+    batch, q_len, heads, head_dim = q.shape
+    k_len, kv_heads = k.shape[1:3]
+    width = padded_width(head_dim)
+    layout = lay.make_layout(q_len, k_len, width, q.dtype.itemsize, mask, chip.forward)
+    prefetched = scalars(mask, layout, batch)
+    in_specs, out_specs = _specs(layout, heads // kv_heads, width)
+    operands = [heads_first(q, layout.rows), *(heads_first(x, layout.columns) for x in (k, v))]
+    if layout.segments:
         operands += segment_rows(mask, layout)
     pairs = batch * heads * layout.pairs()
-    scratch = [
-        pltpu.VMEM((tiles.block_q, width), q.dtype),
-        pltpu.VMEM((tiles.block_q, LANES), jnp.float32),
-        pltpu.VMEM((tiles.block_q, LANES), jnp.float32),
-        pltpu.VMEM((tiles.block_q, width), jnp.float32),
-    ]
-    if layout.segments:
-        scratch.append(pltpu.VMEM((tiles.block_q, LANES), jnp.int32))
     out, lse = pl.pallas_call(
         functools.partial(_kernel, layout=layout, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
             grid=(batch, heads, layout.q_blocks, layout.chunks),
             in_specs=in_specs,
-            out_specs=[
-                pl.BlockSpec((None, None, tiles.block_q, width), queries),
-                pl.BlockSpec((None, None, 1, tiles.block_q), lambda b, n, i, c, *_: (b, n, 0, i)),
-            ],
-            scratch_shapes=scratch,
+            out_specs=out_specs,
+            scratch_shapes=_scratch(layout, width, q.dtype),
         ),
         out_shape=[
             jax.ShapeDtypeStruct((batch, heads, layout.rows, width), q.dtype),
@@ -244,7 +258,8 @@ def forward(q, k, v, mask: Mask, scale: float, *, chip: Chip, interpret=False):
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=chip.vmem,
+            # K and V, two buffers each.
+            vmem_limit_bytes=layout.vmem(4 * width * q.dtype.itemsize, chip.vmem),
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * pairs * width,
