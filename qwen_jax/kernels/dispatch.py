@@ -56,7 +56,7 @@ def _no_tpu_kernel(request: Request) -> str | None:
         return f"it runs on TPUs and this is {request.device}"
     from qwen_jax.kernels.tpu import flash
 
-    return flash.why_not(head_dim=request.head_dim, dtype=request.dtype)
+    return flash.why_not(head_dim=request.head_dim, dtype=request.dtype, device_kind=request.device)
 
 
 def _no_gpu_kernel(request: Request) -> str | None:

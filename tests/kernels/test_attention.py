@@ -155,3 +155,14 @@ def test_auto_chooses_by_size_and_place():
     assert choose_attention("auto", request(4096)) == "chunked"
     assert choose_attention("auto", request(256, context=2)) == "chunked"  # a ring needs blocks
     assert choose_attention("auto", request(4096, dropout=True)) == "reference"
+    v5e = {"platform": "tpu", "device": "TPU v5 lite"}
+    assert choose_attention("auto", request(2048, **v5e)) == "pallas_tpu"
+    assert choose_attention("auto", request(2048, dtype="float16", **v5e)) == "chunked"
+    assert choose_attention("auto", request(2048, platform="tpu", device="TPU v4")) == "chunked"
+    h200 = {"platform": "gpu", "device": "NVIDIA H200"}
+    assert choose_attention("auto", request(2048, segments=True, **h200)) == "pallas_gpu"
+    a100 = {"platform": "gpu", "device": "NVIDIA A100"}
+    assert choose_attention("auto", request(2048, **a100)) == "cudnn"
+    assert choose_attention("auto", request(2048, segments=True, **a100)) == "chunked"
+    decoding = Request(q_len=1, k_len=2048, head_dim=128, q_start=True, **v5e)
+    assert choose_attention("auto", decoding) == "reference"

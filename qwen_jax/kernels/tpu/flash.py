@@ -9,21 +9,18 @@ import jax.numpy as jnp
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel
 from qwen_jax.kernels.tpu import backward, forward
-from qwen_jax.kernels.tpu.tiles import CHIPS, Chip, chip_of, device_kind
+from qwen_jax.kernels.tpu.tiles import CHIPS, Chip, chip_of
+from qwen_jax.parallel import platform
 
 DTYPES = ("bfloat16", "float32")
 WIDEST = 256
 """Head width up to which the blocks fit into vector memory."""
 
 
-def why_not(*, head_dim: int, dtype) -> str | None:
-    """One clause saying why this kernel can't serve a request, or None when it can.
-
-    Judged for the device that code traced now will run on: that of the mesh (a mesh of a topology
-    description counts), else the first one of the process.
-    """
-    if chip_of(device_kind()) is None:
-        return f"it runs on TPU {', '.join(CHIPS)} and this device is {device_kind()!r}"
+def why_not(*, head_dim: int, dtype, device_kind: str) -> str | None:
+    """One clause saying why this kernel can't serve a request on a device, or None when it can."""
+    if chip_of(device_kind) is None:
+        return f"it runs on TPU {', '.join(CHIPS)} and this device is {device_kind!r}"
     return _why_not_shapes(head_dim, dtype)
 
 
@@ -37,14 +34,16 @@ def _why_not_shapes(head_dim: int, dtype) -> str | None:
 
 def _chip(chip: str | None, q) -> Chip:
     """The chip to compile for: as given, or that of the device."""
-    width, dtype = q.shape[-1], q.dtype
-    reason = why_not(head_dim=width, dtype=dtype) if chip is None else _why_not_shapes(width, dtype)
+    chip = chip or chip_of(platform()[1])
+    reason = _why_not_shapes(q.shape[-1], q.dtype)
+    if chip is None:
+        reason = why_not(head_dim=q.shape[-1], dtype=q.dtype, device_kind=platform()[1])
     if reason:
         raise UserError(
             f"attention kernel 'pallas_tpu' can't serve this request: {reason}; choose another "
             "attention implementation"
         )
-    return CHIPS[chip or chip_of(device_kind())]
+    return CHIPS[chip]
 
 
 @functools.cache

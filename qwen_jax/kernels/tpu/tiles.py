@@ -1,10 +1,8 @@
-"""Block sizes of the TPU kernels, chip by chip, and which chip the kernel is compiled for."""
+"""Block sizes of the TPU kernels, chip by chip, and how jax names the chips."""
 
 from __future__ import annotations
 
 import dataclasses
-
-import jax
 
 MIB = 2**20
 LANES = 128
@@ -71,15 +69,6 @@ _KINDS = {
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
 }
-
-
-def device_kind() -> str:
-    """Kind of the device that code traced now will run on: of the mesh, else of the first device.
-
-    A mesh of a topology description names its chip on a host without any.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
 def chip_of(kind: str) -> str | None:
