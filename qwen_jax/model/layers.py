@@ -142,7 +142,6 @@ class Attention(Layer):
             dropout_key=dropout_key,
             implementation=self.options.attention,
         )
-        out = checkpoint_name(out, "attention")
         w = self.weight(
             "o",
             (heads, width, c.d_model),

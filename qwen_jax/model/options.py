@@ -20,7 +20,9 @@ REMAT = {
     "dots": _policies.dots_with_no_batch_dims_saveable,
     # q, k, v and the attention output: scores and FFN are done again. On CPUs the fastest of all,
     # since memory traffic costs more there than arithmetic.
-    "qkv_out": _policies.save_only_these_names("query", "key", "value", "attention"),
+    "qkv_out": _policies.save_only_these_names(
+        *("query", "key", "value", "attention", "attention_lse")
+    ),
     # Only the residual stream between layers is kept: one more forward pass, least memory.
     "full": _policies.nothing_saveable,
 }

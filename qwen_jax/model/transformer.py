@@ -26,12 +26,15 @@ from qwen_jax.model.options import REMAT, ForwardOptions
 from qwen_jax.model.rope import logn_scale, rope_table
 from qwen_jax.parallel import (
     RULES,
+    context_size,
     current_mesh,
+    from_zigzag,
     gather_weight,
     named_sharding,
     on_mesh,
     reshard,
     spec,
+    to_zigzag,
 )
 
 Params = dict[str, Any]
@@ -79,7 +82,7 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     options = ForwardOptions(dtype="float32", attention="reference")
     shape = current_mesh().shape if on_mesh() else {}
     batch = math.prod(shape.get(axis, 1) for axis in RULES["batch"])
-    length = shape.get(RULES["sequence"], 1)
+    length = 2 * context_size()  # as many chunks as zigzag order has
     tokens = jnp.zeros((batch, length), jnp.int32, out_sharding=spec("batch", "sequence"))
     activations = spec("batch", "sequence", "channels")
     x = jnp.zeros((batch, length, config.d_model), out_sharding=activations)
@@ -161,6 +164,9 @@ def hidden_states(
 ) -> tuple[jax.Array, KVCache | None]:
     """Runs the network up to its final norm.
 
+    Over a `context` axis the layers see the sequence in zigzag order; inputs and output are in
+    natural order everywhere.
+
     Args:
       tokens: int32 [B,T].
       positions: int32 [B,T], RoPE positions; by default 0… (or from the cache's length).
@@ -179,6 +185,9 @@ def hidden_states(
     if positions is None:
         steps = reshard(jnp.arange(length, dtype=jnp.int32)[None], None, "sequence")
         positions = steps if start is None else start[:, None] + steps
+    if cache is None:  # a cache is refused where the order matters
+        tokens, positions = to_zigzag(tokens), to_zigzag(positions)
+        segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
     rope = rope_table(positions, config, ntk_alpha)
     logn_factor = logn_scale(positions, config.trained_length) if logn else None
     slots_segments = None
@@ -209,8 +218,8 @@ def hidden_states(
         x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x)
     if cache is not None:
         added = (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
-        cache = KVCache(*new_kv, slots_segments, start + added)
-    return x, cache
+        return x, KVCache(*new_kv, slots_segments, start + added)
+    return from_zigzag(x), None
 
 
 def _check_cache(cache: KVCache, length: int) -> None:
@@ -219,7 +228,7 @@ def _check_cache(cache: KVCache, length: int) -> None:
             f"{length} new tokens don't fit in a cache of {cache.segments.shape[1]} slots; make a "
             "larger one"
         )
-    if on_mesh() and current_mesh().shape["context"] > 1:
+    if context_size() > 1:
         raise UserError("a KV cache needs mesh.context=1; use fsdp, data or tensor instead")
 
 

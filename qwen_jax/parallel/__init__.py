@@ -8,20 +8,27 @@ from qwen_jax.parallel.rules import (
     gather_weight,
     named_sharding,
     on_mesh,
+    platform,
     reshard,
     spec,
 )
+from qwen_jax.parallel.zigzag import context_size, from_zigzag, to_zigzag, zigzag_slots
 
 __all__ = [
     "AXES",
     "RULES",
     "MeshConfig",
     "batch_devices",
+    "context_size",
     "current_mesh",
+    "from_zigzag",
     "gather_weight",
     "make_mesh",
     "named_sharding",
     "on_mesh",
+    "platform",
     "reshard",
     "spec",
+    "to_zigzag",
+    "zigzag_slots",
 ]

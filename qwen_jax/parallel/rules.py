@@ -1,4 +1,4 @@
-"""One table from the names of tensor axes to mesh axes, and the four verbs that use it.
+"""One table from the names of tensor axes to mesh axes, and the verbs that use it.
 
 Every weight and activation axis has a logical name; the table alone decides where it lives. Without
 a mesh (a notebook on one device) every verb here does nothing.
@@ -46,6 +46,16 @@ def current_mesh() -> jax.sharding.AbstractMesh:
 def on_mesh() -> bool:
     """Whether a mesh is in force."""
     return not current_mesh().empty
+
+
+def platform() -> tuple[str, str]:
+    """("cpu", "gpu" or "tpu", the kind of device): the mesh's, else that of the first device.
+
+    Taken from the mesh, so that a program can be compiled for devices that are not there.
+    """
+    device = current_mesh().abstract_device if on_mesh() else None
+    device = device or jax.devices()[0]
+    return device.platform, device.device_kind
 
 
 def spec(*axes: str | None) -> jax.P | None:

@@ -115,7 +115,8 @@ def check_mesh(model: ModelConfig, mesh, *, global_batch: int, microbatches: int
         ("tensor", tensor, "model.d_ff", model.d_ff),
         ("tensor", tensor, "model.vocab_size", model.vocab_size),
         ("fsdp×tensor", fsdp * tensor, "model.d_model", model.d_model),
-        ("context", shape["context"], "data.seq_len", seq_len),
+        # Two chunks for each device of the ring (zigzag order).
+        *([("context×2", 2 * shape["context"], "data.seq_len", seq_len)] * (shape["context"] > 1)),
     ]
     for axis, size, name, dim in divided:
         if dim % size:

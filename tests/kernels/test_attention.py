@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
-from qwen_jax.kernels.dispatch import choose_attention
+from qwen_jax.kernels.dispatch import Request, choose_attention
 
 
 def by_loops(q, k, v, q_segments, k_segments, start, window):
@@ -76,7 +76,7 @@ def call(arrays, implementation):
 @pytest.mark.parametrize("implementation", ["reference", "chunked"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_loops(case, implementation, monkeypatch):
-    monkeypatch.setattr("qwen_jax.kernels.dispatch._CHUNK", 8)  # 37 = 4·8 + 5
+    monkeypatch.setattr("qwen_jax.kernels.chunked.CHUNK", 8)  # 37 = 4·8 + 5
     arrays = make(case, **CASES[case])
     with jax.default_matmul_precision("highest"):
         out = np.asarray(call(arrays, implementation))
@@ -98,7 +98,7 @@ def test_rows_without_any_key_are_zero_with_zero_gradients():
 
 
 def test_gradients_agree(monkeypatch):
-    monkeypatch.setattr("qwen_jax.kernels.dispatch._CHUNK", 8)
+    monkeypatch.setattr("qwen_jax.kernels.chunked.CHUNK", 8)
     arrays = make("packed, window", segments=True, window=6, kv_heads=2)
     q, k, v = (jnp.asarray(x, jnp.float32) for x in arrays[:3])
 
@@ -128,11 +128,30 @@ def test_chunked_memory_grows_with_length_not_its_square():
     assert long < 2 * 8192 * 8192 * 4 / 4  # a quarter of one set of scores
 
 
-def test_dispatch_refuses_by_name():
+def request(length, **kwargs):
+    return Request(q_len=length, k_len=length, head_dim=128, **kwargs)
+
+
+def test_dispatch_refuses_with_the_reason():
     with pytest.raises(UserError, match=r"'chuncked' is unknown \(did you mean 'chunked'\?\)"):
-        choose_attention("chuncked", q_len=1, k_len=1)
+        choose_attention("chuncked", request(1))
     with pytest.raises(UserError, match="no dropout on attention weights"):
-        choose_attention("chunked", q_len=1, k_len=1, dropout=True)
-    assert choose_attention("auto", q_len=256, k_len=256) == "reference"
-    assert choose_attention("auto", q_len=4096, k_len=4096) == "chunked"
-    assert choose_attention("auto", q_len=4096, k_len=4096, dropout=True) == "reference"
+        choose_attention("chunked", request(1, dropout=True))
+    with pytest.raises(UserError, match="runs on TPUs and this is cpu"):
+        choose_attention("splash", request(1024))
+    with pytest.raises(UserError, match=r"cudnn.*no support for segment ids"):
+        choose_attention("cudnn", request(1024, segments=True, platform="gpu"))
+    with pytest.raises(UserError, match=r"splash.*no support for a context axis"):
+        choose_attention("splash", request(1024, context=2, platform="tpu"))
+    with pytest.raises(UserError, match="bfloat16 or float16 and this is float32"):
+        choose_attention("cudnn", request(1024, dtype="float32", platform="gpu"))
+    q = jnp.zeros((1, 8, 2, 16))
+    with pytest.raises(UserError, match=r"'pallas_tpu' can't serve .* runs on TPUs"):
+        attention(q, q, q, implementation="pallas_tpu")
+
+
+def test_auto_chooses_by_size_and_place():
+    assert choose_attention("auto", request(256)) == "reference"
+    assert choose_attention("auto", request(4096)) == "chunked"
+    assert choose_attention("auto", request(256, context=2)) == "chunked"  # a ring needs blocks
+    assert choose_attention("auto", request(4096, dropout=True)) == "reference"

@@ -231,7 +231,11 @@ def test_schedule_warms_up_to_the_peak_and_ends_at_a_tenth():
         ("8 tensor", {"model": {"n_heads": 12}}, r"mesh.tensor=8 does not divide model.n_heads=12"),
         ("8 tensor", {"model": {"n_kv_heads": 2}}, r"tensor=8 does not divide model.n_kv_heads=2"),
         ("8 fsdp", {"model": {"d_model": 60}}, r"mesh.fsdp×tensor=8 does not divide model.d_model"),
-        ("2 × 2 × 2 fsdp, context, tensor", {"seq_len": 31}, r"mesh.context=2 .* data.seq_len=31"),
+        (
+            "2 × 2 × 2 fsdp, context, tensor",
+            {"seq_len": 30},
+            r"mesh.context×2=4 .* data.seq_len=30",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_is_refused_by_name(mesh, change, said):
