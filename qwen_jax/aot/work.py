@@ -114,14 +114,24 @@ def _in_hbm(shapes) -> int:
     return sum(s.bytes for s in shapes if s.space == HBM)
 
 
-def _read_of_parameter(inner: Computation, parameter: Instruction) -> int:
-    """Bytes a fused computation reads of one parameter in HBM."""
-    whole = parameter.shapes[0].bytes
+def _read(module: Module, inner: Computation, value: Instruction) -> int:
+    """Bytes a fused computation reads of a value in HBM: its slices, if it only slices it."""
+    whole = value.shapes[0].bytes
     read = 0
-    for user in inner.users.get(parameter.name, []):
-        if user.opcode in _SLICES and user.operands[0] == parameter.name:
+    for user in inner.users.get(value.name, []):
+        if user.opcode == "bitcast":
+            read += _read(module, inner, user)
+        elif user.opcode == "fusion":
+            called = module.computations[user.called("calls")]
+            numbers = {str(n) for n, name in enumerate(user.operands) if name == value.name}
+            read += sum(
+                _read(module, called, p)
+                for p in called.instructions
+                if p.opcode == "parameter" and p.literal in numbers
+            )
+        elif user.opcode in _SLICES and user.operands[0] == value.name:
             read += user.shapes[0].bytes
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
             continue  # the rest stays where it is
         else:
             return whole
@@ -157,7 +167,7 @@ def hbm_bytes(module: Module, scope: Computation, i: Instruction) -> int:
     total = 0
     for index, operand in enumerate(operands):
         if len(operand.shapes) == 1 and operand.shapes[0].space == HBM and index in parameters:
-            total += _read_of_parameter(inner, parameters[index])
+            total += _read(module, inner, parameters[index])
     root = inner.root
     results = [inner.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
     if len(results) != len(i.shapes):
