@@ -106,6 +106,34 @@ def live_blocks(mask: Mask, q_len: int, k_len: int, block_q: int, block_k: int) 
     return live
 
 
+def full_blocks(mask: Mask, q_len: int, k_len: int, block_q: int, block_k: int) -> jax.Array:
+    """Whether every query of a block sees every key of a block: bool [B or 1, nq, nk].
+
+    Such a block needs no mask. A block of keys that reaches past k_len is never full; queries past
+    q_len are nobody's and don't count.
+    """
+    nq, nk = -(-q_len // block_q), -(-k_len // block_k)
+    start = jnp.zeros((1,), jnp.int32) if mask.q_start is None else mask.q_start
+    first_q = start[:, None] + jnp.arange(nq, dtype=jnp.int32) * block_q
+    last_q = jnp.minimum(first_q + block_q, start[:, None] + q_len) - 1
+    first_k = jnp.arange(nk, dtype=jnp.int32) * block_k
+    last_k = first_k + block_k - 1
+    full = (last_k <= first_q[:, :, None]) & (last_k < k_len)
+    window = mask.any_window()
+    if window is not None:
+        full &= last_q[:, :, None] - first_k < window
+    if mask.q_segments is not None:
+        # The border's id is repeated past q_len; past k_len nothing is full anyway.
+        pad = ((0, 0), (0, -q_len % block_q))
+        q_ids = jnp.pad(mask.q_segments, pad, mode="edge").reshape(-1, nq, block_q)
+        k_ids = _blocks(mask.k_segments, block_k, 0)
+        q_id = q_ids.min(axis=-1)[:, :, None]
+        k_id = k_ids.min(axis=-1)[:, None, :]
+        full &= (q_id == q_ids.max(axis=-1)[:, :, None]) & (k_id == k_ids.max(axis=-1)[:, None, :])
+        full &= (q_id == k_id) & (k_id > 0)
+    return full
+
+
 def key_bounds(
     mask: Mask, q_len: int, k_len: int, block_q: int, block_k: int
 ) -> tuple[jax.Array, jax.Array]:
