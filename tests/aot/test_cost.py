@@ -1,4 +1,4 @@
-"""FLOPs, bytes, transfer times and the played-through schedule against closed forms, on small HLO."""
+"""FLOPs, bytes, transfer times and the played-through schedule against closed forms."""
 
 import pytest
 
@@ -8,7 +8,8 @@ from tests.aot.pods import mesh, pod
 
 def module(entry: str, *others: str) -> hlo.Module:
     """A module of one ENTRY body and further computations."""
-    return hlo.parse("\n\n".join([*others, "ENTRY %main (p: f32[1]) -> f32[1] {\n" + entry + "\n}"]))
+    main = "ENTRY %main (p: f32[1]) -> f32[1] {\n" + entry + "\n}"
+    return hlo.parse("\n\n".join([*others, main]))
 
 
 def only(m: hlo.Module, opcode: str) -> tuple[hlo.Computation, hlo.Instruction]:
@@ -187,7 +188,8 @@ FIRST = "  %a = f32[8]{0:S(1)} parameter(0)"
 
 def played(*lines: str, others=()) -> timeline.Cost:
     slice_ = pod("v5e:4x4")
-    return timeline.predict(module("\n".join([FIRST, *lines]), IDENTITY, *others), slice_, mesh(slice_))
+    program = module("\n".join([FIRST, *lines]), IDENTITY, *others)
+    return timeline.predict(program, slice_, mesh(slice_))
 
 
 GATHER = MIB2 * 15 / 16 / (2 * LINK)
@@ -257,7 +259,7 @@ LOOPS = (
 def test_loops_multiply_also_inside_each_other():
     inner = (
         "%inner (s: (s32[])) -> (s32[]) {\n  %s = (s32[]) parameter(0)\n"
-        "  %a = f32[8]{0:S(1)} custom-call(), custom_call_target=\"AllocateBuffer\"\n"
+        '  %a = f32[8]{0:S(1)} custom-call(), custom_call_target="AllocateBuffer"\n'
         + fusion(300)
         + "\n  ROOT %t = (s32[]) tuple(%s)\n}"
     )

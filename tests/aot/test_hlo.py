@@ -26,7 +26,8 @@ ENTRY %main (p: f32[4,8]) -> f32[4,8] {
   %p = f32[4,8]{1,0:T(8,128)} parameter(0)
   %first = s32[]{:T(128)} constant(2)
   %init = (s32[]{:T(128)}, f32[4,8]{1,0:T(8,128)S(1)}) tuple(%first, %p)
-  %loop = (s32[]{:T(128)}, /*index=1*/f32[4,8]{1,0:T(8,128)S(1)}) while(%init), condition=%cond.1, body=%body.1, metadata={op_name="jit(f)/while {not a bracket"}
+  %loop = (s32[], /*index=1*/f32[4,8]{1,0:T(8,128)S(1)}) while(%init), condition=%cond.1, \
+body=%body.1, metadata={op_name="jit(f)/while {not a bracket"}
   ROOT %result = f32[4,8]{1,0:T(8,128)} get-tuple-element(%loop), index=1
 }
 """
@@ -39,9 +40,7 @@ def instruction(text):
 
 
 def test_shapes_flatten_tuples_and_know_memory_spaces():
-    shapes = hlo.parse_shapes(
-        "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, (f32[]), u8[5]{0:S(5)}, token[])"
-    )
+    shapes = hlo.parse_shapes("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, (f32[]), u8[5]{0:S(5)}, token[])")
     assert [(s.dtype, s.dims, s.space, s.bytes) for s in shapes] == [
         ("bf16", (2, 3), hlo.VMEM, 12),
         ("f32", (), hlo.HBM, 4),
@@ -52,7 +51,7 @@ def test_shapes_flatten_tuples_and_know_memory_spaces():
 
 def test_an_instruction_is_taken_apart():
     i = instruction(
-        '  ROOT %f.1 = bf16[8,16]{1,0} fusion(%a.2, /*index=1*/%b), kind=kLoop, calls=%inner.3, '
+        "  ROOT %f.1 = bf16[8,16]{1,0} fusion(%a.2, /*index=1*/%b), kind=kLoop, calls=%inner.3, "
         'metadata={op_name="x(y)}"}, backend_config={"estimated_cycles":"123","n":-4}'
     )
     assert (i.name, i.opcode, i.operands, i.root) == ("f.1", "fusion", ("a.2", "b"), True)
