@@ -8,12 +8,18 @@ minutes. The step is the one `launch.pretrain` runs. One JSON object goes to std
 device and whether it fits, collectives, FLOPs, and under "prediction" what a static model of the
 chip makes of the compiler's schedule; no number of it was measured on hardware. Progress goes to
 stderr. Exit status: 0 it fits, 1 it does not, 2 bad input.
+
+With --search it looks for the per-device batch and the remat policy with the best predicted rate,
+about ten compilations; --search_log=FILE keeps them, and the same command goes on after a kill. The
+object is then that of the best, also after Ctrl-C.
 """
 
+import dataclasses
 import gzip
 import json
 import os
 import sys
+from typing import Any
 
 import jax
 from absl import flags
@@ -23,6 +29,7 @@ from launch import program
 from qwen_jax.aot import topology
 from qwen_jax.aot.compile import CompiledStep, compile_for
 from qwen_jax.aot.report import report
+from qwen_jax.aot.search import Log, search
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
 from qwen_jax.train.job import PretrainJob
@@ -34,6 +41,8 @@ PER_DEVICE_BATCH = flags.DEFINE_float(
     "per_device_batch", None, "Rows per chip and step, instead of the recipe's global batch."
 )
 XLA = flags.DEFINE_multi_string("xla", [], "Further compiler option, NAME=VALUE; may be repeated.")
+SEARCH = flags.DEFINE_bool("search", False, "Find the batch and remat policy that fit best.")
+SEARCH_LOG = flags.DEFINE_string("search_log", None, "Every try of a search as a line of JSON.")
 DUMP_HLO = flags.DEFINE_string("dump_hlo", None, "Write the scheduled HLO here (.gz: compressed).")
 
 
@@ -76,6 +85,38 @@ def _write(path: str, text: str) -> None:
     os.replace(partial, path)
 
 
+def _compile(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
+    result = compile_for(job, pod, _xla())
+    if DUMP_HLO.value and isinstance(result, CompiledStep):
+        _write(DUMP_HLO.value, result.hlo)
+    return report(job, pod, result)
+
+
+def _search(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
+    """The report of the best try; each is told on stderr as it is made."""
+
+    def measure(batch: int, remat: str) -> dict[str, Any]:
+        rows = batch * len(pod.devices)
+        data = dataclasses.replace(job.data, global_batch=rows)
+        train = dataclasses.replace(job.train, microbatches=1)
+        options = dataclasses.replace(job.options, remat=remat)
+        return _compile(dataclasses.replace(job, data=data, train=train, options=options), pod)
+
+    log = Log(SEARCH_LOG.value)
+    try:
+        for made in search(measure, log):
+            rate = f"{made.rate:.0f} tokens/s per chip predicted" if made.fits else "does not fit"
+            print(f"batch {made.batch}, remat {made.remat}: {rate}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the best so far", file=sys.stderr)
+    if log.best is None:
+        raise UserError(
+            f"{pod.name} does not fit one row per chip even with remat=full; take a larger slice, "
+            "or shorten --seq_len"
+        )
+    return log.best.report
+
+
 def main() -> int:
     """Parses, compiles, reports."""
     if not TOPOLOGY.value:
@@ -83,10 +124,7 @@ def main() -> int:
     jax.config.update("jax_platforms", "cpu")
     pod = topology.describe(TOPOLOGY.value)
     job = _job(len(pod.devices))
-    result = compile_for(job, pod, _xla())
-    if DUMP_HLO.value and isinstance(result, CompiledStep):
-        _write(DUMP_HLO.value, result.hlo)
-    made = report(job, pod, result)
+    made = _search(job, pod) if SEARCH.value else _compile(job, pod)
     json.dump(made, sys.stdout, indent=2)
     print()
     return 0 if made["memory"]["fits"] else 1
