@@ -71,7 +71,7 @@ def reports(tmp_path_factory):
         for i, chip in enumerate(CHIPS)
     ]
     calls.append([*TOY, "--topology=v5e:2x2", "--config.data.global_batch=6"])
-    calls.append([*TOY, "--topology=v5e:2x2", "--config.model.vocab_size=2147483648"])
+    calls.append([*TOY, "--topology=v5e:2x2", "--config.model.n_layers=2000000"])
     return programs.run(calls, timeout=500), folder
 
 
@@ -93,8 +93,8 @@ def test_the_real_step_of_a_toy_compiles_for_every_chip(reports, number):
     assert made["memory"]["fits"]
     assert 12 * made["parameters"] / 4 <= made["memory"]["argument_bytes"]
     assert made["memory"]["argument_bytes"] <= made["memory"]["peak_bytes"]
-    # Fully recomputed, a step multiplies more than the model's own FLOPs, but not twice as much.
-    assert 1.0 < made["flops"]["executed_over_model"] < 2.0
+    # Fully recomputed, and 64 tokens in blocks of 128: more than the model's own, but not so many.
+    assert 1.0 < made["flops"]["executed_over_model"] < 3.0
     assert made["collectives"]["all-gather"]["count"] > 0
     predicted = made["prediction"]
     assert 0 < predicted["mfu"] < 1
