@@ -74,7 +74,7 @@ class Instruction:
 
     def called(self, key: str) -> str | None:
         """Name of the computation after `key=%…`, e.g. calls, body, condition."""
-        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
         return match[1] if match else None
 
     def text(self, key: str) -> str | None:

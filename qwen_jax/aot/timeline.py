@@ -79,6 +79,16 @@ class Timeline:
             self._costs[name] = _Run(self, self.module.computations[name]).play()
         return self._costs[name]
 
+    def collective_in(self, computation: str) -> Instruction | None:
+        """The collective that a computation does, itself or in what it calls."""
+        for i in self.module.computations[computation].instructions:
+            if collectives.kind_of(i.opcode):
+                return i
+            for key in ("to_apply", "calls", "called_computations"):
+                if (called := i.called(key)) and (found := self.collective_in(called)):
+                    return found
+        return None
+
     @functools.cache  # noqa: B019  (a timeline lives as long as its report)
     def fused_collective(self, computation: str) -> tuple[str, Instruction] | None:
         """(Start, Step, Done or Whole; the collective) of a fusion that drives a transfer.
@@ -109,6 +119,7 @@ class _Run:
         self.now = 0.0
         self.free: dict[str, float] = defaultdict(float)  # when a resource is idle again
         self.pending: dict[str, tuple[str, float]] = {}  # what was started: resource, end
+        self.armed: dict[str, Instruction] = {}  # started without its operands
 
     def play(self) -> Cost:
         for i in self.scope.instructions:
@@ -129,7 +140,7 @@ class _Run:
         elif i.opcode.endswith("-done"):
             self._wait(i)
         elif i.opcode.endswith("-update"):
-            self.pending[i.name] = self.pending.pop(self._origin(i), ("", self.now))
+            self._update(i)
         elif i.opcode.endswith("-start"):
             self._start(i)
         elif collectives.kind_of(i.opcode):
@@ -189,14 +200,8 @@ class _Run:
     def _start(self, i: Instruction) -> None:
         if collectives.kind_of(i.opcode):
             return self._transfer(i, self._result(i), i.name)
-        if i.opcode == "async-start" and (called := i.called("calls")):
-            inner = self.module.computations[called]
-            inside = next((j for j in inner.instructions if collectives.kind_of(j.opcode)), None)
-            if inside is not None:
-                return self._transfer(inside, inside.shapes, i.name)
-            result = sum(s.bytes for s in self._result(i))
-            resource = "sparsecore" if i.text("async_execution_thread") == "sparsecore" else "dma"
-            return self._queue(i.name, resource, 2 * result / self.chip.hbm_bandwidth)
+        if i.opcode == "async-start":
+            return self._offload(i) if i.operands else self.armed.update({i.name: i})
         moved = sum(s.bytes for s in self._result(i))
         operands = [self.scope.by_name[n] for n in i.operands if n in self.scope.by_name]
         spaces = {s.space for s in (*i.shapes, *(s for o in operands for s in o.shapes))}
@@ -204,6 +209,24 @@ class _Run:
             self.total.host_bytes += moved
             return self._queue(i.name, "host", moved / self.chip.host_bandwidth)
         self._queue(i.name, "dma", moved / self.chip.hbm_bandwidth)
+
+    def _update(self, i: Instruction) -> None:
+        """A step between start and done; the one that brings the operands of an armed start."""
+        armed = next((n for n in i.operands if n in self.armed), None)
+        if armed is not None:
+            self._offload(self.armed.pop(armed), i.name)
+        else:
+            self.pending[i.name] = self.pending.pop(self._origin(i), ("", self.now))
+
+    def _offload(self, i: Instruction, name: str = "") -> None:
+        """Work handed to another core: a collective, or a gather or copy in HBM."""
+        name = name or i.name
+        inside = self.timeline.collective_in(i.called("calls"))
+        if inside is not None:
+            return self._transfer(inside, inside.shapes, name)
+        moved = 2 * sum(s.bytes for s in self._result(i))
+        core = "sparsecore" if i.text("async_execution_thread") == "sparsecore" else "dma"
+        self._queue(name, core, moved / self.chip.hbm_bandwidth)
 
     def _result(self, i: Instruction):
         """Shapes that the done of a start returns."""

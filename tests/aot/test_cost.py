@@ -226,6 +226,27 @@ def test_two_transfers_share_the_links():
     assert cost.seconds == pytest.approx(2 * GATHER)
 
 
+def test_a_collective_on_the_sparse_cores_begins_when_its_operands_come():
+    offloaded = (
+        "%ring (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0:S(1)} parameter(0)\n"
+        "  ROOT %g = bf16[1024,1024] all-gather(%x), replica_groups=[1,16]<=[16], "
+        "dimensions={0}\n}",
+        "%async (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0:S(1)} parameter(0)\n"
+        '  ROOT %c = bf16[1024,1024] custom-call(%x), custom_call_target="other", '
+        "called_computations={%ring}\n}",
+    )
+    cost = played(
+        '  %s = ((), (), s32[5]) async-start(), async_execution_thread="sparsecore", calls=%async',
+        fusion(CYCLES, "before"),
+        "  %u = ((f32[8]), bf16[1024,1024], s32[5]) async-update(%s, %a)",
+        fusion(CYCLES, "meanwhile"),
+        "  %d = bf16[1024,1024] async-done(%u)",
+        others=offloaded,
+    )
+    assert cost.seconds == pytest.approx(QUARTER + GATHER)
+    assert cost.counts == {"all-gather": 1} and cost.bytes == {"all-gather": MIB2}
+
+
 def test_a_transfer_driven_from_inside_products():
     def driving(name, last):
         return (
