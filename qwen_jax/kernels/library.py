@@ -5,8 +5,6 @@ Neither returns its log-sum-exp here, so neither can be a ring's.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -15,12 +13,10 @@ from qwen_jax.kernels.mask import Mask
 _SPLASH_BLOCK = 1024  # best of eight tilings by estimated cycles on v6e and v5e at 4,096 tokens
 
 
-@functools.cache
-def _splash_kernel(q_len: int, k_len: int, heads: int, window: int | None):
+def _splash_kernel(q_len: int, k_len: int, heads: int, window: int | None, interpret: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    # Python objects: the jitted constructor would leave traced arrays in this cache.
     shape = (q_len, k_len)
     one = masks.CausalMask(shape)
     if window is not None:
@@ -36,20 +32,26 @@ def _splash_kernel(q_len: int, k_len: int, heads: int, window: int | None):
         block_q_dq=block,
         block_kv_dq=block,
     )
-    with jax.ensure_compile_time_eval():
-        return kernel.make_splash_mha(
-            masks.MultiHeadMask([one] * heads), head_shards=1, q_seq_shards=1, block_sizes=sizes
-        )
+    return kernel.make_splash_mha(
+        masks.MultiHeadMask([one] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=sizes,
+        interpret=interpret,
+    )
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float) -> jax.Array:
+def splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, scale: float, *, interpret: bool = False
+) -> jax.Array:
     """JAX's TPU splash attention: q [B,T,N,H], k, v [B,S,K,H] -> [B,T,N,H].
 
-    A row that sees no key has no defined output there; padding must be its own segment's key.
+    Padding sees padding inside, since a row that sees no key has no defined output there; such rows
+    are set to 0 afterwards. interpret: run Pallas' interpreter (any platform, slow).
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
-    kernel = _splash_kernel(q.shape[1], k.shape[1], q.shape[2], mask.window)
+    kernel = _splash_kernel(q.shape[1], k.shape[1], q.shape[2], mask.window, interpret)
     q, k, v = (x.swapaxes(1, 2) for x in ((q * scale).astype(q.dtype), k, v))
     if mask.q_segments is None:
         return jax.vmap(kernel)(q, k, v).swapaxes(1, 2)

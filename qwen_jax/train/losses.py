@@ -5,20 +5,23 @@ taken a chunk at a time: the chunk's logits are formed, turned into loss *and* i
 dropped. Because the loss is a sum over tokens, gradients with respect to hidden states and kernel
 need nothing from later, so the forward pass makes them and the backward pass only scales them:
 three products of tokens × D × V in all, as many as the plain form that keeps every logit.
-The vocabulary may be split over the `tensor` axis; the kernel is split over `fsdp` at rest.
+Devices divide the vocabulary among them as `vocab_split` says.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.parallel import RULES, on_mesh, spec
+from qwen_jax.parallel import RULES, current_mesh, on_mesh, spec
+from qwen_jax.train.vocab_split import vocab_split
 
 _TOKEN_AXES = (*RULES["batch"], RULES["sequence"])
+_NEVER = -1e30  # logit of a column that stands for no token
 
 
 @jax.tree_util.register_dataclass
@@ -36,89 +39,90 @@ class LossSums:
     weight: jax.Array
 
 
-def _chunk_loss(hidden, kernel, targets, weights, z_loss, vocab_axis, offset):
-    """One chunk, hidden [c,D], against this device's columns of the kernel [D,v].
+def _chunk_loss(hidden, kernel, targets, weights, z_loss, split):
+    """One chunk, hidden [C,D], against this device's columns of the kernel [D,V].
 
-    Returns (Σ objective, Σ nll) and d objective/d logits, float32 [c,v].
+    Returns (Σ objective, Σ nll) and d objective/d logits, float32 [C,V].
     """
+    first, real = split.first_column()
+    columns = jnp.arange(kernel.shape[-1], dtype=jnp.int32)
     logits = jnp.einsum("CD,DV->CV", hidden, kernel, preferred_element_type=jnp.float32)
-    highest = logits.max(axis=-1)
-    if vocab_axis:
-        highest = jax.lax.pmax(highest, vocab_axis)
-    exp = jnp.exp(logits - highest[:, None])
-    total = exp.sum(axis=-1)
-    column = targets - offset
-    is_target = column[:, None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    if split.padding:
+        logits = jnp.where(columns < real, logits, _NEVER)
+    own = jnp.where(targets - first < real, targets - first, -1)
+    is_target = own[:, None] == columns
+    own_highest = logits.max(axis=-1)
+    exp = jnp.exp(logits - own_highest[:, None])
     target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-    if vocab_axis:
-        total, target_logit = jax.lax.psum((total, target_logit), vocab_axis)
+    highest, total, target_logit = split.merge(own_highest, exp.sum(axis=-1), target_logit)
     lse = jnp.log(total) + highest
     nll = lse - target_logit
     objective = nll + z_loss * jnp.square(lse)
     # d nll/d logits = softmax − onehot;  d lse²/d logits = 2·lse·softmax
-    softmax_scale = weights * (1.0 + 2.0 * z_loss * lse) / total
+    softmax_scale = weights * (1.0 + 2.0 * z_loss * lse) * jnp.exp(own_highest - highest) / total
     d_logits = exp * softmax_scale[:, None] - jnp.where(is_target, weights[:, None], 0.0)
     return (jnp.sum(weights * objective), jnp.sum(weights * nll)), d_logits
 
 
-def _per_device(hidden, kernel, targets, weights, *, z_loss, chunk, dtype, sharded, with_grads):
+def _per_device(hidden, kernel, targets, weights, *, z_loss, chunk, split, sharded, with_grads):
     """Loss of this device's tokens, and gradients already summed over the mesh.
 
-    hidden [b,t,D], kernel [D/fsdp, V/tensor] as at rest, targets, weights [b,t].
+    hidden [b,t,D], kernel [D/fsdp,V/tensor] as at rest, targets, weights [b,t].
     """
-    vocab_axis = RULES["vocab"] if sharded else None
-    kernel = kernel.astype(dtype)
-    if sharded:
-        kernel = jax.lax.all_gather(kernel, RULES["embed"], axis=0, tiled=True)
-    offset = jax.lax.axis_index(vocab_axis).astype(jnp.int32) * kernel.shape[1] if sharded else 0
-    tokens, channels = targets.size, hidden.shape[-1]
-    chunk = min(chunk, tokens)
+    dtype, (tokens, channels) = hidden.dtype, (targets.size, hidden.shape[-1])
+    kernel = split.collect_kernel(kernel.astype(dtype))
+    chunk = min(-(-chunk // split.parts), tokens)  # what this device adds to its group's chunk
     pad = -tokens % chunk
 
-    def split(x, *trailing):
+    def pieces(x, *trailing):
         x = jnp.pad(x.reshape(tokens, *trailing), [(0, pad)] + [(0, 0)] * len(trailing))
         return x.reshape((tokens + pad) // chunk, chunk, *trailing)
 
     def one(carry, piece):
         h, target, weight = piece
-        sums, d_logits = _chunk_loss(h, kernel, target, weight, z_loss, vocab_axis, offset)
+        h = split.collect_tokens(h, 0)
+        sums, d_logits = _chunk_loss(h, kernel, target, weight, z_loss, split)
         total, d_kernel = carry
         total = jax.tree.map(jnp.add, total, sums)
         if not with_grads:
             return (total, d_kernel), None
-        d_logits = d_logits.astype(dtype)
+        # Made once and read twice: fused into both products, the exponentials are taken per tile.
+        d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
         d_h = jnp.einsum("CV,DV->CD", d_logits, kernel, preferred_element_type=jnp.float32)
         d_kernel += jnp.einsum("CD,CV->DV", h, d_logits, preferred_element_type=jnp.float32)
-        return (total, d_kernel), d_h
+        return (total, d_kernel), split.scatter_tokens(d_h).astype(dtype)
 
     zero = jnp.zeros((), jnp.float32)
     d_kernel = jnp.zeros(kernel.shape, jnp.float32) if with_grads else zero
-    pieces = (split(hidden, channels), split(targets), split(weights))
-    ((objective, nll), d_kernel), d_hidden = jax.lax.scan(one, ((zero, zero), d_kernel), pieces)
+    small = (split.collect_tokens(pieces(x), 1) for x in (targets, weights))
+    xs = (pieces(hidden, channels), *small)
+    ((objective, nll), d_kernel), d_hidden = jax.lax.scan(one, ((zero, zero), d_kernel), xs)
     weight = weights.sum()
     if sharded:
+        # Every member of a group has summed over the tokens of all.
+        objective, nll = objective / split.parts, nll / split.parts
         objective, nll, weight = jax.lax.psum((objective, nll, weight), _TOKEN_AXES)
     if not with_grads:
         return objective, nll, weight
     if sharded:
-        d_hidden = jax.lax.psum(d_hidden, vocab_axis)
-        d_kernel = jax.lax.psum_scatter(d_kernel, RULES["embed"], scatter_dimension=0, tiled=True)
-        others = tuple(axis for axis in _TOKEN_AXES if axis != RULES["embed"])
-        d_kernel = jax.lax.psum(d_kernel, others)
-    d_hidden = d_hidden.reshape(-1, channels)[:tokens].reshape(hidden.shape).astype(hidden.dtype)
+        d_kernel = split.scatter_kernel(d_kernel)
+        d_kernel = jax.lax.psum(d_kernel, tuple(a for a in _TOKEN_AXES if a != RULES["embed"]))
+    d_hidden = d_hidden.reshape(-1, channels)[:tokens].reshape(hidden.shape)
     return objective, nll, weight, d_hidden, d_kernel
 
 
-def _run(hidden, kernel, targets, weights, z_loss, chunk, with_grads):
+def _run(hidden, kernel, targets, weights, z_loss, chunk, parts, with_grads):
+    sharded = on_mesh()
+    devices = math.prod(current_mesh().shape[axis] for axis in _TOKEN_AXES) if sharded else 1
     local = functools.partial(
         _per_device,
         z_loss=z_loss,
         chunk=chunk,
-        dtype=hidden.dtype,
-        sharded=on_mesh(),
+        split=vocab_split(targets.size // devices, kernel.shape[1], parts),
+        sharded=sharded,
         with_grads=with_grads,
     )
-    if not on_mesh():
+    if not sharded:
         return local(hidden, kernel, targets, weights)
     tokens = spec("batch", "sequence")
     activations, weight = spec("batch", "sequence", "channels"), spec("embed", "vocab")
@@ -130,7 +134,7 @@ def _run(hidden, kernel, targets, weights, z_loss, chunk, with_grads):
     )(hidden, kernel, targets, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def next_token_loss(
     hidden: jax.Array,
     kernel: jax.Array,
@@ -138,6 +142,7 @@ def next_token_loss(
     weights: jax.Array,
     z_loss: float = 0.0,
     chunk: int = 1024,
+    vocab_parts: int = 0,
 ) -> LossSums:
     """Weighted sum of −log p(target), vocabulary-parallel and chunked over tokens.
 
@@ -146,21 +151,28 @@ def next_token_loss(
       kernel: float32 [D,V], sharded (`embed`, `vocab`) when a mesh is in force.
       targets: int32 [B,T]. weights: float32 [B,T], 0 where a token carries no loss.
       z_loss: factor of the squared log-normaliser (PaLM §5 uses 1e-4), 0 for none.
-      chunk: tokens per device whose logits exist at one time: chunk · V/tensor · 4 bytes.
+      chunk: tokens whose logits exist at one time; a device holds their logits in its columns, 6
+        bytes each. Larger chunks read and write the gradient of the kernel less often.
+      vocab_parts: neighbours along `fsdp` that divide the vocabulary among them, each holding
+        V/(tensor·vocab_parts) columns, with 6·D bytes of kernel and gradient for each; 0: the
+        number that moves the fewest bytes, `vocab_split.best_parts`.
 
     Returns:
       `LossSums`, of which `objective` is differentiable in `hidden` and `kernel`.
+
+    Raises:
+      UserError: `vocab_parts` does not divide the `fsdp` axis.
     """
-    return LossSums(*_run(hidden, kernel, targets, weights, z_loss, chunk, with_grads=False))
+    return LossSums(*_run(hidden, kernel, targets, weights, z_loss, chunk, vocab_parts, False))
 
 
-def _forward(hidden, kernel, targets, weights, z_loss, chunk):
-    out = _run(hidden, kernel, targets, weights, z_loss, chunk, with_grads=True)
+def _forward(hidden, kernel, targets, weights, z_loss, chunk, vocab_parts):
+    out = _run(hidden, kernel, targets, weights, z_loss, chunk, vocab_parts, with_grads=True)
     return LossSums(*out[:3]), out[3:]
 
 
-def _backward(z_loss, chunk, gradients, cotangent):
-    del z_loss, chunk
+def _backward(z_loss, chunk, vocab_parts, gradients, cotangent):
+    del z_loss, chunk, vocab_parts
     d_hidden, d_kernel = gradients
     scale = cotangent.objective
     return (d_hidden * scale.astype(d_hidden.dtype), d_kernel * scale, None, None)

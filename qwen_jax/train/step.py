@@ -32,15 +32,23 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """z_loss: factor of log²Z (0: none). chunk: tokens per device with logits at one time."""
+    """How the loss over the vocabulary is taken; see `losses.next_token_loss`.
+
+    Attributes:
+      z_loss: factor of log²Z (0: none). chunk: tokens whose logits exist at one time.
+      vocab_parts: neighbours along `fsdp` that divide the vocabulary among them. More of them hold
+        less each; 0: the number that moves the fewest bytes.
+    """
 
     z_loss: float = 0.0
     chunk: int = 1024
+    vocab_parts: int = 0
 
     def __post_init__(self):
-        if not self.z_loss >= 0 or self.chunk < 1:
+        if not self.z_loss >= 0 or self.chunk < 1 or self.vocab_parts < 0:
             raise UserError(
-                f"loss.z_loss={self.z_loss} must be at least 0, loss.chunk={self.chunk} at least 1"
+                f"loss.z_loss={self.z_loss} and loss.vocab_parts={self.vocab_parts} must be at "
+                f"least 0, loss.chunk={self.chunk} at least 1"
             )
 
 
@@ -147,6 +155,7 @@ def loss_sums(
             *(hidden, kernel, batch["targets"], batch["loss_mask"]),
             config.loss.z_loss,
             config.loss.chunk,
+            config.loss.vocab_parts,
         )
 
 

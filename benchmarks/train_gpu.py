@@ -1,0 +1,293 @@
+"""Training speed of Qwen on one GPU, against a PyTorch step of the same network in the same run.
+
+    python -m benchmarks.train_gpu [--quick] [--out=FILE.json]
+
+Two networks: Qwen-1.8B, whole, and a slice of Qwen-7B (its widths, fewer layers, so that float32
+master weights and moments fit), at 2,048 tokens a row. The peer is `transformers`'
+`Qwen2ForCausalLM` of the same shape (biases on q, k, v; multi-head attention; untied), with scaled
+dot-product attention, `torch.compile`, bf16 autocast over float32 weights and fused AdamW: the same
+precision and optimizer state. Each side runs in a process of its own, which then holds the
+whole memory; the median step is reported, loss values are printed to be compared by eye (both start
+near ln V). MFU is analytic (`train.flops`, causal attention counted at half) over the data sheet's
+dense bf16 peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import app, flags
+
+NETWORKS = {
+    # name: (preset, layers or None for all, rows per step on one 141 GB GPU)
+    "qwen-1.8b": ("qwen-1.8b", None, 8),
+    "qwen-7b/8": ("qwen-7b", 8, 8),
+    "toy": ("toy", None, 2),
+}
+
+_NETWORKS = flags.DEFINE_list("networks", ["qwen-1.8b", "qwen-7b/8"], "What to train.")
+_BATCH = flags.DEFINE_integer("batch", 0, "Rows per step; 0 for the network's own number.")
+_LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per row.")
+_STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after three to warm up.")
+_REMAT = flags.DEFINE_string("remat", "qkv_out", "Our remat policy.")
+_ATTENTION = flags.DEFINE_string("attention", "auto", "Our attention implementation.")
+_QUICK = flags.DEFINE_bool("quick", False, "Only Qwen-1.8B, five timed steps.")
+_COMPILE = flags.DEFINE_bool("torch_compile", True, "Compile the PyTorch step.")
+_OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
+_WORKER = flags.DEFINE_string("worker", "", "Internal: what a child process measures.")
+
+
+def model_config(name: str):
+    """(ModelConfig, rows) of a network of `NETWORKS`."""
+    from qwen_jax.model.presets import preset
+
+    known, layers, rows = NETWORKS[name]
+    model = preset("qwen-1.8b" if known == "toy" else known)
+    model = dataclasses.replace(model, n_layers=layers or model.n_layers)
+    if known == "toy":
+        model = dataclasses.replace(
+            model,
+            vocab_size=512,
+            d_model=64,
+            n_layers=2,
+            n_heads=2,
+            n_kv_heads=2,
+            head_dim=32,
+            d_ff=96,
+        )
+    return model, _BATCH.value or rows
+
+
+def batch(vocab: int, rows: int) -> dict:
+    rng = np.random.default_rng(0)
+    shape = (rows, _LENGTH.value)
+    tokens = rng.integers(0, vocab, (rows, _LENGTH.value + 1)).astype(np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": None,
+        "positions": np.broadcast_to(np.arange(_LENGTH.value, dtype=np.int32), shape).copy(),
+        "loss_mask": np.ones(shape, np.float32),
+        "n_bytes": np.full(rows, 4.0 * _LENGTH.value, np.float32),
+    }
+
+
+def measure(step, wait, steps: int) -> dict:
+    """Median seconds of a step; `step` starts one, `wait` ends it and returns its loss."""
+    for _ in range(3):
+        step()
+        wait()
+    times, loss = [], 0.0
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        loss = wait()
+        times.append(time.perf_counter() - start)
+    return {"seconds_per_step": statistics.median(times), "fastest": min(times), "loss": loss}
+
+
+def ours(name: str) -> dict:
+    import jax
+
+    from qwen_jax.model import ForwardOptions, count_params
+    from qwen_jax.train.flops import peak_flops, train_flops_per_token
+    from qwen_jax.train.optimizer import OptimizerConfig
+    from qwen_jax.train.step import LossConfig, StepConfig, init_state, train_step
+
+    model, rows = model_config(name)
+    config = StepConfig(
+        model,
+        ForwardOptions("bfloat16", _REMAT.value, _ATTENTION.value),
+        OptimizerConfig(peak_lr=1e-4, warmup_steps=10, decay_steps=1000),
+        LossConfig(chunk=2048),
+    )
+    data = jax.device_put(batch(model.vocab_size, rows))
+    held = {"state": jax.jit(functools.partial(init_state, config))(jax.random.key(0))}
+    start = time.perf_counter()
+    compiled = (
+        jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+        .lower(held["state"], data)
+        .compile()
+    )
+    compile_seconds = time.perf_counter() - start
+
+    def step():
+        held["state"], held["metrics"] = compiled(held["state"], data)
+
+    def wait():
+        jax.block_until_ready(held["state"])
+        return float(held["metrics"]["loss"])
+
+    result = measure(step, wait, _STEPS.value)
+    flops = train_flops_per_token(model, _LENGTH.value)
+    memory = jax.devices()[0].memory_stats() or {}
+    return result | {
+        "parameters": count_params(model),
+        "tokens_per_step": rows * _LENGTH.value,
+        "flops_per_token": flops,
+        "peak_flops": peak_flops(jax.devices()[0]),
+        "compile_seconds": compile_seconds,
+        "peak_bytes": memory.get("peak_bytes_in_use"),
+        "device": jax.devices()[0].device_kind,
+    }
+
+
+def peer(name: str) -> dict:
+    """The same network in PyTorch; {"not_run": why} where it can't be run."""
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            return {"not_run": f"{package} is not installed"}
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    model, rows = model_config(name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    shape = Qwen2Config(
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        intermediate_size=model.d_ff,
+        num_hidden_layers=model.n_layers,
+        num_attention_heads=model.n_heads,
+        num_key_value_heads=model.n_kv_heads,
+        max_position_embeddings=_LENGTH.value,
+        tie_word_embeddings=False,
+        use_cache=False,
+        attn_implementation="sdpa",
+    )
+    with torch.device(device):
+        net = Qwen2ForCausalLM(shape).float()
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
+    )
+    tokens = torch.as_tensor(batch(model.vocab_size, rows)["tokens"], device=device).long()
+    held = {}
+
+    def loss_of(tokens):
+        with torch.autocast(device, torch.bfloat16):
+            return net(input_ids=tokens, labels=tokens).loss
+
+    loss_of = torch.compile(loss_of) if _COMPILE.value else loss_of
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        held["loss"] = loss_of(tokens)
+        held["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+
+    def wait():
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return held["loss"].item()
+
+    result = measure(step, wait, _STEPS.value)
+    if device == "cuda":
+        result["peak_bytes"] = torch.cuda.max_memory_allocated()
+    return result | {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "tokens_per_step": rows * _LENGTH.value,
+    }
+
+
+def child(what: str) -> dict:
+    """One measurement in a process of its own; a failure becomes its last line."""
+    command = [sys.executable, "-m", "benchmarks.train_gpu", f"--worker={what}"]
+    passed = (_BATCH, _LENGTH, _STEPS, _REMAT, _ATTENTION, _COMPILE)
+    command += [f"--{f.name}={f.value}" for f in passed]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        lines = [line for line in run.stderr.strip().splitlines() if line.strip()]
+        return {"failed": lines[-1] if lines else f"exit status {run.returncode}"}
+    return json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for package in ("jax", "jaxlib", "torch", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def rates(result: dict, reference: dict) -> dict:
+    """Tokens per second and MFU, from the analytic FLOPs of our own network."""
+    if "seconds_per_step" not in result:
+        return result
+    speed = result["tokens_per_step"] / result["seconds_per_step"]
+    mfu = None
+    if "flops_per_token" in reference:
+        mfu = speed * reference["flops_per_token"] / reference["peak_flops"]
+    return result | {"tokens_per_second": speed, "mfu": mfu}
+
+
+def line(name: str, side: str, result: dict) -> str:
+    if "tokens_per_second" not in result:
+        return f"{name:<20}{side:<8}{result.get('not_run') or result.get('failed')}"
+    mfu = "" if result["mfu"] is None else f"{result['mfu']:>8.3f}"
+    peak = result.get("peak_bytes")
+    peak = "" if not peak else f"{peak / 2**30:>10.1f}"
+    milliseconds = 1e3 * result["seconds_per_step"]
+    return (
+        f"{name:<20}{side:<8}{result['tokens_per_second']:>12,.0f}{mfu:>8}{milliseconds:>11.1f}"
+        f"{result['loss']:>9.3f}{peak:>10}"
+    )
+
+
+def main(_):
+    if _WORKER.value:
+        side, name = _WORKER.value.split(":", 1)
+        print(json.dumps({"ours": ours, "torch": peer}[side](name)))
+        return
+    unknown = [name for name in _NETWORKS.value if name not in NETWORKS]
+    if unknown:
+        raise app.UsageError(f"--networks: {unknown[0]!r} is none of {', '.join(NETWORKS)}")
+    if _QUICK.value:
+        flags.FLAGS.networks, flags.FLAGS.steps = ["qwen-1.8b"], 5
+    print(
+        f"{'network':<20}{'side':<8}{'tokens/s':>12}{'MFU':>8}{'ms/step':>11}{'loss':>9}{'GiB':>10}"
+    )
+    results, device = [], None
+    for name in _NETWORKS.value:
+        first = child(f"ours:{name}")
+        device = device or first.get("device")
+        sides = {"ours": rates(first, first), "torch": rates(child(f"torch:{name}"), first)}
+        for side, result in sides.items():
+            print(line(name, side, result), flush=True)
+        speeds = [r.get("tokens_per_second") for r in sides.values()]
+        ratio = speeds[0] / speeds[1] if all(speeds) else None
+        if ratio:
+            print(f"{name:<20}ratio   {ratio:>12.2f}")
+        results.append({"network": name, **sides, "speed_ratio": ratio})
+    report = {
+        "benchmark": "train_gpu",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+        "device": device,
+        "sequence": _LENGTH.value,
+        "remat": _REMAT.value,
+        "attention": _ATTENTION.value,
+        "results": results,
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if _OUT.value:
+        with open(_OUT.value, "w") as f:
+            f.write(text + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)
