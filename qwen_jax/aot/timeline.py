@@ -202,8 +202,9 @@ class _Run:
             return self._transfer(i, self._result(i), i.name)
         if i.opcode == "async-start":
             return self._offload(i) if i.operands else self.armed.update({i.name: i})
-        moved = sum(s.bytes for s in self._result(i))
         operands = [self.scope.by_name[n] for n in i.operands if n in self.scope.by_name]
+        update = i.opcode == "dynamic-update-slice-start"
+        moved = sum(s.bytes for s in (operands[1].shapes if update else self._result(i)))
         spaces = {s.space for s in (*i.shapes, *(s for o in operands for s in o.shapes))}
         if HOST in spaces:
             self.total.host_bytes += moved
