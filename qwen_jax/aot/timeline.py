@@ -199,35 +199,37 @@ class _Run:
 
     def _start(self, i: Instruction) -> None:
         if collectives.kind_of(i.opcode):
-            return self._transfer(i, self._result(i), i.name)
-        if i.opcode == "async-start":
-            return self._offload(i) if i.operands else self.armed.update({i.name: i})
+            self._transfer(i, self._result(i), i.name)
+        elif i.opcode == "async-start" and not i.operands:
+            self.armed[i.name] = i
+        else:
+            self._begin(i, i.name)
+
+    def _begin(self, i: Instruction, name: str) -> None:
+        """What runs beside the TensorCore: a collective, a copy, or work of another core."""
+        called = i.called("calls")
+        if called and (inside := self.timeline.collective_in(called)):
+            return self._transfer(inside, inside.shapes, name)
         operands = [self.scope.by_name[n] for n in i.operands if n in self.scope.by_name]
-        update = i.opcode == "dynamic-update-slice-start"
-        moved = sum(s.bytes for s in (operands[1].shapes if update else self._result(i)))
+        does = self.module.computations[called].root.opcode if called else i.opcode
+        in_place = does.startswith("dynamic-update-slice")
+        moved = sum(s.bytes for s in (operands[1].shapes if in_place else self._result(i)))
         spaces = {s.space for s in (*i.shapes, *(s for o in operands for s in o.shapes))}
         if HOST in spaces:
             self.total.host_bytes += moved
-            return self._queue(i.name, "host", moved / self.chip.host_bandwidth)
-        self._queue(i.name, "dma", moved / self.chip.hbm_bandwidth)
+            self._queue(name, "host", moved / self.chip.host_bandwidth)
+        elif i.text("async_execution_thread") == "sparsecore":  # reads and writes HBM
+            self._queue(name, "sparsecore", 2 * moved / self.chip.hbm_bandwidth)
+        else:
+            self._queue(name, "dma", moved / self.chip.hbm_bandwidth)
 
     def _update(self, i: Instruction) -> None:
         """A step between start and done; the one that brings the operands of an armed start."""
         armed = next((n for n in i.operands if n in self.armed), None)
         if armed is not None:
-            self._offload(self.armed.pop(armed), i.name)
+            self._begin(self.armed.pop(armed), i.name)
         else:
             self.pending[i.name] = self.pending.pop(self._origin(i), ("", self.now))
-
-    def _offload(self, i: Instruction, name: str = "") -> None:
-        """Work handed to another core: a collective, or a gather or copy in HBM."""
-        name = name or i.name
-        inside = self.timeline.collective_in(i.called("calls"))
-        if inside is not None:
-            return self._transfer(inside, inside.shapes, name)
-        moved = 2 * sum(s.bytes for s in self._result(i))
-        core = "sparsecore" if i.text("async_execution_thread") == "sparsecore" else "dma"
-        self._queue(name, core, moved / self.chip.hbm_bandwidth)
 
     def _result(self, i: Instruction):
         """Shapes that the done of a start returns."""

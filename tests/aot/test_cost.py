@@ -247,15 +247,22 @@ def test_a_collective_on_the_sparse_cores_begins_when_its_operands_come():
     assert cost.counts == {"all-gather": 1} and cost.bytes == {"all-gather": MIB2}
 
 
-def test_offloading_moves_the_update_and_not_the_stack():
+@pytest.mark.parametrize("spelling", ["dynamic-update-slice", "async"])
+def test_offloading_moves_the_update_and_not_the_stack(spelling):
+    inner = (
+        "%update (x: bf16[1]) -> bf16[1] {\n"
+        "  ROOT %u = bf16[32,1024,1024]{2,1,0:S(5)} dynamic-update-slice(%a, %b, %c)\n}"
+    )
     cost = played(
         "  %stack = bf16[32,1024,1024]{2,1,0:S(5)} custom-call(), "
         'custom_call_target="AllocateBuffer"',
         '  %one = bf16[1,1024,1024] custom-call(), custom_call_target="AllocateBuffer"',
         "  %i = s32[] constant(3)",
         "  %s = ((bf16[32,1024,1024]{2,1,0:S(5)}, bf16[1,1024,1024], s32[]), "
-        "bf16[32,1024,1024]{2,1,0:S(5)}, u32[]) dynamic-update-slice-start(%stack, %one, %i)",
-        "  %d = bf16[32,1024,1024]{2,1,0:S(5)} dynamic-update-slice-done(%s)",
+        "bf16[32,1024,1024]{2,1,0:S(5)}, u32[]) "
+        f"{spelling}-start(%stack, %one, %i){', calls=%update' * (spelling == 'async')}",
+        f"  %d = bf16[32,1024,1024]{{2,1,0:S(5)}} {spelling}-done(%s)",
+        others=(inner,),
     )
     assert cost.host_bytes == MIB2
     assert cost.waiting["host"] == cost.seconds == pytest.approx(MIB2 / 1.6e10)
