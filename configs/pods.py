@@ -52,47 +52,59 @@ STATE_BYTES, GRADIENT_BYTES = 12, 4
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """rows: of 2,048 tokens per step and data-parallel position. tensor: devices per position."""
+    """How a recipe lies on a slice.
+
+    rows: of 2,048 tokens per step and data-parallel position (data × fsdp). remat: what is
+    recomputed. fsdp: chips that share the weights (-1: all that tensor leaves); what is left over
+    goes to data. tensor: chips that split a layer.
+    """
 
     rows: int
     remat: str
+    fsdp: int = -1
     tensor: int = 1
 
 
-# Chosen by the sum of: 16 bytes per parameter over the devices; the residual stream and what the
-# rung keeps (bytes per layer and token in model/options.py); 6 · D · V/tensor bytes and two chunks
-# of float32 logits in the loss; one layer's gathered weights and FFN. Rows come first: gathering a
-# layer costs the same for one row as for eight. `python -m launch.aot --search` tries the rest.
+# Rows first: gathering a layer costs the same for one row as for eight. Then the rung, by the sum
+# of 16 bytes per parameter over the chips that share it; the residual stream and what the rung
+# keeps (bytes per layer and token in model/options.py); and 2 to 5 GB for a gathered layer, its
+# gradients and the loss (7B on v5e-256, compiled: 2.2). docs/pods.md says which of them have been
+# compiled; `python -m launch.aot --search` tries the neighbours.
+#
+# On v5p, weights gathered along all three axes of the torus make the compiler emulate the gather by
+# an all-reduce, at twice the bytes (libtpu 0.0.51); along two it gathers. Hence fsdp=16 of 4×4×4
+# and 64 of 8×8×8, where memory is plenty, and replicas beyond.
 LAYOUTS = {
     ("1.8b", "v5e-16"): Layout(4, "attention"),
-    ("1.8b", "v5e-256"): Layout(8, "out_mid"),
+    ("1.8b", "v5e-256"): Layout(8, "attention"),
     ("1.8b", "v6e-64"): Layout(8, "gate"),
     ("1.8b", "v6e-256"): Layout(8, "gate"),
-    ("1.8b", "v5p-128"): Layout(8, "products"),
-    ("1.8b", "v5p-1024"): Layout(4, "products"),
+    ("1.8b", "v5p-128"): Layout(8, "products", fsdp=16),
+    ("1.8b", "v5p-1024"): Layout(4, "products", fsdp=64),
     ("1.8b", "h100-8"): Layout(8, "qkv_out"),
     ("1.8b", "h200-8"): Layout(8, "products"),
     ("7b", "v5e-16"): Layout(2, "full"),
-    ("7b", "v5e-256"): Layout(4, "out_mid"),
+    ("7b", "v5e-256"): Layout(4, "attention"),
     ("7b", "v6e-64"): Layout(8, "out_mid"),
-    ("7b", "v6e-256"): Layout(8, "out_mid"),
-    ("7b", "v5p-128"): Layout(8, "products"),
-    ("7b", "v5p-1024"): Layout(4, "products"),
+    ("7b", "v6e-256"): Layout(8, "qkv_out"),
+    ("7b", "v5p-128"): Layout(8, "gate", fsdp=16),
+    ("7b", "v5p-1024"): Layout(4, "products", fsdp=64),
     ("7b", "h100-8"): Layout(4, "qkv_out"),
     ("7b", "h200-8"): Layout(8, "qkv_out"),
-    ("14b", "v5e-256"): Layout(4, "full"),
+    ("14b", "v5e-256"): Layout(4, "out"),
     ("14b", "v6e-64"): Layout(8, "full"),
     ("14b", "v6e-256"): Layout(8, "out"),
-    ("14b", "v5p-128"): Layout(4, "products"),
-    ("14b", "v5p-1024"): Layout(4, "products"),
+    ("14b", "v5p-128"): Layout(4, "products", fsdp=16),
+    ("14b", "v5p-1024"): Layout(4, "products", fsdp=64),
     ("14b", "h100-8"): Layout(4, "out"),
     ("14b", "h200-8"): Layout(4, "qkv_out"),
-    # Narrow chips split a 72B layer and its 7.5 GB of loss over four.
+    # A gathered layer of 72B is 1.8 GB in bf16, and its float32 gradient as much again: small chips
+    # split it over four.
     ("72b", "v5e-256"): Layout(1, "full", tensor=4),
     ("72b", "v6e-64"): Layout(1, "full", tensor=4),
     ("72b", "v6e-256"): Layout(2, "full"),
     ("72b", "v5p-128"): Layout(2, "attention"),
-    ("72b", "v5p-1024"): Layout(4, "attention"),
+    ("72b", "v5p-1024"): Layout(4, "attention", fsdp=64),
 }
 
 
@@ -137,10 +149,10 @@ def recipe(size: str, where: str) -> PretrainJob:
     layout = LAYOUTS[size, where]
     job = pretrain.report(size)
     positions = SLICES[where].devices // layout.tensor
+    replicas = 1 if layout.fsdp == -1 else positions // layout.fsdp
     return dataclasses.replace(
         job,
-        # Weights are sharded over all devices, and so are tokens.
-        mesh=MeshConfig(data=1, fsdp=-1, context=1, tensor=layout.tensor),
+        mesh=MeshConfig(data=replicas, fsdp=layout.fsdp, context=1, tensor=layout.tensor),
         options=dataclasses.replace(job.options, remat=layout.remat),
         train=dataclasses.replace(
             job.train, microbatches=job.data.global_batch // (layout.rows * positions)
