@@ -54,14 +54,12 @@ STATE_BYTES, GRADIENT_BYTES = 12, 4
 class Layout:
     """How a recipe lies on a slice.
 
-    rows: of 2,048 tokens per step and data-parallel position (data × fsdp). remat: what is
-    recomputed. fsdp: chips that share the weights (-1: all that tensor leaves); what is left over
-    goes to data. tensor: chips that split a layer.
+    rows: of 2,048 tokens per step and position along fsdp. remat: what is recomputed. tensor:
+    devices that split a layer; all the rest share weights and tokens (fsdp).
     """
 
     rows: int
     remat: str
-    fsdp: int = -1
     tensor: int = 1
 
 
@@ -71,31 +69,31 @@ class Layout:
 # gradients and the loss (7B on v5e-256, compiled: 2.2). docs/pods.md says which of them have been
 # compiled; `python -m launch.aot --search` tries the neighbours.
 #
-# On v5p, weights gathered along all three axes of the torus make the compiler emulate the gather by
-# an all-reduce, at twice the bytes (libtpu 0.0.51); along two it gathers. Hence fsdp=16 of 4×4×4
-# and 64 of 8×8×8, where memory is plenty, and replicas beyond.
+# Weights are shared by the whole slice. On v5p that makes the compiler (libtpu 0.0.51) gather them
+# by all-reduces, at twice the bytes, but on the SparseCores and hidden; shared along two of the
+# torus' three axes (fsdp=16, data=4) they are gathered, but waited for: 83 ms of 2,638 on v5p-128.
 LAYOUTS = {
     ("1.8b", "v5e-16"): Layout(4, "attention"),
     ("1.8b", "v5e-256"): Layout(8, "attention"),
     ("1.8b", "v6e-64"): Layout(8, "gate"),
     ("1.8b", "v6e-256"): Layout(8, "gate"),
-    ("1.8b", "v5p-128"): Layout(8, "products", fsdp=16),
-    ("1.8b", "v5p-1024"): Layout(4, "products", fsdp=64),
+    ("1.8b", "v5p-128"): Layout(8, "products"),
+    ("1.8b", "v5p-1024"): Layout(4, "products"),
     ("1.8b", "h100-8"): Layout(8, "qkv_out"),
     ("1.8b", "h200-8"): Layout(8, "products"),
     ("7b", "v5e-16"): Layout(2, "full"),
     ("7b", "v5e-256"): Layout(4, "attention"),
     ("7b", "v6e-64"): Layout(8, "out_mid"),
     ("7b", "v6e-256"): Layout(8, "qkv_out"),
-    ("7b", "v5p-128"): Layout(8, "gate", fsdp=16),
-    ("7b", "v5p-1024"): Layout(4, "products", fsdp=64),
+    ("7b", "v5p-128"): Layout(8, "products"),
+    ("7b", "v5p-1024"): Layout(4, "products"),
     ("7b", "h100-8"): Layout(4, "qkv_out"),
     ("7b", "h200-8"): Layout(8, "qkv_out"),
     ("14b", "v5e-256"): Layout(4, "out"),
     ("14b", "v6e-64"): Layout(8, "full"),
     ("14b", "v6e-256"): Layout(8, "out"),
-    ("14b", "v5p-128"): Layout(4, "products", fsdp=16),
-    ("14b", "v5p-1024"): Layout(4, "products", fsdp=64),
+    ("14b", "v5p-128"): Layout(4, "products"),
+    ("14b", "v5p-1024"): Layout(4, "products"),
     ("14b", "h100-8"): Layout(4, "out"),
     ("14b", "h200-8"): Layout(4, "qkv_out"),
     # A gathered layer of 72B is 1.8 GB in bf16, and its float32 gradient as much again: small chips
@@ -104,7 +102,7 @@ LAYOUTS = {
     ("72b", "v6e-64"): Layout(1, "full", tensor=4),
     ("72b", "v6e-256"): Layout(2, "full"),
     ("72b", "v5p-128"): Layout(2, "attention"),
-    ("72b", "v5p-1024"): Layout(4, "attention", fsdp=64),
+    ("72b", "v5p-1024"): Layout(4, "attention"),
 }
 
 
@@ -149,10 +147,9 @@ def recipe(size: str, where: str) -> PretrainJob:
     layout = LAYOUTS[size, where]
     job = pretrain.report(size)
     positions = SLICES[where].devices // layout.tensor
-    replicas = 1 if layout.fsdp == -1 else positions // layout.fsdp
     return dataclasses.replace(
         job,
-        mesh=MeshConfig(data=replicas, fsdp=layout.fsdp, context=1, tensor=layout.tensor),
+        mesh=MeshConfig(data=1, fsdp=-1, context=1, tensor=layout.tensor),
         options=dataclasses.replace(job.options, remat=layout.remat),
         train=dataclasses.replace(
             job.train, microbatches=job.data.global_batch // (layout.rows * positions)
