@@ -13,19 +13,29 @@ from qwen_jax.train.job import PretrainJob
 from qwen_jax.train.step import Batch, TrainState, train_step
 
 # Collectives run on the SparseCores, beside the TensorCores' products, instead of between them.
-# Compiled for v5p:4x4x4 (7B's layers, 4 rows of 4,096), 37 ms of 730 that waited for the
-# interconnect become 1.5, by prediction (libtpu 0.0.51, 2026-11-21). "Continuation" fusion of
-# gathers into products, which does this on v5e by default, is refused there by the compiler.
+# v5e has none; there the compiler weaves gathers into products by itself and refuses to elsewhere.
+# Effects are predictions of `launch.aot` for 7B's layers with rows of 4,096 (libtpu 0.0.51,
+# 2026-11-21). Numerics on real chips are not ours to promise: axlearn (compiler_options.py) has
+# seen training change with SparseCore all-reduces on v6e under jax 0.6.2.
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
 _SPARSE_CORES = {
-    "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
-    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
-    "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
+    # v5p:4x4x4: 37 ms of 730 that waited for the interconnect become 1.5.
+    f"{_OFFLOAD}_all_gather": "true",
+    f"{_OFFLOAD}_reduce_scatter": "true",
+    f"{_OFFLOAD}_all_reduce": "true",
+}
+_SPARSE_CORES_2D = {
+    **_SPARSE_CORES,
+    # v6e:16x16: without it, gathers over both axes of the torus stay on the TensorCores.
+    f"{_OFFLOAD}_2d_all_gather": "true",
 }
 
-# Options of XLA's TPU compiler, by `device_kind`; v5e is best left as it is.
+# Options of XLA's TPU compiler, by `device_kind`.
 XLA_OPTIONS: dict[str, dict[str, str]] = {
     "TPU v5": _SPARSE_CORES,  # v5p; v5e calls itself "TPU v5 lite"
     "TPU v5p": _SPARSE_CORES,
+    "TPU v6 lite": _SPARSE_CORES_2D,
+    "TPU v6e": _SPARSE_CORES_2D,
 }
 
 
