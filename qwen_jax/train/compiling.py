@@ -19,23 +19,20 @@ from qwen_jax.train.step import Batch, TrainState, train_step
 # seen training change with SparseCore all-reduces on v6e under jax 0.6.2.
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
 _SPARSE_CORES = {
-    # v5p:4x4x4: 37 ms of 730 that waited for the interconnect become 1.5.
+    # v5p:4x4x4: 37 ms of 730 that waited for the interconnect become 1.5; v6e:16x16: of 550, 42
+    # become 24. There, offloading gathers over two axes too (…_2d_all_gather) leaves no wait but
+    # slows the products: 1.98 s become 2.18 for the whole step.
     f"{_OFFLOAD}_all_gather": "true",
     f"{_OFFLOAD}_reduce_scatter": "true",
     f"{_OFFLOAD}_all_reduce": "true",
-}
-_SPARSE_CORES_2D = {
-    **_SPARSE_CORES,
-    # v6e:16x16: without it, gathers over both axes of the torus stay on the TensorCores.
-    f"{_OFFLOAD}_2d_all_gather": "true",
 }
 
 # Options of XLA's TPU compiler, by `device_kind`.
 XLA_OPTIONS: dict[str, dict[str, str]] = {
     "TPU v5": _SPARSE_CORES,  # v5p; v5e calls itself "TPU v5 lite"
     "TPU v5p": _SPARSE_CORES,
-    "TPU v6 lite": _SPARSE_CORES_2D,
-    "TPU v6e": _SPARSE_CORES_2D,
+    "TPU v6 lite": _SPARSE_CORES,
+    "TPU v6e": _SPARSE_CORES,
 }
 
 
