@@ -96,6 +96,29 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
+# The TPU compiler likes to compute what is elementwise inside the products that read it, once per
+# tile of each: an activation that several products read is then made several times, and the matrix
+# unit waits for it. These two say that it is made once.
+
+
+@jax.custom_vjp
+def whole(x: jax.Array) -> jax.Array:
+    """The identity; what reads it waits until it is in memory."""
+    return jax.lax.optimization_barrier(x)
+
+
+whole.defvjp(lambda x: (whole(x), None), lambda _, d: (d,))
+
+
+@jax.custom_vjp
+def whole_gradient(x: jax.Array) -> jax.Array:
+    """The identity; what reads its gradient waits until that is in memory."""
+    return x
+
+
+whole_gradient.defvjp(lambda x: (x, None), lambda _, d: (jax.lax.optimization_barrier(d),))
+
+
 class RMSNorm(Layer):
     """x / rms(x) over the last axis: statistics in float32, scaled in x's dtype (as released)."""
 
@@ -116,6 +139,7 @@ class Attention(Layer):
         """x [B,T,D] -> ([B,T,D], (k, v) of this layer's cache); see `Block` for the arguments."""
         c = self.config
         heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
+        x = jax.lax.optimization_barrier(x)
         q = self._project(x, "q", heads, "heads")
         k = self._project(x, "k", kv_heads, "kv_heads")
         v = self._project(x, "v", kv_heads, "kv_heads")
@@ -185,8 +209,11 @@ class MLP(Layer):
         """x [B,T,D] -> [B,T,D]."""
         c = self.config
         inward = ((c.d_model, c.d_ff), ("embed", "ffn"), normal(c.init_std))
-        gate = jnp.einsum("BTD,DF->BTF", x, self.weight("gate", *inward))
-        up = jnp.einsum("BTD,DF->BTF", x, self.weight("up", *inward))
+        x = jax.lax.optimization_barrier(x)
+        gate = whole_gradient(jnp.einsum("BTD,DF->BTF", x, self.weight("gate", *inward)))
+        up = whole_gradient(jnp.einsum("BTD,DF->BTF", x, self.weight("up", *inward)))
+        gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
+        product = checkpoint_name(whole(jax.nn.silu(gate) * up), "ffn")
         down = self.weight(
             "down",
             (c.d_ff, c.d_model),
@@ -194,7 +221,7 @@ class MLP(Layer):
             normal(c.init_std / (2 * c.n_layers) ** 0.5),
         )
         sharding = spec("batch", "sequence", "channels")
-        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, down, out_sharding=sharding)
+        return jnp.einsum("BTF,FD->BTD", product, down, out_sharding=sharding)
 
 
 class Block(Layer):
@@ -223,7 +250,7 @@ class Block(Layer):
             out, cache = Attention(c, o, name="attn")(
                 normed, rope, logn, segments, window, cache, keys[0]
             )
-            x += dropout(out, c.residual_dropout, keys[1])
+            x = checkpoint_name(x + dropout(out, c.residual_dropout, keys[1]), "residual_mid")
         with jax.named_scope("mlp"):
             out = MLP(c, o, name="mlp")(RMSNorm(c, o, name="mlp_norm")(x))
             x += dropout(out, c.residual_dropout, keys[2])

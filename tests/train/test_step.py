@@ -10,6 +10,7 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.model import ForwardOptions, forward
+from qwen_jax.model.options import REMAT
 from qwen_jax.parallel import make_mesh
 from qwen_jax.train.optimizer import OptimizerConfig, learning_rate
 from qwen_jax.train.step import (
@@ -112,7 +113,7 @@ def test_size_one_axes_in_array_types_change_nothing():
         jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
 
 
-@pytest.mark.parametrize("remat", ["dots", "qkv_out", "full"])
+@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
 def test_remat_changes_memory_only(remat):
     config = dataclasses.replace(toy.STEP, options=ForwardOptions(dtype="float32", remat=remat))
     with toy.use("4 fsdp × 2 tensor") as mesh:

@@ -1,0 +1,165 @@
+"""The real train step of a job, compiled for a pod that isn't there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax.aot.topology import Pod
+from qwen_jax.errors import UserError
+from qwen_jax.parallel import make_mesh, named_sharding
+from qwen_jax.progress import format_duration
+from qwen_jax.train.compiling import lower_step, xla_options
+from qwen_jax.train.job import PretrainJob
+from qwen_jax.train.step import abstract_state, check_mesh
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device: arguments (state and batch), temporaries, and the peak of both."""
+
+    arguments: int
+    temporaries: int
+    peak: int
+    host: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """A step that fits: its scheduled HLO, memory, and the seconds it took to compile."""
+
+    hlo: str
+    memory: Memory
+    seconds: float
+    mesh: jax.sharding.Mesh
+    options: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class TooLarge:
+    """A step that the compiler could not fit into HBM.
+
+    needed: bytes it names (None: it names none). message: its first line.
+    """
+
+    needed: int | None
+    message: str
+    seconds: float
+    mesh: jax.sharding.Mesh
+    options: dict[str, str]
+
+
+def abstract_batch(job: PretrainJob, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch that `data.Batches` makes, as shapes with shardings."""
+    rows, length = job.data.global_batch, job.data.seq_len
+
+    def leaf(dtype, *axes):
+        shape = (rows, length)[: len(axes)]
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
+
+    tokens = ("batch", "sequence")
+    ids = ("tokens", "targets", "segment_ids", "positions")
+    batch = {name: leaf(jnp.int32, *tokens) for name in ids}
+    return batch | {"loss_mask": leaf(jnp.float32, *tokens), "n_bytes": leaf(jnp.float32, "batch")}
+
+
+@contextlib.contextmanager
+def _elapsed(what: str) -> Iterator[None]:
+    """Says on stderr every ten seconds how long `what` has been going on."""
+    done, start = threading.Event(), time.monotonic()
+
+    def tell():
+        while not done.wait(10):
+            print(f"{what}: {format_duration(time.monotonic() - start)}", file=sys.stderr)  # noqa: T201
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def needed_bytes(message: str) -> int | None:
+    """Bytes of HBM that an out-of-memory error of the compiler says it needs."""
+    for pattern in (r"Used ([\d.]+)([KMGT]?) of", r"required[^()]*\(([\d.]+)([KMGT]?)\) exceeds"):
+        if match := re.search(pattern, message):
+            return int(float(match[1]) * _UNITS[match[2]])
+    return None
+
+
+def _scheduled_hlo(folder: str, compiled: jax.stages.Compiled) -> str:
+    """The text libtpu has written, or (from a compilation cache, which writes none) jaxlib's.
+
+    libtpu's own dump comes first: a jaxlib older than libtpu can't print every instruction.
+    """
+    for stage in ("after_codegen", "after_optimizations"):
+        files = sorted(pathlib.Path(folder).glob(f"*jit_train_step*.{stage}.txt"))
+        if files:
+            return files[-1].read_text(errors="replace")
+    return compiled.as_text()
+
+
+def compile_for(
+    job: PretrainJob, pod: Pod, extra_options: dict[str, str] | None = None
+) -> CompiledStep | TooLarge:
+    """Traces and compiles the job's step for the pod; minutes for hundreds of chips.
+
+    Args:
+      extra_options: compiler options added to those the chip has in `train.compiling`.
+
+    Raises:
+      UserError: mesh, batch and model don't fit together, or the compiler refuses for another
+        reason than memory.
+    """
+    mesh = make_mesh(job.mesh, pod.devices)
+    check_mesh(
+        job.model,
+        mesh,
+        global_batch=job.data.global_batch,
+        microbatches=job.train.microbatches,
+        seq_len=job.data.seq_len,
+    )
+    options = xla_options(pod.chip.kind) | (extra_options or {})
+    abstract = abstract_state(job.step_config, mesh)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            with jax.set_mesh(mesh), _elapsed(f"compiling for {pod.name}"):
+                lowered = lower_step(job, abstract, abstract_batch(job, mesh))
+                compiled = lowered.compile(compiler_options=options | dump)
+        except jax.errors.JaxRuntimeError as error:
+            seconds = time.monotonic() - start
+            first = str(error).splitlines()[0]
+            if "CompileTimeHbmOom" not in str(error) and "memory space hbm" not in str(error):
+                raise UserError(f"the step does not compile for {pod.name}: {first}") from error
+            return TooLarge(needed_bytes(str(error)), first, seconds, mesh, options)
+        seconds = time.monotonic() - start
+        hlo = _scheduled_hlo(folder, compiled)
+    m = compiled.memory_analysis()
+    return CompiledStep(
+        hlo=hlo,
+        memory=Memory(
+            arguments=m.argument_size_in_bytes,
+            temporaries=m.temp_size_in_bytes,
+            peak=m.peak_memory_in_bytes,
+            host=m.host_temp_size_in_bytes,
+        ),
+        seconds=seconds,
+        mesh=mesh,
+        options=options,
+    )

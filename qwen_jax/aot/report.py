@@ -1,0 +1,102 @@
+"""One JSON object of what compiling a step has shown and what it predicts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import jax
+
+from qwen_jax.aot import hlo, timeline
+from qwen_jax.aot.compile import CompiledStep, TooLarge
+from qwen_jax.aot.topology import Pod
+from qwen_jax.model import count_params
+from qwen_jax.train.flops import train_flops_per_token
+from qwen_jax.train.job import PretrainJob
+
+_ASSUMED = (
+    "static estimate, nothing ran: compiler cycles per operation or the roofline, whichever is "
+    "longer; Pallas kernels by their declared FLOPs at kernel_efficiency of peak; collectives at "
+    "link bandwidth; no latencies, no input, no checkpoints"
+)
+
+
+def _asked(job: PretrainJob, pod: Pod, mesh) -> dict[str, Any]:
+    """What was compiled."""
+    rows, devices = job.data.global_batch, mesh.size
+    return {
+        "topology": pod.name,
+        "devices": devices,
+        "mesh": {axis: size for axis, size in mesh.shape.items()},
+        "family": job.model.family,
+        "parameters": count_params(job.model),
+        "seq_len": job.data.seq_len,
+        "global_batch": rows,
+        "per_device_batch": rows / devices,
+        "microbatches": job.train.microbatches,
+        "dtype": job.options.dtype,
+        "remat": job.options.remat,
+        "attention": job.options.attention,
+        "versions": {
+            "jax": jax.__version__,
+            "libtpu": importlib.metadata.version("libtpu"),
+        },
+    }
+
+
+def _collectives(cost: timeline.Cost) -> dict[str, Any]:
+    return {
+        kind: {"count": count, "bytes": cost.bytes[kind]}
+        for kind, count in sorted(cost.counts.items())
+    }
+
+
+def report(job: PretrainJob, pod: Pod, result: CompiledStep | TooLarge) -> dict[str, Any]:
+    """The report of one compilation; everything that is not a fact is under "prediction".
+
+    Bytes are per device. `flops.model` counts as `train.flops` does, `flops.executed` what the
+    program multiplies, recomputation included; both are of one step on all devices. Collectives'
+    bytes are of the whole array over its group (see `collectives.Collective`).
+    """
+    made = _asked(job, pod, result.mesh) | {
+        "xla_options": result.options,
+        "compile_seconds": round(result.seconds, 1),
+    }
+    if isinstance(result, TooLarge):
+        memory = {"fits": False, "needed_bytes": result.needed, "hbm_bytes": pod.chip.hbm_bytes}
+        return made | {"memory": memory | {"compiler": result.message}}
+    cost = timeline.predict(hlo.parse(result.hlo), pod, result.mesh)
+    chip, devices = pod.chip, result.mesh.size
+    tokens = job.data.global_batch * job.data.seq_len
+    model_flops = train_flops_per_token(job.model, job.data.seq_len) * tokens
+    executed = cost.flops * devices
+    memory = result.memory
+    return made | {
+        "memory": {
+            "fits": memory.peak <= chip.hbm_bytes,
+            "argument_bytes": memory.arguments,
+            "temp_bytes": memory.temporaries,
+            "peak_bytes": memory.peak,
+            "hbm_bytes": chip.hbm_bytes,
+            "host_temp_bytes": memory.host,
+        },
+        "collectives": _collectives(cost),
+        "flops": {
+            "model": model_flops,
+            "executed": executed,
+            "executed_over_model": round(executed / model_flops, 4),
+            "pallas": cost.kernel_flops * devices,
+        },
+        "prediction": {
+            "step_seconds": round(cost.seconds, 6),
+            "tokens_per_second_per_chip": round(tokens / devices / cost.seconds, 1),
+            "mfu": round(model_flops / devices / cost.seconds / chip.peak_flops, 4),
+            "compute_seconds": round(cost.compute, 6),
+            "waiting_seconds": {k: round(v, 6) for k, v in sorted(cost.waiting.items())},
+            "collective_seconds": {k: round(v, 6) for k, v in sorted(cost.busy.items())},
+            "host_transfer_bytes": cost.host_bytes,
+            "pallas_calls_without_estimate": cost.unpriced_kernels,
+            "kernel_efficiency": round(chip.kernel_efficiency, 3),
+            "assumptions": _ASSUMED,
+        },
+    }

@@ -1,0 +1,166 @@
+"""Pods by name (`v5e:16x16`), described without any hardware, and what their chips can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from qwen_jax.errors import UserError, nearest
+from qwen_jax.train.flops import PEAK_FLOPS
+
+# libtpu reads these once, when it is loaded. Without the first it asks a metadata server for the
+# host's TPU, without the second two compiling processes collide on a lock file.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One TPU chip, which is one JAX device.
+
+    Bandwidths in bytes/s: "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus, tables of
+    TPU specs and interconnect figures, and the paragraph on PCIe).
+
+    Attributes:
+      kind: part of JAX's `device_kind`. peak_flops: dense bf16 FLOP/s, data sheet.
+      clock: Hz by which the compiler's cycles become seconds; cycles of v5p are those of both
+        TensorCores at work (a large product reaches 82 % of the chip's peak by them, not 41 %).
+      hbm_bytes: what the compiler lets a program use, as its out-of-memory error names it.
+      hbm_bandwidth: of the chip. link_bandwidth: of one ICI link in one direction.
+      host_bandwidth: to the host's memory (PCIe).
+      torus_axes: dimensions of the interconnect. ring: an axis is a ring when its length is a
+        multiple of this, else a line (scaling book: 16 for inference chips, 4 for training chips).
+      kernel_efficiency: share of peak_flops at which a Pallas call with a cost estimate is taken to
+        run. From libtpu's static cycle profile of a causal attention forward of 4,096 tokens,
+        width 128: 53.6k cycles on v5e, 52.4k on one core of v5p, 35.0k on v6e (an estimate).
+    """
+
+    name: str
+    kind: str
+    peak_flops: float
+    clock: float
+    hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    host_bandwidth: float
+    torus_axes: int
+    ring: int
+    kernel_efficiency: float
+
+
+_GIB = 2**30
+_FORWARD = 4 * 4096**2 * 128 / 2  # FLOPs of that attention: two products, half of the square
+
+CHIPS = {
+    "v5e": Chip(
+        name="v5e",
+        kind="TPU v5 lite",
+        peak_flops=PEAK_FLOPS["TPU v5e"],
+        clock=1.5e9,
+        hbm_bytes=int(15.75 * _GIB),
+        hbm_bandwidth=8.1e11,
+        link_bandwidth=4.5e10,
+        host_bandwidth=1.6e10,
+        torus_axes=2,
+        ring=16,
+        kernel_efficiency=_FORWARD / (53_616 / 1.5e9) / PEAK_FLOPS["TPU v5e"],
+    ),
+    "v5p": Chip(
+        name="v5p",
+        kind="TPU v5",
+        peak_flops=PEAK_FLOPS["TPU v5p"],
+        clock=1.75e9,
+        hbm_bytes=int(95.73 * _GIB),
+        hbm_bandwidth=2.8e12,
+        link_bandwidth=9e10,
+        host_bandwidth=1.6e10,
+        torus_axes=3,
+        ring=4,
+        kernel_efficiency=_FORWARD / (52_422 / 1.75e9) / (PEAK_FLOPS["TPU v5p"] / 2),
+    ),
+    "v6e": Chip(
+        name="v6e",
+        kind="TPU v6 lite",
+        peak_flops=PEAK_FLOPS["TPU v6e"],
+        clock=1.75e9,
+        hbm_bytes=int(31.24 * _GIB),
+        hbm_bandwidth=1.6e12,
+        link_bandwidth=9e10,
+        host_bandwidth=3.2e10,
+        torus_axes=2,
+        ring=16,
+        kernel_efficiency=_FORWARD / (35_018 / 1.75e9) / PEAK_FLOPS["TPU v6e"],
+    ),
+}
+"""Chips that can be compiled for, by the first part of a topology's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """A slice of one generation: its chip, the lengths of its torus axes, its devices."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+    devices: Sequence[jax.Device]
+
+    @property
+    def rings(self) -> tuple[bool, ...]:
+        """For each torus axis, whether its ends are joined."""
+        return tuple(n % self.chip.ring == 0 and n > 1 for n in self.shape)
+
+
+def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
+    """`v5e:16x16` as its chip and (16, 16).
+
+    Raises:
+      UserError: unknown generation, or lengths of another form.
+    """
+    kind, _, lengths = name.partition(":")
+    if kind not in CHIPS:
+        raise UserError(
+            f"topology {name!r} is of no known TPU{nearest(kind, CHIPS)}; give one of "
+            f"{', '.join(CHIPS)}, then the slice, such as v5e:16x16 or v5p:4x4x4"
+        )
+    chip = CHIPS[kind]
+    example = "x".join(["4"] * chip.torus_axes)
+    if not re.fullmatch(r"\d+(x\d+)*", lengths) or lengths.count("x") + 1 != chip.torus_axes:
+        raise UserError(
+            f"topology {name!r} needs {chip.torus_axes} lengths after the colon, such as "
+            f"{kind}:{example}"
+        )
+    return chip, tuple(int(n) for n in lengths.split("x"))
+
+
+def describe(name: str) -> Pod:
+    """The pod of this name, its devices made up by libtpu; no TPU is needed or touched.
+
+    Raises:
+      UserError: libtpu is not installed, or knows no such slice.
+    """
+    chip, shape = parse(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "compiling for a TPU needs the package libtpu, which is not installed; "
+            "pip install libtpu"
+        )
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # jaxlib raises several types, all with the reason as text
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"libtpu has no slice {name} ({reason}); give one that is sold, such as "
+            f"{chip.name}:{'16x16' if chip.torus_axes == 2 else '4x4x8'}"
+        ) from error
+    return Pod(name, chip, shape, found.devices)

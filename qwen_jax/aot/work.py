@@ -1,0 +1,178 @@
+"""What one operation computes and moves: FLOPs and HBM bytes, from the shapes in the HLO.
+
+FLOPs are those of convolutions and dots (on TPU every matrix product is a convolution) and what
+Pallas kernels declare; elementwise work is left to the compiler's cycle estimates. The counting
+rules are those of XLA's HloCostAnalysis, with two additions it needs for memory: an operand that is
+only sliced counts by its slices, and an update in place by the update.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+from qwen_jax.aot.hlo import HBM, Computation, Instruction, Module
+
+_FREE = {
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
+    *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"),
+}
+_SLICES = ("dynamic-slice", "slice", "gather")
+
+
+def is_free(i: Instruction) -> bool:
+    """Whether an operation is bookkeeping and takes no time."""
+    if i.opcode == "custom-call":
+        return i.text("custom_call_target") in ("AllocateBuffer", "ConcatBitcast", "Sharding")
+    return i.opcode in _FREE
+
+
+def _window(text: str, rank: int) -> list[dict[str, int]]:
+    """Per spatial dimension: size, stride, pad_low, lhs_dilate, rhs_dilate (defaults filled)."""
+    match = re.search(r"window=\{([^}]*)\}", text)
+    fields = dict(part.split("=") for part in match[1].split()) if match else {}
+
+    def values(key, default):
+        return fields[key].split("x") if key in fields else [default] * rank
+
+    rows = zip(
+        values("size", "1"),
+        values("stride", "1"),
+        values("pad", "0_0"),
+        values("lhs_dilate", "1"),
+        values("rhs_dilate", "1"),
+        strict=True,
+    )
+    return [
+        {"size": int(size), "stride": int(stride), "pad_low": int(pad.split("_")[0]),
+         "lhs_dilate": int(lhs), "rhs_dilate": int(rhs)}
+        for size, stride, pad, lhs, rhs in rows
+    ]  # fmt: skip
+
+
+def _valid_positions(w: dict[str, int], n_in: int, n_out: int) -> int:
+    """Pairs (output place, kernel place) that meet a real input element, not padding or a hole."""
+    if w == {"size": w["size"], "stride": 1, "pad_low": 0, "lhs_dilate": 1, "rhs_dilate": 1} and (
+        n_out + w["size"] - 1 <= n_in
+    ):
+        return n_out * w["size"]
+    extent = (n_in - 1) * w["lhs_dilate"] + 1
+    count = 0
+    for out in range(n_out):
+        first = out * w["stride"] - w["pad_low"]
+        for k in range(w["size"]):
+            place = first + k * w["rhs_dilate"]
+            count += 0 <= place < extent and place % w["lhs_dilate"] == 0
+    return count
+
+
+def _convolution_flops(scope: Computation, i: Instruction) -> float:
+    lhs, rhs = (scope.by_name[name].shapes[0] for name in i.operands[:2])
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.attributes)
+    left, right, out = labels.groups()
+    spatial = sorted(c for c in left if c.isdigit())
+    windows = _window(i.attributes, len(spatial))
+    valid = 1
+    for c, w in zip(spatial, windows, strict=True):
+        valid *= _valid_positions(w, lhs.dims[left.index(c)], i.shapes[0].dims[out.index(c)])
+    # The kernel's input-feature length is already divided by feature_group_count.
+    features = rhs.dims[right.index("i")] * i.shapes[0].dims[out.index("f")]
+    groups = re.search(r"batch_group_count=(\d+)", i.attributes)
+    batch = lhs.dims[left.index("b")] / (int(groups[1]) if groups else 1)
+    return 2.0 * valid * features * batch
+
+
+def _dot_flops(scope: Computation, i: Instruction) -> float:
+    lhs = scope.by_name[i.operands[0]].shapes[0]
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
+    dims = [int(d) for d in contracted[1].split(",") if d] if contracted else []
+    return 2.0 * i.shapes[0].elements * math.prod(lhs.dims[d] for d in dims)
+
+
+def kernel_estimate(i: Instruction) -> dict[str, float] | None:
+    """The `cost_estimate` of a Pallas call: flops, bytes_accessed, transcendentals; or None."""
+    match = re.search(r'"cost_estimate":(\{[^}]*\})', i.attributes)
+    return {k: float(v) for k, v in json.loads(match[1]).items()} if match else None
+
+
+def flops(module: Module, scope: Computation, i: Instruction) -> float:
+    """FLOPs of one operation with what it calls (but not a loop's body)."""
+    if i.opcode == "convolution":
+        return _convolution_flops(scope, i)
+    if i.opcode == "dot":
+        return _dot_flops(scope, i)
+    if i.opcode == "custom-call":
+        return (kernel_estimate(i) or {}).get("flops", 0.0)
+    if i.opcode == "fusion":
+        inner = module.computations[i.called("calls")]
+        return sum(flops(module, inner, j) for j in inner.instructions)
+    return 0.0
+
+
+def _in_hbm(shapes) -> int:
+    return sum(s.bytes for s in shapes if s.space == HBM)
+
+
+def _read(module: Module, inner: Computation, value: Instruction) -> int:
+    """Bytes a fused computation reads of a value in HBM: its slices, if it only slices it."""
+    whole = value.shapes[0].bytes
+    read = 0
+    for user in inner.users.get(value.name, []):
+        if user.opcode == "bitcast":
+            read += _read(module, inner, user)
+        elif user.opcode == "fusion":
+            called = module.computations[user.called("calls")]
+            numbers = {str(n) for n, name in enumerate(user.operands) if name == value.name}
+            read += sum(
+                _read(module, called, p)
+                for p in called.instructions
+                if p.opcode == "parameter" and p.literal in numbers
+            )
+        elif user.opcode in _SLICES and user.operands[0] == value.name:
+            read += user.shapes[0].bytes
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+            continue  # the rest stays where it is
+        else:
+            return whole
+    return min(read, whole)
+
+
+def _written(inner: Computation, i: Instruction, outer_bytes: int) -> int:
+    """Bytes written for one result of a fused computation; an update in place writes itself."""
+    while i.opcode in ("bitcast", "copy", "convert") and i.operands[0] in inner.by_name:
+        if i.opcode != "bitcast":
+            return outer_bytes
+        i = inner.by_name[i.operands[0]]
+    if i.opcode == "dynamic-update-slice":
+        return inner.by_name[i.operands[1]].shapes[0].bytes
+    if i.opcode == "parameter":  # passed through, aliased
+        return 0
+    return outer_bytes
+
+
+def hbm_bytes(module: Module, scope: Computation, i: Instruction) -> int:
+    """Bytes one operation reads from and writes to HBM; those of VMEM are free."""
+    operands = [scope.by_name[name] for name in i.operands if name in scope.by_name]
+    if i.opcode == "custom-call" and (estimate := kernel_estimate(i)):
+        return int(estimate["bytes_accessed"])
+    if i.opcode in _SLICES:
+        return 2 * _in_hbm(i.shapes)
+    if i.opcode == "dynamic-update-slice":
+        return 2 * operands[1].shapes[0].bytes if i.shapes[0].space == HBM else 0
+    if i.opcode != "fusion":
+        return _in_hbm(i.shapes) + sum(_in_hbm(o.shapes) for o in operands)
+    inner = module.computations[i.called("calls")]
+    parameters = {int(p.literal): p for p in inner.instructions if p.opcode == "parameter"}
+    total = 0
+    for index, operand in enumerate(operands):
+        if len(operand.shapes) == 1 and operand.shapes[0].space == HBM and index in parameters:
+            total += _read(module, inner, parameters[index])
+    root = inner.root
+    results = [inner.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
+    if len(results) != len(i.shapes):
+        return total + _in_hbm(i.shapes)
+    for shape, result in zip(i.shapes, results, strict=True):
+        if shape.space == HBM:
+            total += _written(inner, result, shape.bytes)
+    return total

@@ -1,0 +1,66 @@
+"""Tracing and compiling the training step, with the compiler options of each chip.
+
+The loop and the ahead-of-time compiler go through here, so what is predicted is what runs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from qwen_jax.train.job import PretrainJob
+from qwen_jax.train.step import Batch, TrainState, train_step
+
+# Collectives run on the SparseCores, beside the TensorCores' products, instead of between them.
+# v5e has none; there the compiler weaves gathers into products by itself and refuses to elsewhere.
+# Effects are predictions of `launch.aot` for 7B's layers with rows of 4,096 (libtpu 0.0.51,
+# 2026-11-21). Numerics on real chips are not ours to promise: axlearn (compiler_options.py) has
+# seen training change with SparseCore all-reduces on v6e under jax 0.6.2.
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
+_SPARSE_CORES = {
+    # v5p:4x4x4: 37 ms of 730 that waited for the interconnect become 1.5; v6e:16x16: of 550, 42
+    # become 24. There, offloading gathers over two axes too (…_2d_all_gather) leaves no wait but
+    # slows the products: 1.98 s become 2.18 for the whole step.
+    f"{_OFFLOAD}_all_gather": "true",
+    f"{_OFFLOAD}_reduce_scatter": "true",
+    f"{_OFFLOAD}_all_reduce": "true",
+}
+# Vector memory that one operation may use, of 128 MiB there are: larger tiles, and the products of
+# those layers take 424 ms where the default of 32 MiB takes 505.
+_V6E = {**_SPARSE_CORES, "xla_tpu_scoped_vmem_limit_kib": "98304"}
+
+# Options of XLA's TPU compiler, by `device_kind`.
+XLA_OPTIONS: dict[str, dict[str, str]] = {
+    "TPU v5": _SPARSE_CORES,  # v5p; v5e calls itself "TPU v5 lite"
+    "TPU v5p": _SPARSE_CORES,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+}
+
+
+def xla_options(device_kind: str) -> dict[str, str]:
+    """Compiler options for devices of this kind; none where nothing is known to help."""
+    return dict(XLA_OPTIONS.get(device_kind, {}))
+
+
+def lower_step(job: PretrainJob, abstract: TrainState, batch: Batch) -> jax.stages.Lowered:
+    """The step with donated state, traced under the mesh in force.
+
+    Whatever the options don't allow is refused here, before anything is compiled.
+
+    Args:
+      abstract: the state's shapes and shardings (`abstract_state`). batch: arrays or their shapes.
+    """
+    model = job.model
+    drops = any((model.embed_dropout, model.attn_dropout, model.residual_dropout))
+    key = jax.random.key(job.train.seed + 1) if drops else None
+    step = functools.partial(train_step, config=job.step_config, dropout_key=key)
+    shardings = jax.tree.map(lambda a: a.sharding, abstract)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    return jitted.lower(abstract, batch)
+
+
+def compile_step(lowered: jax.stages.Lowered, device_kind: str) -> jax.stages.Compiled:
+    """Compiles the traced step with the options of its devices."""
+    return lowered.compile(compiler_options=xla_options(device_kind))
