@@ -40,8 +40,8 @@ class Chip:
       torus_axes: dimensions of the interconnect. ring: an axis is a ring when its length is a
         multiple of this, else a line (scaling book: 16 for inference chips, 4 for training chips).
       kernel_efficiency: share of peak_flops at which a Pallas call with a cost estimate is taken to
-        run. From libtpu's static cycle profile of a causal attention forward of 4,096 tokens,
-        width 128: 53.6k cycles on v5e, 52.4k on one core of v5p, 35.0k on v6e (an estimate).
+        run. From libtpu's static cycle profile of our attention, causal, 4,096 tokens of one head
+        of 128, forward + backward (`benchmarks/attention_cycles.py`; estimates).
     """
 
     name: str
@@ -58,7 +58,7 @@ class Chip:
 
 
 _GIB = 2**30
-_FORWARD = 4 * 4096**2 * 128 / 2  # FLOPs of that attention: two products, half of the square
+_ATTENTION = 7 * 2 * 4096**2 / 2 * 128  # FLOPs of that: two products and five, half of the square
 
 CHIPS = {
     "v5e": Chip(
@@ -72,7 +72,7 @@ CHIPS = {
         host_bandwidth=1.6e10,
         torus_axes=2,
         ring=16,
-        kernel_efficiency=_FORWARD / (53_616 / 1.5e9) / PEAK_FLOPS["TPU v5e"],
+        kernel_efficiency=_ATTENTION / ((49_745 + 100_385) / 1.5e9) / PEAK_FLOPS["TPU v5e"],
     ),
     "v5p": Chip(
         name="v5p",
@@ -85,7 +85,7 @@ CHIPS = {
         host_bandwidth=1.6e10,
         torus_axes=3,
         ring=4,
-        kernel_efficiency=_FORWARD / (52_422 / 1.75e9) / (PEAK_FLOPS["TPU v5p"] / 2),
+        kernel_efficiency=_ATTENTION / ((48_270 + 98_293) / 1.75e9) / (PEAK_FLOPS["TPU v5p"] / 2),
     ),
     "v6e": Chip(
         name="v6e",
@@ -98,7 +98,7 @@ CHIPS = {
         host_bandwidth=3.2e10,
         torus_axes=2,
         ring=16,
-        kernel_efficiency=_FORWARD / (35_018 / 1.75e9) / PEAK_FLOPS["TPU v6e"],
+        kernel_efficiency=_ATTENTION / ((28_065 + 50_524) / 1.75e9) / PEAK_FLOPS["TPU v6e"],
     ),
 }
 """Chips that can be compiled for, by the first part of a topology's name."""

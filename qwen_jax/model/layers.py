@@ -146,7 +146,7 @@ class Attention(Layer):
         if c.qk_norm:
             q = RMSNorm(c, self.options, name="q_norm")(q)
             k = RMSNorm(c, self.options, name="k_norm")(k)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k = (apply_rope(x, rope, c.rope_dim) for x in (q, k))
         if logn is not None:
             q = q * logn[:, :, None, None].astype(q.dtype)
         q, k, v = (checkpoint_name(t, n) for t, n in ((q, "query"), (k, "key"), (v, "value")))

@@ -25,6 +25,7 @@ from qwen_jax.parallel.feed import local_rows, to_global
 from qwen_jax.progress import format_count, format_duration
 from qwen_jax.tokenizer import load_tokenizer
 from qwen_jax.train.checkpoint import Checkpoints
+from qwen_jax.train.compiling import compile_step, lower_step
 from qwen_jax.train.evaluation import HeldOut, check_sources, evaluate, parse_eval_sources
 from qwen_jax.train.flops import peak_flops, train_flops_per_token
 from qwen_jax.train.job import PretrainJob, check_vocabulary, identity
@@ -32,7 +33,7 @@ from qwen_jax.train.metrics import MultiWriter, make_writer, read_metrics
 from qwen_jax.train.preemption import Preemption
 from qwen_jax.train.profiling import Profiler, parse_steps
 from qwen_jax.train.progress import Throughput, memory_stats
-from qwen_jax.train.step import TrainState, abstract_state, check_mesh, init_state, train_step
+from qwen_jax.train.step import TrainState, abstract_state, check_mesh, init_state
 
 
 class TrainingDiverged(UserError):
@@ -135,7 +136,7 @@ def _open(job: PretrainJob, mesh: jax.sharding.Mesh) -> _Inputs:
     feed = functools.partial(to_global, mesh=mesh, first=first, global_batch=job.data.global_batch)
     abstract = abstract_state(job.step_config, mesh)
     with jax.set_mesh(mesh):
-        traced = _trace(job, abstract, feed(batches.rows(0, first, count)))
+        traced = lower_step(job, abstract, feed(batches.rows(0, first, count)))
     peak = peak_flops(jax.local_devices()[0])
     return _Inputs(
         tokenizer_sha256=tokenizer.sha256,
@@ -305,21 +306,10 @@ def _restore_or_init(
     return state
 
 
-def _trace(job: PretrainJob, abstract: TrainState, batch) -> jax.stages.Lowered:
-    """The step with donated state, traced: whatever the options don't allow is refused here."""
-    model = job.model
-    drops = any((model.embed_dropout, model.attn_dropout, model.residual_dropout))
-    key = jax.random.key(job.train.seed + 1) if drops else None
-    step = functools.partial(train_step, config=job.step_config, dropout_key=key)
-    shardings = jax.tree.map(lambda a: a.sharding, abstract)
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return jitted.lower(abstract, batch)
-
-
 def _compile(traced: jax.stages.Lowered) -> jax.stages.Compiled:
     """Compiles ahead, so that the first step takes as long as the rest."""
     started = time.monotonic()
-    compiled = traced.compile()
+    compiled = compile_step(traced, jax.local_devices()[0].device_kind)
     logging.info("step compiled in %s", format_duration(time.monotonic() - started))
     return compiled
 
