@@ -89,7 +89,7 @@ LAYOUTS = {
     ("7b", "v5p-1024"): Layout(4, "products"),
     ("7b", "h100-8"): Layout(4, "qkv_out"),
     ("7b", "h200-8"): Layout(8, "qkv_out"),
-    ("14b", "v5e-256"): Layout(4, "out"),
+    ("14b", "v5e-256"): Layout(4, "out_mid"),
     ("14b", "v6e-64"): Layout(8, "full"),
     ("14b", "v6e-256"): Layout(8, "out"),
     ("14b", "v5p-128"): Layout(4, "products"),
