@@ -16,7 +16,6 @@ float32 on a small ragged batch; one that is wrong or refuses is reported as suc
 from __future__ import annotations
 
 import functools
-import json
 import platform
 import statistics
 import time
@@ -27,6 +26,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.decode_peers import PEERS
+from benchmarks.report import emit
 from qwen_jax.kernels.cache import PAGE_SIZE, PagedCache, init_paged_cache, quantise
 from qwen_jax.kernels.paged import paged_attention
 from qwen_jax.parallel import platform as device_platform
@@ -238,11 +238,7 @@ def main(_):
         "copy_bytes_per_second": bandwidth,
         "results": rows,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if _OUT.value:
-        with open(_OUT.value, "w") as f:
-            f.write(text + "\n")
+    emit(report, _OUT.value)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
+from benchmarks.report import emit
 from qwen_jax.model import ForwardOptions, ModelConfig, count_params, decay_mask
 from qwen_jax.train.optimizer import OptimizerConfig, learning_rate
 from qwen_jax.train.step import LossConfig, StepConfig, init_state, train_step
@@ -230,11 +231,7 @@ def main(_):
         "sequence": LENGTH,
         "results": results,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if _OUT.value:
-        with open(_OUT.value, "w") as f:
-            f.write(text + "\n")
+    emit(report, _OUT.value)
 
 
 if __name__ == "__main__":

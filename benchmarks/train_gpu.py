@@ -28,6 +28,8 @@ import time
 import numpy as np
 from absl import app, flags
 
+from benchmarks.report import emit
+
 NETWORKS = {
     # name: (preset, layers or None for all, rows per step on one 141 GB GPU)
     "qwen-1.8b": ("qwen-1.8b", None, 8),
@@ -282,11 +284,7 @@ def main(_):
         "attention": _ATTENTION.value,
         "results": results,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if _OUT.value:
-        with open(_OUT.value, "w") as f:
-            f.write(text + "\n")
+    emit(report, _OUT.value)
 
 
 if __name__ == "__main__":

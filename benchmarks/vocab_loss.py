@@ -25,6 +25,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.hlo_cycles import predicted_cycles
+from benchmarks.report import emit
 from qwen_jax.parallel import (
     MeshConfig,
     gather_weight,
@@ -225,11 +226,7 @@ def main(_):
         "compiled": compiled,
         "measured": measured,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if _OUT.value:
-        with open(_OUT.value, "w") as f:
-            f.write(text + "\n")
+    emit(report, _OUT.value)
 
 
 if __name__ == "__main__":
