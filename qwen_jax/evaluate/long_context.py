@@ -8,6 +8,7 @@ stopped, or is to have another row or a shorter length, computes only what is mi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -20,6 +21,7 @@ from qwen_jax.artifact import once
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.evaluate.perplexity import Perplexity, cut, perplexity
 from qwen_jax.model import ForwardOptions, ModelConfig, Params, layer_windows
+from qwen_jax.parallel.distributed import on_first_process
 from qwen_jax.progress import Progress
 
 MEANS = ("ntk", "logn", "window")
@@ -156,6 +158,8 @@ def measure(
 ) -> Table:
     """Fills the table, keeping every finished cell in `folder`; run it under the mesh, if any.
 
+    Of several processes, the first keeps the cells and says which there are.
+
     Args:
       params: loads the parameters of `plan.config`; called once, when a cell has to be computed.
       documents: token ids; those with fewer than the longest length + 1 are left out.
@@ -186,17 +190,14 @@ def measure(
     for config, length in jobs:
         key = _key(plan, config, length, text, weights)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]
-        kept_before = True
-
-        def compute(config=config, length=length) -> dict[str, Any]:
-            nonlocal kept_before
-            kept_before = False
-            windows = cut(kept, length, plan.longest)
-            return dataclasses.asdict(_cell(plan, lazily(), config, windows, progress.add))
-
-        found = once(pathlib.Path(folder) / f"{length}-{name}.json", key, compute)
-        if kept_before:
+        keep = functools.partial(once, pathlib.Path(folder) / f"{length}-{name}.json", key)
+        found = on_first_process(functools.partial(_kept, keep))
+        if found is not None:
             progress.skip(scored)
+        else:
+            windows = cut(kept, length, plan.longest)
+            cell = dataclasses.asdict(_cell(plan, lazily(), config, windows, progress.add))
+            found = on_first_process(functools.partial(keep, lambda cell=cell: cell))
         jobs[config, length] = Perplexity(**{k: tuple(v) for k, v in found.items()})
     cells = {
         (mode, length): jobs[switched(plan.config, mode, length, plan.layers_per_window), length]
@@ -204,6 +205,22 @@ def measure(
         for length in plan.lengths
     }
     return Table(plan, cells, len(kept), int(token_lengths[longest[:, 1:]].sum()))
+
+
+class _Missing(Exception):
+    """A cell that is not kept."""
+
+
+def _kept(keep: Callable[[Callable], Any]) -> Any:
+    """What is kept of a cell, or None."""
+
+    def missing():
+        raise _Missing
+
+    try:
+        return keep(missing)
+    except _Missing:
+        return None
 
 
 def _key(plan: Plan, config: ModelConfig, length: int, text: str, weights) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from qwen_jax.evaluate import long_context
 from qwen_jax.evaluate.long_context import MODES, Plan, Table, measure, switched
 from qwen_jax.evaluate.long_context_report import as_json, as_text, picture
 from qwen_jax.evaluate.perplexity import Perplexity, cut, perplexity
-from qwen_jax.model import ModelConfig
+from qwen_jax.model import ModelConfig, abstract_params
+from qwen_jax.parallel import MeshConfig, make_mesh
+from tests import multiprocess
 from tests.model.families import FLOAT32, params
 
 S = 8
@@ -44,7 +46,9 @@ class Weights:
 
 def fill(folder, plan=PLAN, weights=None, texts=None, which="a"):
     texts = documents() if texts is None else texts
-    return measure(plan, weights or Weights(), texts, BYTES, folder, {"weights": which})
+    return measure(
+        plan, Weights() if weights is None else weights, texts, BYTES, folder, {"weights": which}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +187,37 @@ def test_refusals(change, message):
 def test_short_documents_are_refused(tmp_path):
     with pytest.raises(UserError, match="no document has the 33 tokens"):
         fill(tmp_path, texts=[[1] * 32])
+
+
+def never():
+    raise AssertionError("weights are read for what is kept")
+
+
+def _on_a_mesh_of_two(folder: str) -> dict:
+    host = jax.tree.map(np.asarray, params(CONFIG))
+    mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
+
+    def weights():
+        def place(x, like):
+            return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+
+        return jax.tree.map(place, host, abstract_params(CONFIG, mesh))
+
+    plan = dataclasses.replace(PLAN, lengths=(8, 32), modes=("ntk+logn+window",))
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
+        cells = fill(folder, plan, weights).cells
+        assert fill(folder, plan, never).cells == cells
+    return {f"{mode} {length}": cell.nll for (mode, length), cell in cells.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path, table):
+    """Each has a part of the weights; the first keeps the cells, and nothing is done twice."""
+    found = multiprocess.run(
+        _on_a_mesh_of_two, processes=2, devices=4, folder=str(tmp_path / "cells")
+    )
+    assert found[0] == found[1] and len(found[0]) == 2
+    for name, nll in found[0].items():
+        mode, length = name.split()
+        np.testing.assert_allclose(nll, table.cells[mode, int(length)].nll, rtol=1e-5)
+    assert len(list((tmp_path / "cells").iterdir())) == 2

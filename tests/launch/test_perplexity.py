@@ -42,6 +42,7 @@ def result(place, out):
     return {(c["mode"], c["length"]): c["nll"] for c in stored["cells"]}, stored
 
 
+@pytest.mark.slow
 def test_every_checkpoint_and_mesh_gives_the_same_table(place):
     native = [f"--checkpoint={place}/native", f"--tokenizer={place}/hf"]
     done = programs.run(
