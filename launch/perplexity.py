@@ -48,7 +48,9 @@ TABLE_MODES = flags.DEFINE_list("modes", list(MODES), "none, or ntk, logn, windo
 TRAINED = flags.DEFINE_integer("trained_length", None, "Instead of what the checkpoint says.")
 PER_WINDOW = flags.DEFINE_integer("layers_per_window", 4, "Layers until the window doubles.")
 DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and computation.")
-BATCH = flags.DEFINE_integer("batch_tokens", 0, "Tokens at a time; by default the longest length.")
+BATCH = flags.DEFINE_integer(
+    "batch_tokens", 0, "Tokens at a time; 0: the longest length, at least 8192."
+)
 DOCUMENTS = flags.DEFINE_integer("documents", None, "At most so many documents, the first ones.")
 FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share rows and weights; -1: all others.")
 CONTEXT = flags.DEFINE_integer("context", 1, "Devices that share a sequence.")

@@ -41,7 +41,8 @@ class Plan:
       lengths: inputs of a window, each a divisor of the longest.
       modes: rows of the table, "none" or a sum such as "ntk+logn".
       layers_per_window: as in `model.layer_windows`.
-      batch_tokens: tokens at a time; 0 is the longest length.
+      batch_tokens: tokens at a time; 0 is the longest length, and at least 8,192, so that matrix
+        products are large.
       spread: devices a sequence is spread over (`mesh.context`).
     """
 
@@ -240,7 +241,7 @@ def _cell(plan: Plan, params, config, windows: np.ndarray, on_batch) -> Perplexi
     parts = max(p for p in range(1, min(_PARTS, each) + 1) if each % p == 0)
     return perplexity(
         *(params, windows, config, plan.options),
-        batch=max((plan.batch_tokens or plan.longest) // length, 1),
+        batch=max((plan.batch_tokens or max(plan.longest, 8192)) // length, 1),
         parts=parts,
         on_batch=on_batch,
     )

@@ -98,6 +98,10 @@ def picture(table: Table) -> bytes:
         by_length, by_position = figure.subplots(1, 2, sharey=True)
         _by_length(by_length, table)
         _by_position(by_position, table)
+        low, high = by_length.get_ylim()  # both panels share it
+        labelled = (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, *range(2, 10))
+        by_length.yaxis.set_major_locator(LogLocator(subs=labelled, numticks=12))
+        by_length.yaxis.set_major_formatter("{x:,.4g}")
         figure.legend(
             *by_length.get_legend_handles_labels(),
             loc="outside lower center",
@@ -126,10 +130,6 @@ def _by_length(axes: Axes, table: Table) -> None:
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axes.minorticks_off()
-    low, high = axes.get_ylim()
-    labelled = (1, 2, 5) if high > 10 * low else range(1, 10)
-    axes.yaxis.set_major_locator(LogLocator(subs=labelled, numticks=12))
-    axes.yaxis.set_major_formatter("{x:,.4g}")
     axes.set_xlabel("tokens")
 
 
