@@ -141,8 +141,7 @@ def count_tokens(seen: TokenCounts, tokens: jax.Array, real: jax.Array) -> Token
         return counts.at[rows, tokens].add(new, unique_indices=True, indices_are_sorted=True)
 
     with jax.named_scope("count_tokens"):
-        vocab, rows = ("batch", "vocab"), ("batch",)
-        new = _sharded(local, (vocab, rows, rows), vocab)(seen.counts, tokens, real)
+        new = _sharded(local, (_LOGITS, _ROW, _ROW), _LOGITS)(seen.counts, tokens, real)
     return TokenCounts(new)
 
 
@@ -187,27 +186,57 @@ def sample_rows(
       seen: for the penalties; None: there are none.
       vocab_size: ids from here on are padding of the model's table and never drawn.
     """
-    rows = jax.tree.map(jnp.asarray, rows)
-    penalised = (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
-    any_of = {
-        "drawn": (rows.temperature > 0).any(),
-        "penalised": jnp.bool_(False) if seen is None else penalised.any(),
-        "top_k": ((rows.top_k > 0) & (rows.temperature > 0)).any(),
-        "top_p": ((rows.top_p < 1) & (rows.temperature > 0)).any(),
-        "logprobs": (rows.n_logprobs >= 0).any(),
-        "top": (rows.n_logprobs > 0).any(),
-    }
-    plain = ~(any_of["drawn"] | any_of["penalised"] | any_of["logprobs"])
-    vocab, row = ("batch", "vocab"), ("batch",)
-    row_axes = dataclasses.replace(
-        jax.tree.map(lambda _: row, rows, is_leaf=lambda x: x is None), seed=("batch", None)
-    )
     local = functools.partial(_local, vocab_size=vocab_size)
-    axes = (vocab, row_axes, row, vocab, (), ())
-    out = Drawn(row, row, row, ("batch", None), ("batch", None))
+    axes = (_LOGITS, _ROW_AXES, _ROW, _LOGITS, ())
+    out = Drawn(_ROW, _ROW, _ROW, ("batch", None), ("batch", None))
     counts = None if seen is None else seen.counts
     with jax.named_scope("sample"):
-        return _sharded(local, axes, out)(logits, rows, positions, counts, any_of, plain)
+        wishes = _wishes(rows, seen)
+        return _sharded(local, axes, out)(logits, rows, positions, counts, wishes)
+
+
+def log_probabilities(
+    logits: jax.Array, rows: SamplingRows, seen: TokenCounts | None, vocab_size: int
+) -> jax.Array:
+    """float32 [R,V], natural logarithms of what `sample_rows` draws from; -inf: never drawn.
+
+    Arguments as there. Greedy rows: after penalties at temperature 1, where the highest is taken.
+    """
+
+    def local(logits, rows, counts, any_of, *, axis):
+        scaled = _scaled(_real(logits, vocab_size, axis), rows, counts, any_of["penalised"], axis)
+        threshold = _threshold(scaled, rows, any_of, axis)
+        kept = scaled >= threshold[:, None]
+        total = _mass(scaled, threshold, axis)
+        return jnp.where(kept, scaled - jnp.log(total)[:, None], -jnp.inf)
+
+    axes = (_LOGITS, _ROW_AXES, _LOGITS, ())
+    counts = None if seen is None else seen.counts
+    return _sharded(local, axes, _LOGITS)(logits, rows, counts, _wishes(rows, seen))
+
+
+_LOGITS, _ROW = ("batch", "vocab"), ("batch",)
+_ROW_AXES = SamplingRows(*[_ROW] * 7, seed=("batch", None), n_logprobs=_ROW, raw=_ROW)
+
+
+def _wishes(rows: SamplingRows, seen: TokenCounts | None) -> dict[str, jax.Array]:
+    """What any row of the batch wants, bool scalars, and the most alternatives, int32.
+
+    Over all devices, so that all take the same branches and meet in the same collectives.
+    """
+    drawn = jnp.asarray(rows.temperature) > 0
+    penalised = (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
+    wishes = {
+        "drawn": drawn,
+        "penalised": jnp.zeros_like(drawn) if seen is None else penalised,
+        "top_k": drawn & (rows.top_k > 0),
+        "top_p": drawn & (rows.top_p < 1),
+        "logprobs": rows.n_logprobs >= 0,
+    }
+    wishes = {name: jnp.any(wish) for name, wish in wishes.items()}
+    wishes["alternatives"] = jnp.max(rows.n_logprobs)
+    wishes["more"] = wishes["drawn"] | wishes["penalised"] | wishes["logprobs"]
+    return wishes
 
 
 def _sharded(local, in_axes, out_axes):
@@ -279,27 +308,30 @@ def _at(x: jax.Array, tokens: jax.Array, axis) -> jax.Array:
     return found if axis is None else _sum(jnp.where(inside, found, 0.0)[:, None], axis)
 
 
-def _local(logits, rows, positions, counts, any_of, plain, *, vocab_size, axis) -> Drawn:
-    def real(x):
-        return jnp.where(_ids(x, axis) < vocab_size, x, -jnp.inf)
+def _real(logits, vocab_size, axis):
+    """Logits of padding become -inf."""
+    return jnp.where(_ids(logits, axis) < vocab_size, logits, -jnp.inf)
 
+
+def _local(logits, rows, positions, counts, any_of, *, vocab_size, axis) -> Drawn:
     def greedy():
-        x = real(logits)
+        x = _real(logits, vocab_size, axis)
         tokens = _first_max(x, _max(x, axis), vocab_size, axis)
         return Drawn(tokens, *_no_logprobs(tokens))
 
     def everything():
-        scaled = _scaled(real(logits), rows, counts, any_of["penalised"], axis)
+        real = _real(logits, vocab_size, axis)
+        scaled = _scaled(real, rows, counts, any_of["penalised"], axis)
         threshold = _threshold(scaled, rows, any_of, axis)
         tokens = _draw(scaled, threshold, rows, positions, any_of["drawn"], vocab_size, axis)
         logprobs = jax.lax.cond(
             any_of["logprobs"],
-            lambda: _logprobs(logits, real, scaled, threshold, tokens, rows, any_of["top"], axis),
+            lambda: _logprobs(logits, real, scaled, threshold, tokens, rows, any_of, axis),
             lambda: _no_logprobs(tokens),
         )
         return Drawn(tokens, *logprobs)
 
-    return jax.lax.cond(plain, greedy, everything)
+    return jax.lax.cond(any_of["more"], everything, greedy)
 
 
 def _scaled(x, rows, counts, penalised, axis) -> jax.Array:
@@ -341,13 +373,12 @@ def _threshold(scaled, rows, any_of, axis) -> jax.Array:
     def top_k():
         target = jnp.minimum(rows.top_k, _sum((scaled > -jnp.inf).astype(jnp.float32), axis))
         wanted = drawn & (rows.top_k > 0)
-        return _reach(scaled, None, jnp.where(wanted, target, 0.0), low(), axis)
+        return _reach(scaled, jnp.where(wanted, target, 0.0), low(), axis, probable=False)
 
     def top_p(k_threshold):
-        weights = jnp.exp(scaled)
-        left = _sum(jnp.where(scaled >= k_threshold[:, None], weights, 0.0), axis)
-        wanted = drawn & (rows.top_p < 1)
-        return _reach(scaled, weights, jnp.where(wanted, rows.top_p * left, 0.0), low(), axis)
+        left = _mass(scaled, k_threshold, axis)
+        target = jnp.where(drawn & (rows.top_p < 1), rows.top_p * left, 0.0)
+        return _reach(scaled, target, low(), axis, probable=True)
 
     with jax.named_scope("top_k"):
         threshold = jax.lax.cond(any_of["top_k"], top_k, lambda: nothing)
@@ -357,7 +388,15 @@ def _threshold(scaled, rows, any_of, axis) -> jax.Array:
     return jnp.maximum(threshold, jnp.where(drawn, jnp.log(rows.min_p), -jnp.inf))
 
 
-def _reach(values, weights, target, low, axis) -> jax.Array:
+def _mass(scaled, threshold, axis, probable: bool = True) -> jax.Array:
+    """float32 [R], the sum of exp(scaled) from the threshold on, or how many there are."""
+    kept = scaled >= threshold[:, None]
+    # The choice is made before exp: after it, exp would be taken out of a loop and kept.
+    weights = jnp.exp(jnp.where(kept, scaled, -jnp.inf)) if probable else kept.astype(jnp.float32)
+    return _sum(weights, axis)
+
+
+def _reach(values, target, low, axis, *, probable: bool) -> jax.Array:
     """The highest value such that the weights of entries at or above it sum to `target` or more.
 
     Bisection between two bounds, one that reaches the target and one that doesn't, until a single
@@ -367,16 +406,16 @@ def _reach(values, weights, target, low, axis) -> jax.Array:
 
     Args:
       values: float32 [R,V], at most 0.
-      weights: float32 [R,V], exp(values); None: 1 each.
       target: float32 [R], at most the sum of all weights of finite values; 0: no wish.
       low: float32 [R], lowest finite value.
+      probable: weights are exp(values); otherwise 1 each.
 
     Returns:
       float32 [R], -inf where there is no wish.
     """
 
     def least_between(low):
-        return 1.0 if weights is None else jnp.exp(low)
+        return jnp.exp(low) if probable else 1.0
 
     def open_(state):
         _, low, high, above = state
@@ -387,8 +426,7 @@ def _reach(values, weights, target, low, axis) -> jax.Array:
         middle = low + (high - low) / 2
         by_value = (step % 4 != 3) & (middle > low) & (middle < high)
         middle = jnp.where(by_value, middle, _between(low, high))
-        counted = jnp.where(values >= middle[:, None], 1.0 if weights is None else weights, 0.0)
-        mass = _sum(counted, axis)
+        mass = _mass(values, middle, axis, probable)
         go = open_(state)
         down, up = go & (mass < target), go & (mass >= target)
         return (
@@ -485,43 +523,68 @@ def _no_logprobs(tokens):
     return zeros, zeros, jnp.zeros(many, jnp.int32), jnp.zeros(many, jnp.float32)
 
 
-def _logprobs(logits, real, scaled, threshold, tokens, rows, any_top, axis):
+def _logprobs(logits, real, scaled, threshold, tokens, rows, any_of, axis):
     """(logprob, raw_logprob float32 [R], top ids, top logprobs [R, MAX_LOGPROBS])."""
     highest = _max(logits, axis)
     raw_total = highest + jnp.log(_sum(jnp.exp(logits - highest[:, None]), axis))
-
-    def kept(scaled):
-        return jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
-
-    total = jnp.log(_sum(jnp.exp(kept(scaled)), axis))
+    total = jnp.log(_mass(scaled, threshold, axis))
     logprob = _at(scaled, tokens, axis) - total
     raw_logprob = _at(logits, tokens, axis) - raw_total
 
     def top():
-        values, ids = _top(jnp.where(rows.raw[:, None], real(logits), kept(scaled)), axis)
+        kept = jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
+        of = jnp.where(rows.raw[:, None], real, kept)
+        values, ids = _top(of, any_of["alternatives"], axis)
         return ids, values - jnp.where(rows.raw, raw_total, total)[:, None]
 
     with jax.named_scope("top_logprobs"):
-        ids, values = jax.lax.cond(any_top, top, lambda: _no_logprobs(tokens)[2:])
+        none = _no_logprobs(tokens)[2:]
+        ids, values = jax.lax.cond(any_of["alternatives"] > 0, top, lambda: none)
     return logprob, raw_logprob, ids, values
 
 
-def _top(x: jax.Array, axis) -> tuple[jax.Array, jax.Array]:
-    """Values and ids of the MAX_LOGPROBS highest of x [R,V], highest first, of equals the lower id.
+def _top(x: jax.Array, count: jax.Array, axis) -> tuple[jax.Array, jax.Array]:
+    """Values and ids [R, MAX_LOGPROBS] of the `count` highest of x [R,V], of equals the lower id.
 
-    They lie in the blocks with the highest maxima, so only those few are looked through.
+    One after the other: the block with the highest maximum has the next one, and then has another
+    maximum. Only the first step looks at all of x. Places from `count` on are -inf and 0.
     """
     blocks = _blocks(x)
-    some = min(MAX_LOGPROBS, blocks.shape[1])
-    # In the order of the vocabulary, so that the first of equals has the lowest id.
-    best = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), some)[1], axis=-1)
-    few = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(x.shape[0], -1)
-    values, at = jax.lax.top_k(few, min(MAX_LOGPROBS, few.shape[1]))
-    ids = jnp.take_along_axis(best, at // _BLOCK, axis=1) * _BLOCK + at % _BLOCK
-    ids = jnp.minimum(ids, x.shape[1] - 1)  # filling, all -inf, has no id
-    if axis is not None:
-        ids = ids + _offset(x.shape[1], axis)
-        values, ids = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (values, ids))
-        values, at = jax.lax.top_k(values, MAX_LOGPROBS)
-        ids = jnp.take_along_axis(ids, at, axis=1)
-    return values, ids
+    requests, many, _ = blocks.shape
+    numbers = jnp.arange(many, dtype=jnp.int32)
+    places = jnp.arange(_BLOCK, dtype=jnp.int32)
+    none = jnp.int32(2**31 - 1)
+
+    def first(where, ids):
+        return jnp.where(where, ids, none).min(axis=-1)
+
+    def next_(i, state):
+        maxima, value, place, values, ids = state
+        mine = maxima.max(axis=-1)
+        block = jnp.minimum(first(maxima == mine[:, None], numbers), many - 1)
+        in_block = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [R, _BLOCK]
+        at = block[:, None] * _BLOCK + places
+        # What comes after the last one taken here, in the order of values, then ids.
+        left = (in_block < value[:, None]) | ((in_block == value[:, None]) & (at > place[:, None]))
+        local = jnp.minimum(first(left & (in_block == mine[:, None]), at), x.shape[1] - 1)
+        best, token = mine, local + _offset(x.shape[1], axis)
+        taken = jnp.full(requests, True)
+        if axis is not None:
+            best = jax.lax.pmax(mine, axis)
+            token = jax.lax.pmin(jnp.where(mine == best, token, none), axis)
+            taken = token == local + _offset(x.shape[1], axis)
+        rest = jnp.where(left & (at != local[:, None]), in_block, -jnp.inf).max(axis=-1)
+        here = (numbers == block[:, None]) & taken[:, None]
+        return (
+            jnp.where(here, rest[:, None], maxima),
+            jnp.where(taken, mine, value),
+            jnp.where(taken, local, place),
+            values.at[:, i].set(best),
+            ids.at[:, i].set(token),
+        )
+
+    shape = (requests, MAX_LOGPROBS)
+    value, place = jnp.full(requests, jnp.inf), jnp.full(requests, -1, jnp.int32)
+    out = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
+    start = (blocks.max(axis=-1), value, place, *out)
+    return jax.lax.fori_loop(0, count, next_, start)[-2:]
