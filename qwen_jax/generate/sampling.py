@@ -4,13 +4,8 @@ One executable serves every mixture of requests. What no row asks for stands beh
 that skips it, so a batch of greedy rows pays for one look at the logits; and no branch returns
 anything of the size of the vocabulary but the logits after penalties, so none copies it.
 
-The vocabulary is never sorted. The tokens that top-k, top-p and min-p leave are those whose logit
-is at least a threshold, found by bisection: count, or sum the probabilities of, what lies above the
-middle of an interval. The draw is an inverse distribution function in two levels, a block of
-tokens and a token in it, from two uniform numbers that depend on (seed, position) alone.
-
-Over a mesh the vocabulary may be divided along `tensor`: each device works on its part, and numbers
-per row, or per row and block of tokens, are all that crosses devices.
+The vocabulary is never sorted: what truncation leaves are the tokens whose logit is at least a
+threshold. How that is found, and how a draw is made over a divided vocabulary, is `vocabulary`.
 """
 
 from __future__ import annotations
@@ -23,11 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax.generate import vocabulary
 from qwen_jax.generate.request import MAX_LOGPROBS, SamplingParams
 from qwen_jax.parallel import RULES, current_mesh, on_mesh, reshard, spec
-
-_BLOCK = 128
-"""Tokens of a block, for the draw and for the best tokens: a TPU's lanes."""
 
 _TINY = 1e-37
 """Lowest temperature that divides: its reciprocal is a float32, and no logits are that close."""
@@ -131,7 +124,7 @@ def count_tokens(seen: TokenCounts, tokens: jax.Array, real: jax.Array) -> Token
     """Counts one drawn token a row, tokens int32 [R], where real bool [R]; in place in a loop."""
 
     def local(counts, tokens, real, *, axis):
-        tokens = tokens - _offset(counts.shape[1], axis)
+        tokens = tokens - vocabulary.offset(counts.shape[1], axis)
         real &= (tokens >= 0) & (tokens < counts.shape[1])
         rows = jnp.arange(counts.shape[0])
         tokens = jnp.where(real, tokens, 0)
@@ -204,10 +197,10 @@ def log_probabilities(
     """
 
     def local(logits, rows, counts, any_of, *, axis):
-        scaled = _scaled(_real(logits, vocab_size, axis), rows, counts, any_of["penalised"], axis)
+        scaled = _scaled(logits, rows, counts, any_of["penalised"], vocab_size, axis)
         threshold = _threshold(scaled, rows, any_of, axis)
         kept = scaled >= threshold[:, None]
-        total = _mass(scaled, threshold, axis)
+        total = vocabulary.mass(scaled, threshold, axis)
         return jnp.where(kept, scaled - jnp.log(total)[:, None], -jnp.inf)
 
     axes = (_LOGITS, _ROW_AXES, _LOGITS, ())
@@ -268,65 +261,23 @@ def _sharded(local, in_axes, out_axes):
     return call
 
 
-# From here on: one device's rows and part of the vocabulary. `axis` is the mesh axis that divides
-# the vocabulary, or None.
-
-
-def _offset(part: int, axis: str | None):
-    """Id of the first token here, of `part` tokens a device."""
-    return 0 if axis is None else jax.lax.axis_index(axis) * part
-
-
-def _all(reduce, local: jax.Array, axis: str | None) -> jax.Array:
-    return local if axis is None else reduce(local, axis)
-
-
-def _max(x, axis):
-    return _all(jax.lax.pmax, x.max(axis=-1), axis)
-
-
-def _sum(x, axis):
-    return _all(jax.lax.psum, x.sum(axis=-1), axis)
-
-
-def _ids(x, axis):
-    return _offset(x.shape[-1], axis) + jnp.arange(x.shape[-1], dtype=jnp.int32)
-
-
-def _first_max(x: jax.Array, highest: jax.Array, vocab_size: int, axis) -> jax.Array:
-    """int32 [R], lowest id whose x is the highest. Two plain reductions: argmax is 8× one of them
-    on CPUs, where it isn't vectorised."""
-    ids = jnp.where(x == highest[:, None], _ids(x, axis), vocab_size - 1)
-    return _all(jax.lax.pmin, ids.min(axis=-1), axis)
-
-
-def _at(x: jax.Array, tokens: jax.Array, axis) -> jax.Array:
-    """x [R,V] at one id a row, float32 [R]."""
-    here = tokens - _offset(x.shape[1], axis)
-    inside = (here >= 0) & (here < x.shape[1])
-    found = jnp.take_along_axis(x, jnp.where(inside, here, 0)[:, None], axis=1)[:, 0]
-    return found if axis is None else _sum(jnp.where(inside, found, 0.0)[:, None], axis)
-
-
-def _real(logits, vocab_size, axis):
-    """Logits of padding become -inf."""
-    return jnp.where(_ids(logits, axis) < vocab_size, logits, -jnp.inf)
+# From here on: the rows of one device and its part of the vocabulary. `axis` is the mesh axis that
+# divides the vocabulary, or None.
 
 
 def _local(logits, rows, positions, counts, any_of, *, vocab_size, axis) -> Drawn:
     def greedy():
-        x = _real(logits, vocab_size, axis)
-        tokens = _first_max(x, _max(x, axis), vocab_size, axis)
+        x = vocabulary.mask_padding(logits, vocab_size, axis)
+        tokens = vocabulary.first_highest(x, axis)
         return Drawn(tokens, *_no_logprobs(tokens))
 
     def everything():
-        real = _real(logits, vocab_size, axis)
-        scaled = _scaled(real, rows, counts, any_of["penalised"], axis)
+        scaled = _scaled(logits, rows, counts, any_of["penalised"], vocab_size, axis)
         threshold = _threshold(scaled, rows, any_of, axis)
-        tokens = _draw(scaled, threshold, rows, positions, any_of["drawn"], vocab_size, axis)
+        tokens = _draw(scaled, threshold, rows, positions, any_of["drawn"], axis)
         logprobs = jax.lax.cond(
             any_of["logprobs"],
-            lambda: _logprobs(logits, real, scaled, threshold, tokens, rows, any_of, axis),
+            lambda: _logprobs(logits, scaled, threshold, tokens, rows, any_of, vocab_size, axis),
             lambda: _no_logprobs(tokens),
         )
         return Drawn(tokens, *logprobs)
@@ -334,7 +285,7 @@ def _local(logits, rows, positions, counts, any_of, *, vocab_size, axis) -> Draw
     return jax.lax.cond(any_of["more"], everything, greedy)
 
 
-def _scaled(x, rows, counts, penalised, axis) -> jax.Array:
+def _scaled(x, rows, counts, penalised, vocab_size, axis) -> jax.Array:
     """float32 [R,V], logits after penalties and temperature, shifted so that a row's highest is 0.
 
     Shifted before the division, no temperature overflows. Greedy rows have temperature 1.
@@ -342,7 +293,8 @@ def _scaled(x, rows, counts, penalised, axis) -> jax.Array:
     temperature = jnp.where(rows.temperature > 0, jnp.maximum(rows.temperature, _TINY), 1.0)
 
     def scale(x):
-        return (x - _max(x, axis)[:, None]) / temperature[:, None]
+        x = vocabulary.mask_padding(x, vocab_size, axis)
+        return (x - vocabulary.highest(x, axis)[:, None]) / temperature[:, None]
 
     def penalise():
         repetition = rows.repetition[:, None]
@@ -366,19 +318,14 @@ def _threshold(scaled, rows, any_of, axis) -> jax.Array:
     drawn = rows.temperature > 0
     nothing = jnp.full(rows.temperature.shape, -jnp.inf)
 
-    def low():
-        finite = jnp.where(scaled > -jnp.inf, scaled, 0.0).min(axis=-1)
-        return _all(jax.lax.pmin, finite, axis)
-
     def top_k():
-        target = jnp.minimum(rows.top_k, _sum((scaled > -jnp.inf).astype(jnp.float32), axis))
-        wanted = drawn & (rows.top_k > 0)
-        return _reach(scaled, jnp.where(wanted, target, 0.0), low(), axis, probable=False)
+        wanted = jnp.where(drawn, rows.top_k, 0).astype(jnp.float32)
+        return vocabulary.reach(scaled, wanted, axis, probable=False)
 
     def top_p(k_threshold):
-        left = _mass(scaled, k_threshold, axis)
+        left = vocabulary.mass(scaled, k_threshold, axis)
         target = jnp.where(drawn & (rows.top_p < 1), rows.top_p * left, 0.0)
-        return _reach(scaled, target, low(), axis, probable=True)
+        return vocabulary.reach(scaled, target, axis, probable=True)
 
     with jax.named_scope("top_k"):
         threshold = jax.lax.cond(any_of["top_k"], top_k, lambda: nothing)
@@ -388,129 +335,15 @@ def _threshold(scaled, rows, any_of, axis) -> jax.Array:
     return jnp.maximum(threshold, jnp.where(drawn, jnp.log(rows.min_p), -jnp.inf))
 
 
-def _mass(scaled, threshold, axis, probable: bool = True) -> jax.Array:
-    """float32 [R], the sum of exp(scaled) from the threshold on, or how many there are."""
-    kept = scaled >= threshold[:, None]
-    # The choice is made before exp: after it, exp would be taken out of a loop and kept.
-    weights = jnp.exp(jnp.where(kept, scaled, -jnp.inf)) if probable else kept.astype(jnp.float32)
-    return _sum(weights, axis)
-
-
-def _reach(values, target, low, axis, *, probable: bool) -> jax.Array:
-    """The highest value such that the weights of entries at or above it sum to `target` or more.
-
-    Bisection between two bounds, one that reaches the target and one that doesn't, until a single
-    entry between them is sure to make the difference: the highest one there is then the answer,
-    exactly. Takes 10 to 20 steps on logits, at most 4 × 32 on any floats, because every fourth
-    middle is taken among the floats between the bounds, the others between their values.
-
-    Args:
-      values: float32 [R,V], at most 0.
-      target: float32 [R], at most the sum of all weights of finite values; 0: no wish.
-      low: float32 [R], lowest finite value.
-      probable: weights are exp(values); otherwise 1 each.
-
-    Returns:
-      float32 [R], -inf where there is no wish.
-    """
-
-    def least_between(low):
-        return jnp.exp(low) if probable else 1.0
-
-    def open_(state):
-        _, low, high, above = state
-        return (target - above > least_between(low)) & (_order(high) - 1 > _order(low))
-
-    def halve(state):
-        step, low, high, above = state
-        middle = low + (high - low) / 2
-        by_value = (step % 4 != 3) & (middle > low) & (middle < high)
-        middle = jnp.where(by_value, middle, _between(low, high))
-        mass = _mass(values, middle, axis, probable)
-        go = open_(state)
-        down, up = go & (mass < target), go & (mass >= target)
-        return (
-            step + 1,
-            jnp.where(up, middle, low),
-            jnp.where(down, middle, high),
-            jnp.where(down, mass, above),
-        )
-
-    zeros = jnp.zeros_like(target)
-    start = (jnp.int32(0), low, jnp.full_like(low, 1.0), zeros)
-    _, _, high, _ = jax.lax.while_loop(lambda s: open_(s).any(), halve, start)
-    found = _max(jnp.where(values < high[:, None], values, -jnp.inf), axis)
-    return jnp.where(target > 0, found, -jnp.inf)
-
-
-def _order(x: jax.Array) -> jax.Array:
-    """int32 in the order of float32 x: neighbours differ by 1."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _between(low: jax.Array, high: jax.Array) -> jax.Array:
-    """The float32 half-way in the order of floats, at least low, below high."""
-    a, b = _order(low), _order(high)
-    middle = (a & b) + ((a ^ b) >> 1)
-    bits = jnp.where(middle < 0, middle ^ 0x7FFFFFFF, middle)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _uniform(seed: jax.Array, positions: jax.Array) -> jax.Array:
-    """float32 [R,2] in [0, 1), 24 bits each, from seed uint32 [R,2] and positions int32 [R]."""
-
-    def bits(seed, position):
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.bits(jax.random.fold_in(key, position), (2,), jnp.uint32)
-
-    return (jax.vmap(bits)(seed, positions) >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """int32 [R], an index of weights [R,n] drawn in proportion to them; never one of weight 0."""
-    total = jnp.cumsum(weights, axis=-1)
-    some = weights > 0
-    past = some & (total > uniform[:, None] * total[:, -1:])
-    places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    # Rounding may leave no place past the target: then it is the last one that can be drawn.
-    first = jnp.where(past, places, weights.shape[-1]).min(axis=-1)
-    return jnp.minimum(first, jnp.where(some, places, 0).max(axis=-1))
-
-
-def _blocks(x: jax.Array) -> jax.Array:
-    """[R,V] -> [R, blocks, _BLOCK], filled up with -inf."""
-    short = -x.shape[1] % _BLOCK
-    if short:
-        x = jnp.pad(x, ((0, 0), (0, short)), constant_values=-jnp.inf)
-    return x.reshape(x.shape[0], -1, _BLOCK)
-
-
-def _draw(scaled, threshold, rows, positions, drawn, vocab_size, axis) -> jax.Array:
+def _draw(scaled, threshold, rows, positions, drawn, axis) -> jax.Array:
     """int32 [R], drawn tokens, or the highest of greedy rows."""
 
-    def weights(x):
-        kept = x >= threshold.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(kept, jnp.exp(x), 0.0)
-
     def draw():
-        blocks = _blocks(scaled)
-        uniform = _uniform(rows.seed, positions)
-        sums = weights(blocks).sum(axis=-1)
-        mine = blocks.shape[1]
-        sums = sums if axis is None else jax.lax.all_gather(sums, axis, axis=1, tiled=True)
-        block = _pick(sums, uniform[:, 0])
-        here = block - _offset(mine, axis)
-        inside = (here >= 0) & (here < mine)
-        one = jnp.take_along_axis(blocks, jnp.where(inside, here, 0)[:, None, None], axis=1)[:, 0]
-        token = jnp.where(inside, here, 0) * _BLOCK + _pick(weights(one), uniform[:, 1])
-        if axis is not None:
-            token = jnp.where(inside, token + _offset(scaled.shape[1], axis), 0)
-            token = jax.lax.psum(token, axis)
+        token = vocabulary.draw(scaled, threshold, vocabulary.uniform(rows.seed, positions), axis)
         return jnp.where(rows.temperature > 0, token, greedy())
 
     def greedy():
-        return _first_max(scaled, _max(scaled, axis), vocab_size, axis)
+        return vocabulary.first_highest(scaled, axis)
 
     with jax.named_scope("draw"):
         return jax.lax.cond(drawn, draw, greedy)
@@ -523,68 +356,22 @@ def _no_logprobs(tokens):
     return zeros, zeros, jnp.zeros(many, jnp.int32), jnp.zeros(many, jnp.float32)
 
 
-def _logprobs(logits, real, scaled, threshold, tokens, rows, any_of, axis):
+def _logprobs(logits, scaled, threshold, tokens, rows, any_of, vocab_size, axis):
     """(logprob, raw_logprob float32 [R], top ids, top logprobs [R, MAX_LOGPROBS])."""
-    highest = _max(logits, axis)
-    raw_total = highest + jnp.log(_sum(jnp.exp(logits - highest[:, None]), axis))
-    total = jnp.log(_mass(scaled, threshold, axis))
-    logprob = _at(scaled, tokens, axis) - total
-    raw_logprob = _at(logits, tokens, axis) - raw_total
+    highest = vocabulary.highest(logits, axis)
+    raw_total = highest + jnp.log(vocabulary.total(jnp.exp(logits - highest[:, None]), axis))
+    total = jnp.log(vocabulary.mass(scaled, threshold, axis))
+    logprob = vocabulary.at(scaled, tokens, axis) - total
+    raw_logprob = vocabulary.at(logits, tokens, axis) - raw_total
 
     def top():
         kept = jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
+        real = vocabulary.mask_padding(logits, vocab_size, axis)
         of = jnp.where(rows.raw[:, None], real, kept)
-        values, ids = _top(of, any_of["alternatives"], axis)
+        values, ids = vocabulary.best(of, any_of["alternatives"], axis)
         return ids, values - jnp.where(rows.raw, raw_total, total)[:, None]
 
     with jax.named_scope("top_logprobs"):
         none = _no_logprobs(tokens)[2:]
         ids, values = jax.lax.cond(any_of["alternatives"] > 0, top, lambda: none)
     return logprob, raw_logprob, ids, values
-
-
-def _top(x: jax.Array, count: jax.Array, axis) -> tuple[jax.Array, jax.Array]:
-    """Values and ids [R, MAX_LOGPROBS] of the `count` highest of x [R,V], of equals the lower id.
-
-    One after the other: the block with the highest maximum has the next one, and then has another
-    maximum. Only the first step looks at all of x. Places from `count` on are -inf and 0.
-    """
-    blocks = _blocks(x)
-    requests, many, _ = blocks.shape
-    numbers = jnp.arange(many, dtype=jnp.int32)
-    places = jnp.arange(_BLOCK, dtype=jnp.int32)
-    none = jnp.int32(2**31 - 1)
-
-    def first(where, ids):
-        return jnp.where(where, ids, none).min(axis=-1)
-
-    def next_(i, state):
-        maxima, value, place, values, ids = state
-        mine = maxima.max(axis=-1)
-        block = jnp.minimum(first(maxima == mine[:, None], numbers), many - 1)
-        in_block = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [R, _BLOCK]
-        at = block[:, None] * _BLOCK + places
-        # What comes after the last one taken here, in the order of values, then ids.
-        left = (in_block < value[:, None]) | ((in_block == value[:, None]) & (at > place[:, None]))
-        local = jnp.minimum(first(left & (in_block == mine[:, None]), at), x.shape[1] - 1)
-        best, token = mine, local + _offset(x.shape[1], axis)
-        taken = jnp.full(requests, True)
-        if axis is not None:
-            best = jax.lax.pmax(mine, axis)
-            token = jax.lax.pmin(jnp.where(mine == best, token, none), axis)
-            taken = token == local + _offset(x.shape[1], axis)
-        rest = jnp.where(left & (at != local[:, None]), in_block, -jnp.inf).max(axis=-1)
-        here = (numbers == block[:, None]) & taken[:, None]
-        return (
-            jnp.where(here, rest[:, None], maxima),
-            jnp.where(taken, mine, value),
-            jnp.where(taken, local, place),
-            values.at[:, i].set(best),
-            ids.at[:, i].set(token),
-        )
-
-    shape = (requests, MAX_LOGPROBS)
-    value, place = jnp.full(requests, jnp.inf), jnp.full(requests, -1, jnp.int32)
-    out = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
-    start = (blocks.max(axis=-1), value, place, *out)
-    return jax.lax.fori_loop(0, count, next_, start)[-2:]

@@ -1,4 +1,7 @@
-"""Compiles sampling for a TPU topology named on the command line; prints what it takes as JSON."""
+"""Compiles sampling for a TPU topology named on the command line; prints what it takes as JSON.
+
+Bursts only when the name is followed by `burst`, else single steps of 8 and 64 rows as well.
+"""
 
 import json
 import re
@@ -21,18 +24,18 @@ from qwen_jax.parallel import MeshConfig, make_mesh, named_sharding
 VOCAB = 151_936
 
 
-def step(logits, rows: SamplingRows, positions, seen):
+def step(logits, rows: SamplingRows, positions, seen, vocab: int = VOCAB):
     """One draw, counted."""
-    drawn = sample_rows(logits, rows, positions, seen, VOCAB)
+    drawn = sample_rows(logits, rows, positions, seen, vocab)
     return drawn, count_tokens(seen, drawn.tokens, drawn.tokens != 0)
 
 
-def burst(logits, rows, positions, seen):
+def burst(logits, rows, positions, seen, vocab: int = VOCAB):
     """Eight draws without going back to the host, the tokens summed."""
 
     def one(state):
         i, total, positions, seen = state
-        drawn, seen = step(logits + i, rows, positions, seen)
+        drawn, seen = step(logits + i, rows, positions, seen, vocab)
         return i + 1, total + drawn.tokens + drawn.top_ids[:, 0], positions + 1, seen
 
     start = (jnp.int32(0), jnp.zeros_like(positions), positions, seen)
@@ -70,19 +73,15 @@ def compile_one(pod, tensor: int, count: int, run) -> dict:
     }
 
 
-def main(name: str) -> None:
+def main(name: str, which: str = "all") -> None:
     """Prints one JSON list."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
     pod = topology.describe(name)
-    print(
-        json.dumps(
-            [compile_one(pod, tensor, count, run) for tensor, count, run in (
-                (1, 8, step), (1, 64, step), (1, 8, burst), (4, 8, burst),
-            )]
-        )
-    )  # fmt: skip
+    cases = [(1, 8, burst), (4, 8, burst)]
+    cases += [(1, 8, step), (1, 64, step)] if which == "all" else []
+    print(json.dumps([compile_one(pod, *case) for case in cases]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
