@@ -77,8 +77,8 @@ _CPU_LENGTH = 4096
 def _quarters(most: int, least: int, count: int) -> tuple[int, ...]:
     """At most `count` multiples of `least` up to `most`, each about a quarter of the next."""
     sizes = [most]
-    while len(sizes) < count and sizes[0] > least:
-        sizes.insert(0, max(sizes[0] // 4 // least * least, least))
+    while len(sizes) < count and sizes[0] // 4 >= least:
+        sizes.insert(0, sizes[0] // 4 // least * least)
     return tuple(sizes)
 
 
@@ -153,6 +153,7 @@ def choose_shapes(
         prompts=min(_PROMPTS, rows),
         prefill_tokens=_quarters(tokens, size, 3),
         past_pages=(0, *_quarters(table, 1, 3)),
-        decode_rows=_quarters(rows, 1, 8),
+        # One request alone is the most common case of all.
+        decode_rows=tuple(sorted({1, *_quarters(rows, 1, 8)})),
         burst=options.burst,
     )
