@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import pathlib
+import stat
 import sys
 from collections.abc import Iterator
 
@@ -52,6 +53,15 @@ HISTORY = flags.DEFINE_string(
     os.path.join(os.environ.get("XDG_STATE_HOME", "~/.local/state"), "qwen_jax", "chat_history"),
     "File that keeps what was typed; empty: none.",
 )
+COMPILED = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "qwen_jax", "compiled")
+TENSOR = flags.DEFINE_integer("tensor", None, "Devices that share the model.")
+SIZES = {
+    "max_length": flags.DEFINE_integer("max_length", None, "Longest prompt and answer."),
+    "memory": flags.DEFINE_float("memory", None, "Share of a device's memory to use."),
+    "kv_dtype": flags.DEFINE_string("kv_dtype", None, "Of the cache: auto, or uint8 (half)."),
+    "page_size": flags.DEFINE_integer("page_size", None, "Tokens a page of the cache."),
+    "prefill_tokens": flags.DEFINE_integer("prefill_tokens", None, "Of a prompt, in one call."),
+}
 _DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
 SAMPLING = {
     name: _DEFINE[type(getattr(SamplingParams, name))](name, None, "Sampling; see /set.")
@@ -60,11 +70,12 @@ SAMPLING = {
 
 
 @contextlib.contextmanager
-def open_model() -> Iterator[Qwen]:
+def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     """The model that the flags name, with the settings they give."""
-    path = pathlib.Path(MODEL.value)
     place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
-    with load(path, dtype=DTYPE.value, **place) as qwen:
+    how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": warm_up}
+    sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
+    with load(MODEL.value, **place, **how, rows=1, **sizes) as qwen:
         given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
         session = qwen.session
         session.params = with_options(session.params, given)
@@ -105,6 +116,7 @@ def converse(qwen: Qwen) -> None:
 def answer_once(qwen: Qwen, prompt: str) -> None:
     """One answer on stdout, as text or as JSON."""
     session = qwen.session
+    prompt = prompt.strip() if session.chats else prompt
     reply = session.ask(prompt, stream=not JSON.value, seed=SEED_FLAG.value)
     if not JSON.value:
         begun = not session.chats
@@ -134,13 +146,19 @@ def answer_once(qwen: Qwen, prompt: str) -> None:
 def read_prompt() -> str | None:
     """What is to be answered once: --prompt, and the text on a pipe; None for a conversation."""
     parts = [] if PROMPT.value is None else [PROMPT.value]
-    if not sys.stdin.isatty() and not LINES.value:
+    if not LINES.value and _is_pipe(sys.stdin.fileno()):
         parts.append(sys.stdin.read())
     if not parts:
         if JSON.value:
             raise UserError("--json is for one answer; give --prompt=TEXT, or text on a pipe.")
         return None
     return "\n".join(part for part in parts if part.strip())
+
+
+def _is_pipe(descriptor: int) -> bool:
+    """Whether somebody writes to it: a pipe or a file, and no terminal or /dev/null."""
+    mode = os.fstat(descriptor).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def main() -> int:
@@ -153,7 +171,7 @@ def main() -> int:
         stream.reconfigure(encoding="utf-8", errors="replace")
     prompt = read_prompt()
     try:
-        with open_model() as qwen:
+        with open_model(warm_up=prompt is None) as qwen:  # one answer needs few programs
             if prompt is None:
                 converse(qwen)
             else:
@@ -166,5 +184,15 @@ def main() -> int:
     return 0
 
 
+def keep_compiled() -> None:
+    """Compiled programs are kept for the next start, where there is a place for them."""
+    with contextlib.suppress(OSError):
+        folder = os.path.expanduser(COMPILED)
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            flags.set_default(program.COMPILE_CACHE, folder)
+
+
 if __name__ == "__main__":
+    keep_compiled()
     program.run(main)

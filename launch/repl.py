@@ -111,9 +111,16 @@ class Repl:
         if stopped:
             self.say("stopped; this answer is not part of the conversation")
         else:
-            cut = "; cut at max_tokens, /set max_tokens N for more"
-            self.say(speed(reply.answer) + (cut if reply.finish == "length" else ""))
+            self.say(speed(reply.answer) + self._cut(reply))
         return not stopped
+
+    def _cut(self, reply: Reply) -> str:
+        """Why an answer has no end of its own; "" when it has one."""
+        if reply.finish != "length":
+            return ""
+        if reply.answer.new_tokens >= self.session.params.max_tokens:
+            return "; cut at max_tokens, /set max_tokens N for more"
+        return "; cut, because prompt and answer have as many tokens as this engine holds"
 
     def say(self, text: str) -> None:
         """Prints something that is not the model's."""
@@ -296,10 +303,10 @@ def speed(answer: Answer) -> str:
         return "no tokens"
     rate = (answer.new_tokens - 1) / (ended - first) if ended > first else math.nan
     per_second = f", {rate:.1f} tokens/s" if answer.new_tokens > 1 else ""
-    cached = f", {answer.cached_tokens} of them known" if answer.cached_tokens else ""
+    cached = f", {answer.cached_tokens} cached" if answer.cached_tokens else ""
     return (
-        f"{answer.new_tokens} tokens{per_second}, the first after {first - submitted:.2f} s "
-        f"(prompt of {answer.prompt_tokens}{cached})"
+        f"{answer.new_tokens} tokens{per_second}, first after {first - submitted:.2f} s "
+        f"(prompt {answer.prompt_tokens}{cached})"
     )
 
 

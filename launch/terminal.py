@@ -73,6 +73,13 @@ class Terminal:
         def _(event) -> None:
             event.current_buffer.insert_text("\n")
 
+        @keys.add("c-c")
+        def _(event) -> None:
+            if event.current_buffer.text:
+                event.current_buffer.reset()
+            else:
+                event.app.exit(exception=KeyboardInterrupt())
+
         kept = InMemoryHistory()
         if history is not None:
             history.parent.mkdir(parents=True, exist_ok=True)

@@ -17,8 +17,7 @@ from qwen_jax import interop
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
 from qwen_jax.generate.defaults import Defaults, read_defaults
-from qwen_jax.model import ForwardOptions, ModelConfig, Params, abstract_params
-from qwen_jax.parallel import platform
+from qwen_jax.model import ModelConfig, Params, abstract_params
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from qwen_jax.train.checkpoint import read_identity, restore_params
 
@@ -128,16 +127,6 @@ def load_weights(source: Source, dtype: str) -> Params:
     for i in range(len(leaves)):
         leaves[i] = jax.block_until_ready(cast(leaves[i]))
     return tree.unflatten(leaves)
-
-
-def default_dtype() -> str:
-    """float32 on CPUs, which multiply nothing narrower fast; bfloat16 elsewhere."""
-    return "float32" if platform()[0] == "cpu" else "bfloat16"
-
-
-def forward_options(dtype: str) -> ForwardOptions:
-    """How a network runs when text is generated from it."""
-    return ForwardOptions(dtype=dtype)
 
 
 def _checkpoints(path: pathlib.Path, step: int | None) -> tuple[pathlib.Path, int | None]:

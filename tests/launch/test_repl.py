@@ -61,7 +61,7 @@ def test_answers_come_as_text_with_their_speed(make):
     talk = make()
     out = talk.run("hi there", "你好").splitlines()
     assert out[0] == "1: hi there 1234" and out[2] == "2: 你好 1234"
-    assert out[1].startswith("17 tokens, ") and "tokens/s, the first after 0." in out[1]
+    assert out[1].startswith("17 tokens, ") and "tokens/s, first after 0." in out[1]
     assert talk.session.history == [("hi there", "1: hi there 1234"), ("你好", "2: 你好 1234")]
 
 
