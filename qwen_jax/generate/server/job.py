@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.generate.request import SamplingParams
+from qwen_jax.generate.request import MAX_STOP_IDS, SamplingParams
 from qwen_jax.generate.server.errors import SERVER, ApiError
 from qwen_jax.generate.server.schema import ChatRequest, CompletionRequest
 from qwen_jax.generate.server.served import ServedModel
@@ -74,6 +74,12 @@ def sampling_params(
         given["seed"] %= 2**63
     own = () if request.ignore_eos else stop_ids
     stops = tuple(dict.fromkeys([*(request.stop_token_ids or ()), *own]))
+    if len(stops) > MAX_STOP_IDS:
+        message = (
+            f"stop_token_ids has {len(stops) - len(own)} ids beside the {len(own)} of the model; "
+            f"give at most {MAX_STOP_IDS - len(own)}."
+        )
+        raise ApiError(400, message, param="stop_token_ids", code="invalid_value")
     return dataclasses.replace(
         model.defaults,
         **given,

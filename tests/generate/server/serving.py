@@ -47,16 +47,17 @@ class Running:
     def __init__(self, url, server, service, engine, front):
         self.url, self.server, self.service = url, server, service
         self.engine, self.front = engine, front
+        self.http = httpx.Client(base_url=url, timeout=30)
 
     def client(self, **options) -> openai.OpenAI:
         options = {"api_key": "none", "max_retries": 0, "timeout": 30, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
     def post(self, path, **options) -> httpx.Response:
-        return httpx.post(self.url + path, timeout=30, **options)
+        return self.http.post(path, **options)
 
     def get(self, path, **options) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=30, **options)
+        return self.http.get(path, **options)
 
     def wait_until(self, condition, seconds=10.0) -> None:
         """Waits for something that another thread does."""
@@ -79,9 +80,11 @@ def serve(engine, served=None, limits=Limits(), *, max_waiting=1024):
         while not server.started:
             time.sleep(0.005)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        running = Running(url, server, service, engine, app.state.front)
         try:
-            yield Running(url, server, service, engine, app.state.front)
+            yield running
         finally:
+            running.http.close()
             server.drain(0.0)
             thread.join(20)
             assert not thread.is_alive()
