@@ -24,7 +24,7 @@ FINAL_THOUGHT = "I now know the final answer."
 
 _LABELS = ("Thought:", "Action:", "Final Answer:")
 _LABEL = re.compile(r"\n\s*(?:Thought|Action|Final Answer):")
-_DECISION = re.compile(r"(?:\A|\n)\s*(Action:|Final Answer:)")
+_DECISION = re.compile(r"(?:\A(?:\s*Thought:)?|\n)\s*(Action:|Final Answer:)")
 _FINAL = re.compile(r"(?:\A|\n)\s*Final Answer:")
 _CALL = re.compile(
     r"\s*Action:(?P<name>[^\n]*)\n\s*Action Input:(?P<input>.*?)"
@@ -173,7 +173,7 @@ class ReplyReader:
         return shown
 
     def _called(self, rest: str) -> list[Part]:
-        start = _DECISION.search(rest).start()
+        start = _DECISION.search(rest).start(1)
         found = _CALL.match(rest, start)
         name = self._known(found["name"]) if found else None
         if name is None:

@@ -93,7 +93,7 @@ class Front:
         if stream:
             return EventStream(self._events(job, writer, include_usage), end)
         try:
-            return await unless_gone(request.receive, self._whole(job, writer))
+            return await unless_gone(request.receive, self._whole(job, writer), job.cancel)
         finally:
             end()
 

@@ -159,8 +159,9 @@ class Job:
             while running:
                 left = end - time.monotonic()
                 try:
-                    wait = max(0.0, min(left, keep_alive_s))
-                    number, item = await asyncio.wait_for(queue.get(), wait)
+                    # Not `wait_for`: before Python 3.12 it can swallow a cancellation.
+                    async with asyncio.timeout(max(0.0, min(left, keep_alive_s))):
+                        number, item = await queue.get()
                 except TimeoutError:
                     if left <= keep_alive_s:
                         raise timed_out(timeout_s) from None

@@ -16,6 +16,11 @@ from qwen_jax.generate.server.errors import dump
 T = TypeVar("T")
 
 KEEP_ALIVE = b": still working\n\n"
+_HEADERS = {
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # a proxy in between (nginx) is to pass each event on as it comes
+}
+
 DONE = b"data: [DONE]\n\n"
 
 
@@ -24,8 +29,8 @@ def event(value: Any) -> bytes:
     return b"data: " + dump(value) + b"\n\n"
 
 
-async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away.
+async def unless_gone(receive: Receive, work: Awaitable[T], give_up: Callable[[], None]) -> T:
+    """The result of `work`; when the client goes away, `give_up` is called and `work` cancelled.
 
     Raises:
       ClientDisconnect: it went.
@@ -40,6 +45,7 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
+        give_up()
         raise ClientDisconnect
     finally:
         for each in (task, watch):
@@ -49,20 +55,19 @@ async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
 
 
 class EventStream(StreamingResponse):
-    """A stream of events; when the client goes, `events` is closed and `on_end` called at once."""
+    """A stream of events; `on_end` is called at its end, and at once when the client goes."""
 
     media_type = "text/event-stream"
 
     def __init__(self, events: AsyncGenerator[bytes], on_end: Callable[[], None]):
-        # `no`: a proxy in between (nginx) is to pass each event on as it comes.
-        super().__init__(events, headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        super().__init__(events, headers=_HEADERS)
         self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the events."""
         try:
             with contextlib.suppress(ClientDisconnect, OSError):
-                await unless_gone(receive, self.stream_response(send))
+                await unless_gone(receive, self.stream_response(send), self._on_end)
         finally:
             await self._events.aclose()
             self._on_end()

@@ -154,6 +154,27 @@ def test_a_client_that_goes_away_before_the_first_token(slow):
         server.wait_until(lambda: len(slow.cancelled) == 1)
 
 
+def test_clients_that_go_away_at_any_moment():
+    """Also in the very moment in which a token arrives."""
+
+    def answer(request):
+        for token in default_answer(request):
+            time.sleep(0.0005)
+            yield token
+
+    engine = FakeEngine(answer, max_length=10**6)
+    with serve(engine, model(max_length=10**6)) as server:
+        for i in range(25):
+            body = {**FOREVER, "stream": True, "max_tokens": 10**5}
+            with raw(server, body) as connection:
+                response = connection.getresponse()
+                for _ in range(2 + 3 * i):
+                    response.readline()
+                hang_up(connection)
+            server.wait_until(lambda: server.service.stats().running == 0, 5)
+        assert len(engine.cancelled) == 25 and server.front.gate.active == 0
+
+
 def test_the_official_client_can_stop_a_stream(slow):
     with serve(slow) as server:
         stream = server.client().chat.completions.create(

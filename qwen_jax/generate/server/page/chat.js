@@ -68,6 +68,9 @@ function show(target, text) {
       block.append(element("code", "", part.replace(/\n$/, "")));
       return [block];
     }
+    // The block has a margin of its own.
+    if (i > 0) part = part.replace(/^\n/, "");
+    if (i + 1 < parts.length) part = part.replace(/\n\n?$/, "");
     return part.split(/(`[^`\n]+`|\*\*[^*\n]+\*\*)/).map((piece, k) => {
       if (k % 2 === 0) return document.createTextNode(piece);
       if (piece[0] === "`") return element("code", "", piece.slice(1, -1));
@@ -121,12 +124,13 @@ function question() {
 
 // The values of a stream of server-sent events, until [DONE].
 async function* events(body) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  const reader = body.getReader();
+  const decoder = new TextDecoder();
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) throw new Error("The connection broke off.");
-    const blocks = (rest + value).split("\n\n");
+    const blocks = (rest + decoder.decode(value, { stream: true })).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
       if (!block.startsWith("data: ")) continue;
