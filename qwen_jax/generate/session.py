@@ -200,7 +200,8 @@ class Reply:
 
     def text(self) -> str:
         """Waits for the end and returns the whole answer, without white space around it."""
-        self._take(self.answer.result())
+        with self.answer:  # an interrupted reader must not leave it running
+            self._take(self.answer.result())
         return self._whole
 
     def cancel(self) -> None:

@@ -1,10 +1,10 @@
 """The network: configuration, parameters and forward pass of every dense Qwen."""
 
 from qwen_jax.model.config import ModelConfig, Yarn
+from qwen_jax.model.dense_cache import KVCache, init_cache
 from qwen_jax.model.options import ForwardOptions
-from qwen_jax.model.rope import ntk_alpha
+from qwen_jax.model.rope import ntk_alpha, ntk_alphas
 from qwen_jax.model.transformer import (
-    KVCache,
     Params,
     abstract_params,
     count_params,
@@ -12,9 +12,9 @@ from qwen_jax.model.transformer import (
     declare,
     forward,
     hidden_states,
-    init_cache,
     init_params,
     logits,
+    network,
     output_kernel,
 )
 
@@ -33,6 +33,8 @@ __all__ = [
     "init_cache",
     "init_params",
     "logits",
+    "network",
     "ntk_alpha",
+    "ntk_alphas",
     "output_kernel",
 ]
