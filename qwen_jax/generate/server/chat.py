@@ -14,7 +14,14 @@ from qwen_jax.generate.reply import Call, Part, Reasoning, Text
 from qwen_jax.generate.server import schema
 from qwen_jax.generate.server.errors import ApiError
 from qwen_jax.generate.server.front import Front, endpoint, new_id
-from qwen_jax.generate.server.job import Ask, chosen, finite, sampling_params, token_text
+from qwen_jax.generate.server.job import (
+    Ask,
+    chosen,
+    finite,
+    sampling_params,
+    stop_strings,
+    token_text,
+)
 from qwen_jax.generate.server.limits import read_body
 from qwen_jax.generate.server.prompts import ChatPrompt, chat_prompt
 from qwen_jax.generate.server.served import ServedModel
@@ -48,9 +55,8 @@ def _ask(asked: schema.ChatRequest, model: ServedModel) -> tuple[ChatPrompt, Ask
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         default_max_tokens=model.defaults.max_tokens,
         logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
-        stop_ids=model.stop_ids,
     )
-    stop = tuple(dict.fromkeys([*(asked.stop or ()), *prompt.stop]))
+    stop = stop_strings(asked, model, prompt.stop)
     return prompt, Ask(ids, params, stop, asked.n or 1, bool(asked.stream))
 
 

@@ -12,7 +12,14 @@ from starlette.responses import Response
 from qwen_jax.generate.server import schema
 from qwen_jax.generate.server.errors import ApiError
 from qwen_jax.generate.server.front import Front, endpoint, new_id
-from qwen_jax.generate.server.job import Ask, chosen, finite, sampling_params, token_text
+from qwen_jax.generate.server.job import (
+    Ask,
+    chosen,
+    finite,
+    sampling_params,
+    stop_strings,
+    token_text,
+)
 from qwen_jax.generate.server.limits import read_body
 from qwen_jax.generate.server.served import ServedModel
 from qwen_jax.generate.service import Chunk
@@ -51,9 +58,9 @@ def _asks(asked: schema.CompletionRequest, model: ServedModel) -> list[Ask]:
             max_tokens=asked.max_tokens,
             default_max_tokens=DEFAULT_MAX_TOKENS,
             logprobs=asked.logprobs,
-            stop_ids=model.end_ids,
         )
-        asks.append(Ask(prompt, params, tuple(asked.stop or ()), asked.n or 1, bool(asked.stream)))
+        stop = stop_strings(asked, model)
+        asks.append(Ask(prompt, params, stop, asked.n or 1, bool(asked.stream)))
     return asks
 
 

@@ -45,7 +45,6 @@ def sampling_params(
     max_tokens: int | None,
     default_max_tokens: int,
     logprobs: int | None,
-    stop_ids: tuple[int, ...],
 ) -> SamplingParams:
     """How to continue: the request's fields over the model's defaults.
 
@@ -72,7 +71,7 @@ def sampling_params(
     given["top_k"] = max(0, given.get("top_k", model.defaults.top_k))
     if "seed" in given:
         given["seed"] %= 2**63
-    own = () if request.ignore_eos else stop_ids
+    own = () if request.ignore_eos else model.defaults.stop_ids
     stops = tuple(dict.fromkeys([*(request.stop_token_ids or ()), *own]))
     if len(stops) > MAX_STOP_IDS:
         message = (
@@ -88,6 +87,14 @@ def sampling_params(
         logprobs=logprobs,
         logprobs_of=request.logprobs_of or "raw",
     )
+
+
+def stop_strings(
+    request: ChatRequest | CompletionRequest, model: ServedModel, more: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Strings that end the answer: the request's, the model's own, and `more`."""
+    own = () if request.ignore_eos else model.stop
+    return tuple(dict.fromkeys([*(request.stop or ()), *own, *more]))
 
 
 class Job:

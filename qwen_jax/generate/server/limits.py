@@ -106,7 +106,10 @@ class Guard:
             except ValueError:
                 host = ""
             if host.lower() not in self._hosts:
-                message = f"This server is not to be called by the name {host!r:.60}."
+                message = (
+                    f"This server is not to be called by the name {host!r:.60}; whoever runs it "
+                    "can allow it with --allowed_host."
+                )
                 raise ApiError(403, message, code="host_not_allowed")
         path = scope["path"]
         if self._keys and (path == "/v1" or path.startswith("/v1/")):

@@ -56,7 +56,8 @@ class ChatPrompt:
     """A conversation ready to be continued.
 
     Attributes:
-      turns: the closed turns. opening: what the assistant's open turn has already.
+      turns: the closed turns; None: no chat at all, `opening` is the whole prompt.
+      opening: what the assistant's open turn has already.
       tags: as in `Turn`, of `opening`.
       stop: strings that end the reply beside the request's own.
       names: the tools that may be called. begun: what of `opening` belongs to the new reply.
@@ -64,7 +65,7 @@ class ChatPrompt:
       parallel: more than one call may come.
     """
 
-    turns: tuple[Turn, ...]
+    turns: tuple[Turn, ...] | None
     opening: str = ""
     tags: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
@@ -82,6 +83,8 @@ class ChatPrompt:
             known = [tag for tag in tags if tag in tokenizer.special_tokens]
             return tokenizer.encode(text, allowed_special=known)
 
+        if self.turns is None:
+            return encode(self.opening, ()) or [tokenizer.eod_id]
         ids: list[int] = []
         for turn in self.turns:
             ids += [tokenizer.im_start_id, *tokenizer.encode(turn.role), *newline]
@@ -106,10 +109,14 @@ def chat_prompt(request: schema.ChatRequest, model: ServedModel) -> ChatPrompt:
 
     Raises:
       ApiError: messages in an order that makes no conversation, a tool's result without a call, a
-        `tool_choice` without its tool.
+        `tool_choice` without its tool, tools for a base model.
     """
     results = _check(request.messages)
     offer = _offer(request)
+    if not model.chats:
+        if offer.tools:
+            _refuse("tools", "are given to a base model; it only continues text")
+        return ChatPrompt(None, opening="".join(message.text for message in request.messages))
     said = [m.text for m in request.messages if m.role in ("system", "developer")]
     if not said and model.default_system is not None:
         said = [model.default_system]

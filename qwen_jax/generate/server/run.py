@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging as python_logging
 import socket
 import time
@@ -35,6 +36,20 @@ def bind(host: str, port: int) -> socket.socket:
         reason = error.strerror or error
         raise UserError(f"{host}:{port} can't be served on ({reason}); choose another.") from error
     return made
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def url(listener: socket.socket) -> str:
+    """Where a listening socket is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qwen_jax.errors import UserError
+from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.request import SamplingParams
 from qwen_jax.tokenizer.tokenizer import Tokenizer
 
@@ -20,9 +21,10 @@ class ServedModel:
       max_length: most tokens of prompt and answer together.
       defaults: what a request that says nothing gets; its `max_tokens` is that of chats, cut to
         what fits. Of OpenAI's own defaults only `temperature` 1 stands, as in the releases.
+        Its `stop_ids` end answers of both kinds.
+      stop: strings that end answers of both kinds.
+      chats: it knows ChatML; otherwise a chat is text without roles, which is continued.
       default_system: the system turn of a chat without one; None: no such turn.
-      stop_ids: tokens that end a chat's turn.
-      end_ids: tokens that end a completion.
       created: when the server was started, seconds since 1970.
     """
 
@@ -31,15 +33,31 @@ class ServedModel:
     family: str
     max_length: int
     defaults: SamplingParams = SamplingParams()
+    stop: tuple[str, ...] = ()
+    chats: bool = True
     default_system: str | None = None
-    stop_ids: tuple[int, ...] = ()
-    end_ids: tuple[int, ...] = ()
     created: int = 0
 
     @property
     def react(self) -> bool:
         """Whether tools are spoken of in ReAct's form; otherwise in hermes'."""
         return self.family == "qwen"
+
+
+def served_model(qwen: Qwen, name: str | None, created: int) -> ServedModel:
+    """A loaded model as it is served; `name` is by default that of its folder."""
+    defaults = qwen.defaults
+    return ServedModel(
+        name=name or qwen.name,
+        tokenizer=qwen.tokenizer,
+        family=qwen.config.family,
+        max_length=qwen.service.max_length,
+        defaults=defaults.params,
+        stop=defaults.stop,
+        chats=defaults.chat_format == "chatml",
+        default_system=defaults.system,
+        created=created,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """A real server on a free port, in a thread of the test's own process."""
 
 import contextlib
+import dataclasses
 import threading
 import time
 
 import httpx
 import openai
 
+from qwen_jax.generate.request import SamplingParams
 from qwen_jax.generate.server.app import create_app
 from qwen_jax.generate.server.run import Server, bind
+from qwen_jax.generate.server.run import url as address
 from qwen_jax.generate.server.served import Limits, ServedModel
 from qwen_jax.generate.service import Service
 from qwen_jax.tokenizer import Tokenizer
@@ -27,8 +30,9 @@ TAGGED = Tokenizer(
 def model(family="qwen", tokenizer=BYTES, **fields) -> ServedModel:
     """A model that ends a turn as Qwen's do."""
     ends = (tokenizer.im_end_id, tokenizer.im_start_id, tokenizer.eod_id)
-    given = {"max_length": 4096, "stop_ids": ends, "end_ids": ends[2:], "created": 1700000000}
-    return ServedModel("toy", tokenizer, family, **{**given, **fields})
+    defaults = dataclasses.replace(fields.pop("defaults", SamplingParams()), stop_ids=ends)
+    given = {"max_length": 4096, "created": 1700000000, "defaults": defaults, **fields}
+    return ServedModel("toy", tokenizer, family, **given)
 
 
 def script(text, tokenizer=BYTES):
@@ -79,7 +83,7 @@ def serve(engine, served=None, limits=Limits(), *, max_waiting=1024):
         thread.start()
         while not server.started:
             time.sleep(0.005)
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        url = address(listener)
         running = Running(url, server, service, engine, app.state.front)
         try:
             yield running

@@ -206,7 +206,7 @@ def test_a_completion(client, server):
     assert answer.choices[0].text == "Hello, 世界!"
     assert answer.object == "text_completion"
     request = server.engine.added[-1]
-    assert (request.params.max_tokens, request.params.stop_ids) == (16, (BYTES.eod_id,))
+    assert (request.params.max_tokens, request.params.top_p) == (16, 0.8)
     assert list(request.prompt) == list(b"x<|im_end|>")
     extra = {"allow_special_tokens": True}
     client.completions.create(model="toy", prompt="x<|im_end|>", extra_body=extra)
@@ -307,3 +307,27 @@ def test_metrics_count_what_happened(client, server):
     assert value(after, 'qwen_http_requests_total{path="other",status="404"}') >= 2
     assert "nowhere" not in after
     assert value(after, "qwen_pages_total") == 64
+
+
+def test_a_base_model_continues_the_text_of_a_chat():
+    base = model(chats=False, stop=("界",))
+    with serve(FakeEngine(script("Hello, 世界!")), base) as server:
+        client = server.client()
+        answer = client.chat.completions.create(
+            model="toy",
+            messages=[
+                {"role": "user", "content": "Once "},
+                {"role": "assistant", "content": "upon a "},
+                {"role": "user", "content": "time"},
+            ],
+        )
+        assert bytes(server.engine.added[-1].prompt) == b"Once upon a time"
+        # What its generation config names as the end, ends it.
+        assert answer.choices[0].message.content == "Hello, 世"
+        more = client.completions.create(
+            model="toy", prompt="x", max_tokens=40, extra_body={"ignore_eos": True}
+        )
+        assert more.choices[0].text == "Hello, 世界!"
+        tool = {"type": "function", "function": {"name": "f"}}
+        with pytest.raises(openai.BadRequestError, match="base model"):
+            client.chat.completions.create(model="toy", messages=HI, tools=[tool])
