@@ -24,7 +24,7 @@ from absl import flags, logging
 
 from launch import program
 from launch.repl import SETTINGS, WORDS, Repl
-from launch.terminal import PlainLines, Terminal
+from launch.terminal import PlainLines, Terminal, printable
 from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.load import load
@@ -99,8 +99,7 @@ def converse(qwen: Qwen) -> None:
     """A conversation in the terminal, or line by line from a pipe."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        history = pathlib.Path(HISTORY.value).expanduser() if HISTORY.value else None
-        lines = Terminal(history, WORDS)
+        lines = Terminal(history_file(), WORDS)
     else:
         lines = PlainLines(sys.stdin)
     about = facts(qwen)
@@ -113,17 +112,28 @@ def converse(qwen: Qwen) -> None:
     repl.run()
 
 
+def history_file() -> pathlib.Path | None:
+    """The file that keeps what was typed, in a folder for this user alone; None without a place."""
+    if not HISTORY.value:
+        return None
+    file = pathlib.Path(HISTORY.value).expanduser()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return file if os.access(file if file.exists() else file.parent, os.W_OK) else None
+
+
 def answer_once(qwen: Qwen, prompt: str) -> None:
     """One answer on stdout, as text or as JSON."""
     session = qwen.session
     prompt = prompt.strip() if session.chats else prompt
     reply = session.ask(prompt, stream=not JSON.value, seed=SEED_FLAG.value)
     if not JSON.value:
+        shown = printable if sys.stdout.isatty() else str
         begun = not session.chats
         for piece in reply:
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
         sys.stdout.write("\n")
         return
@@ -180,6 +190,9 @@ def main() -> int:
         return 130
     except EngineFailed as error:
         sys.stderr.write(f"error: {error}\n")
+        return 1
+    except BrokenPipeError:  # whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
