@@ -14,20 +14,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental.layout import Format, Layout
 
 from qwen_jax.generate import steps
-from qwen_jax.generate.request import MAX_STOP_IDS
 from qwen_jax.generate.sampling import Drawn
 from qwen_jax.generate.steps import PrefillBatch, Rows, Shapes, State, empty_prefill, empty_rows
 from qwen_jax.kernels import PagedCache
 from qwen_jax.model import ForwardOptions, ModelConfig, Params
-from qwen_jax.parallel import current_mesh, on_mesh, platform
-
-__all__ = ["MAX_STOP_IDS", "Programs"]
+from qwen_jax.parallel import on_mesh, platform
 
 
 class Programs:
@@ -163,12 +159,38 @@ class Programs:
             operands = (abstract, *operands)
         return jax.jit(run, **how).lower(*operands)
 
+    def abstract_state(self) -> State:
+        """The state's shapes, on a mesh with its shardings."""
+        make = functools.partial(steps.init_state, self.config, self.shapes, self._kv_dtype)
+        return self._placed(jax.eval_shape(make))
+
+    def _placed(self, tree):
+        """Shapes with the shardings they have, on the devices that the parameters are on."""
+        if not on_mesh():
+            return tree
+        mesh = jax.tree.leaves(self.params)[0].sharding.mesh
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=jax.NamedSharding(mesh, x.sharding.spec)
+            ),
+            tree,
+        )
+
+    def _abstract(self, tree):
+        """Numpy arrays as shapes; on a mesh, whole on every device."""
+        sharding = None
+        if on_mesh():
+            mesh = jax.tree.leaves(self.params)[0].sharding.mesh
+            sharding = jax.NamedSharding(mesh, jax.P())
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
     def _operands(self, name: str, *sizes: int) -> tuple:
         """Everything but the parameters, as shapes."""
         shapes, windows = self.shapes, len(self.config.distinct_windows)
-        make = functools.partial(steps.init_state, self.config, shapes, self._kv_dtype)
-        state = jax.eval_shape(make)
-        number = jax.ShapeDtypeStruct((), jnp.int32)
+        state, _abstract = self.abstract_state(), self._abstract
+        number = _abstract(np.int32(0))
         ids = np.zeros(shapes.swap, np.int32)
         match name:
             case "prefill":
@@ -184,7 +206,7 @@ class Programs:
             case "take_pages":
                 return state, _abstract(ids)
             case "put_pages":
-                pages = jax.eval_shape(steps.take_pages, state, _abstract(ids))
+                pages = self._placed(jax.eval_shape(steps.take_pages, state, _abstract(ids)))
                 return state, _abstract(ids), pages
         raise AssertionError(f"no program is called {name}")
 
@@ -196,11 +218,3 @@ def _sharding(x):
     if on_mesh() or getattr(x, "sharding", None) is not None:
         return x.sharding
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def _abstract(tree):
-    """Numpy arrays as shapes; on a mesh, whole on every device."""
-    sharding = None
-    if on_mesh():
-        sharding = jax.NamedSharding(current_mesh(), jax.P())
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

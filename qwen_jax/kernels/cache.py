@@ -16,6 +16,7 @@ they multiply scores and weights [queries, tokens] as they are, never keys or va
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,9 @@ def read_pages(cache: PagedCache, layer: jax.Array, ids: jax.Array, dtype) -> tu
     def local(cache, layer, ids):
         def take(x):  # [L,P,K,...] -> [K,M,...]
             flat = x.reshape(-1, *x.shape[2:])
-            return jnp.take(flat, layer * x.shape[1] + ids, axis=0, mode="clip").swapaxes(0, 1)
+            # Page by page: for a gather, the TPU compiler first copies the whole cache.
+            one = functools.partial(jax.lax.dynamic_index_in_dim, flat, keepdims=False)
+            return jax.lax.map(one, layer * x.shape[1] + ids).swapaxes(0, 1)
 
         tokens, width = take(cache.pages), cache.head_dim
         k, v = tokens[..., :width], tokens[..., width:]  # [K,M,page,H]

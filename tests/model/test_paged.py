@@ -136,7 +136,7 @@ def test_a_coarse_cache_shows_and_not_much(dtype):
     weights, ids = params(config), texts(config)
     for r, got in enumerate(one_by_one(Paged(config, weights, dtype), ids)):
         exact = whole(config, weights, ids[r], LENGTHS[r])[: len(got)]
-        assert 1e-4 < np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.05
+        assert 1e-4 < np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.15
 
 
 def test_tensor_parallel_is_one_device():
