@@ -24,7 +24,7 @@ from absl import flags, logging
 
 from launch import program
 from launch.repl import SETTINGS, WORDS, Repl
-from launch.terminal import PlainLines, Terminal
+from launch.terminal import PlainLines, Terminal, printable
 from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.load import load
@@ -119,11 +119,12 @@ def answer_once(qwen: Qwen, prompt: str) -> None:
     prompt = prompt.strip() if session.chats else prompt
     reply = session.ask(prompt, stream=not JSON.value, seed=SEED_FLAG.value)
     if not JSON.value:
+        shown = printable if sys.stdout.isatty() else str
         begun = not session.chats
         for piece in reply:
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
         sys.stdout.write("\n")
         return

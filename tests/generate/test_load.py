@@ -1,6 +1,7 @@
 """From a path to answers: every kind of folder, the same ids as the reference, and refusals."""
 
 import dataclasses
+import io
 import json
 import shutil
 
@@ -11,9 +12,12 @@ import pytest
 import qwen_jax
 from qwen_jax import load
 from qwen_jax.errors import UserError
+from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.model import find_model, load_weights
 from qwen_jax.generate.sampler import sample
+from qwen_jax.generate.status import StatusLine, watch_log
 from qwen_jax.model import ForwardOptions
+from qwen_jax.progress import Progress
 from qwen_jax.tokenizer.chatml import build_context
 from qwen_jax.train.checkpoint import Checkpoints
 from tests.generate import tiny
@@ -115,13 +119,13 @@ def test_a_working_folder_its_checkpoints_and_one_step_are_the_same_model(workdi
     assert not any(np.any(x) for x in jax.tree.leaves(half) if x.ndim > 2)
 
 
-def test_a_base_model_continues(workdir):
-    with load(workdir, warm_up=False, **tiny.ENGINE) as qwen:
-        assert "base model" in repr(qwen)
-        said = qwen.chat("def f(", temperature=0.0, max_tokens=8, stop_ids=())
-        ids = greedy(tiny.TOKENIZER.encode("def f("), 8)
-        assert said == tiny.TOKENIZER.decode(ids, skip_special_tokens=True)
-        assert qwen.history == []
+def test_a_base_model_continues(workdir, qwen):
+    """The same weights, with what a training's folder says of them."""
+    base = Qwen(qwen.service, tiny.CONFIG, find_model(workdir).defaults, "demo")
+    assert "base model" in repr(base) and "chat model" in repr(qwen)
+    said = base.chat("def f(", temperature=0.0, max_tokens=8)
+    ids = greedy(tiny.TOKENIZER.encode("def f("), 8)
+    assert said == tiny.TOKENIZER.decode(ids) and base.history == []
 
 
 @pytest.mark.slow
@@ -131,13 +135,20 @@ def test_two_devices_give_the_same_ids(folder, qwen):
         assert shared.generate("abc", **options) == qwen.generate("abc", **options)
 
 
-def test_progress_is_shown_in_terminals_only(folder, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    sizes = tiny.ENGINE | {"rows": 1, "max_length": 64}
-    load(folder, **sizes).close()
-    shown = capsys.readouterr().err
-    assert f"reading {folder}"[:60] in shown and "compiling: 1 of" in shown
-    assert shown.endswith("\r") and "\n" not in shown
+def test_progress_is_shown_where_somebody_sees_it():
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown, hidden = Screen(), io.StringIO()
+    for stream in (shown, hidden):
+        with StatusLine(stream) as status, watch_log(status.show):
+            status.show("reading a model")
+            Progress("load", 100, "B", every=0.0).add(50)
+    text = shown.getvalue()
+    assert "\rreading a model (0 s)" in text and "load: 5e-05 MB of 0.0001 MB (50 %)" in text
+    assert text.endswith("\r") and "\n" not in text and not text.split("\r")[-2].strip()
+    assert hidden.getvalue() == ""
 
 
 def test_refusals(folder, workdir, tmp_path):
