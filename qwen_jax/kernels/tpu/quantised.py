@@ -1,0 +1,242 @@
+"""Group-quantised matmul on TPU: packed weights streamed from HBM, each read once for all rows.
+
+A grid step takes all inputs of a few hundred outputs: one copy of one to two megabytes, the next
+one under way meanwhile. Groups are worked off one after the other: their words become numbers in
+registers, the matrix unit multiplies them, and the float32 result is scaled and summed.
+
+Unpacking is what could cost: on the vector unit, four bits at a time. So nothing is converted. The
+word's bits under mask 000F000F, beside the bits 4300 of bf16's 128, *are* two bf16 numbers 128 + q,
+exact; shift, and, or make 2,048 of them. Their offset leaves with the zeros, through Σ x_g. The
+numbers come in an order of their own (of each word, digits 0 and 4, then 1 and 5, …), and x, which
+is small, is put into that order instead of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen_jax.kernels.quantised import GroupWeight
+from qwen_jax.parallel import current_mesh
+
+_LANES = 128
+_CHUNK = 128
+"""Inputs a product: the depth of a matrix unit, and a divisor of every group."""
+_BLOCK_BYTES = 1 << 20
+"""Of packed weights a grid step: long enough a copy to hide its latency and the step's own cost."""
+_ROWS = 256
+"""Most rows of x a grid step."""
+_AT_ONCE = 8
+"""Chunks worked on at once."""
+_VMEM_BYTES = 96 << 20
+_MAGIC = 128
+"""What bf16 numbers made of bits are too large by."""
+
+
+def refusal(weight: GroupWeight, *, rows: int, dtype) -> str | None:
+    """Why this kernel can't multiply by a weight; None if it can."""
+    del rows  # of any number
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x in {jnp.dtype(dtype)}; the TPU kernel takes bfloat16 or float32"
+    if weight.group % _CHUNK:
+        return f"groups of {weight.group}; the TPU kernel takes multiples of {_CHUNK}"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Everything known when compiling."""
+
+    bits: int
+    group: int
+    chunks: int
+    groups: int
+    dtype: jnp.dtype  # of x and of the numbers in the matrix unit
+    symmetric: bool
+
+    @property
+    def words(self) -> int:
+        """Rows of packed words a chunk."""
+        return _CHUNK * self.bits // 32
+
+    @property
+    def sums(self) -> int:
+        """Groups, filled up to whole lanes."""
+        return -(-self.groups // _LANES) * _LANES
+
+    @property
+    def paired(self) -> bool:
+        """Whether numbers are made of bits, two at a time."""
+        return self.bits == 4 and self.dtype == jnp.bfloat16
+
+    def group_of(self, chunk):
+        """Group that a chunk lies in."""
+        return chunk if self.group == _CHUNK else jax.lax.div(chunk, self.group // _CHUNK)
+
+    def input_of(self, place):
+        """Which input of a chunk the number at a place of `_numbers` belongs to, int32."""
+        if self.paired:  # places are [shift, word, half]; of a word, digit 4·half + shift
+            pairs = 2 * self.words
+            shift, inner = jax.lax.div(place, pairs), jax.lax.rem(place, pairs)
+            return 8 * jax.lax.div(inner, 2) + 4 * jax.lax.rem(inner, 2) + shift
+        shift, word = jax.lax.div(place, self.words), jax.lax.rem(place, self.words)
+        return 32 // self.bits * word + shift
+
+
+def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> jax.Array:
+    """x [M,K] · w [K,O] -> [M,O] in x's dtype.
+
+    columns: outputs a grid step, a multiple of 128; by default what a copy of `_BLOCK_BYTES` holds.
+    """
+    rows, inputs = x.shape
+    sizes = _Sizes(
+        *(weight.bits, weight.group, inputs // _CHUNK, weight.scales.shape[-2]),
+        *(x.dtype, weight.zeros is None),
+    )
+    columns = columns or choose_columns(weight)
+    stacked = [weight.codes, weight.scales] + [weight.zeros] * (not sizes.symmetric)
+    if weight.codes.ndim == 2:
+        stacked = [a[None] for a in stacked]
+    layer = jnp.zeros((), jnp.int32) if weight.layer is None else weight.layer
+    height = min(_ROWS, -(-rows // 16) * 16)
+    blocks = pl.cdiv(weight.outputs, columns)
+    cores = min(_cores(), blocks)
+    each = pl.cdiv(blocks, cores)
+
+    def block(c, n):  # the last core may do its last block twice
+        return jnp.minimum(c * each + n, blocks - 1)
+
+    def of_layer(a):
+        shape = (1, a.shape[1], columns)
+        return pl.BlockSpec(shape, lambda c, m, n, layer: (layer[0], 0, block(c, n)))
+
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        # Rows outside columns: x stays where it is while weights pass by.
+        grid=(cores, pl.cdiv(rows, height), each),
+        in_specs=[
+            pl.BlockSpec((height, inputs), lambda c, m, n, _: (m, 0)),
+            *map(of_layer, stacked),
+        ],
+        out_specs=pl.BlockSpec((height, columns), lambda c, m, n, _: (m, block(c, n))),
+        scratch_shapes=[
+            pltpu.VMEM((height, inputs), x.dtype),
+            pltpu.VMEM((height, sizes.sums), jnp.float32),
+            pltpu.VMEM((height, columns), jnp.float32),
+        ],
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, sizes),
+        grid_spec=grid_spec,
+        out_shape=jax.ShapeDtypeStruct((rows, weight.outputs), x.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=_VMEM_BYTES,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * inputs * weight.outputs,
+            transcendentals=0,
+            bytes_accessed=pl.cdiv(rows, height) * sum(_bytes(a) // a.shape[0] for a in stacked)
+            + x.dtype.itemsize * rows * (inputs + weight.outputs),
+        ),
+        name="group_matmul",
+    )(jnp.reshape(layer, (1,)), x, *stacked)
+
+
+def _bytes(a) -> int:
+    return a.size * a.dtype.itemsize
+
+
+def _cores() -> int:
+    """Cores of a chip of the mesh in force, or of this host's: 2 on v4 and v5p."""
+    device = current_mesh().abstract_device or jax.devices()[0]
+    return getattr(device, "num_cores", None) or 1
+
+
+def choose_columns(weight: GroupWeight) -> int:
+    """Outputs a grid step: whole lanes, a copy of `_BLOCK_BYTES` at most, the least left over."""
+    most = max(1, _BLOCK_BYTES // (weight.codes.shape[-2] * 4 * _LANES))
+    lanes = -(-weight.outputs // _LANES)
+    steps = -(-lanes // most)
+    return _LANES * -(-lanes // steps)
+
+
+def _kernel(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, *rest):
+    """All inputs of a block of outputs."""
+    del layer_ref  # the copies have used it
+    *zeros_ref, out_ref, ordered_ref, sums_ref, total_ref = rest
+    pl.when(pl.program_id(2) == 0)(lambda: _prepare(sizes, x_ref, ordered_ref, sums_ref))
+    zeros = zeros_ref[0][0] if zeros_ref else 2.0 ** (sizes.bits - 1)
+    offset = _MAGIC if sizes.paired else 0.0
+    total_ref[...] = -_dot(sums_ref[:, : sizes.groups], scales_ref[0] * (zeros + offset))
+
+    def chunk(i):
+        words = codes_ref[0, pl.ds(pl.multiple_of(i * sizes.words, 8), sizes.words), :]
+        part = _dot(ordered_ref[:, _of_chunk(i)], _numbers(sizes, words))
+        return part * scales_ref[0, pl.ds(sizes.group_of(i), 1), :]
+
+    _each(sizes.chunks, lambda chunks: _add(total_ref, [chunk(i) for i in chunks]))
+    out_ref[...] = total_ref[...].astype(out_ref.dtype)
+
+
+def _add(ref, parts) -> None:
+    ref[...] += functools.reduce(jnp.add, parts)
+
+
+def _each(count: int, body) -> None:
+    """body([i, …]) over 0 … count − 1, several at once: one's products hide another's unpacking."""
+    at_once = next(n for n in range(min(_AT_ONCE, count), 0, -1) if count % n == 0)
+
+    def step(j, carry):
+        body([j * at_once + i for i in range(at_once)])
+        return carry
+
+    jax.lax.fori_loop(0, count // at_once, step, 0)
+
+
+def _of_chunk(i):
+    return pl.ds(pl.multiple_of(i * _CHUNK, _CHUNK), _CHUNK)
+
+
+def _dot(a, b) -> jax.Array:
+    """a·b in float32; exact products of bf16, and no less than float32 of float32."""
+    precision = None if a.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _prepare(sizes: _Sizes, x_ref, ordered_ref, sums_ref) -> None:
+    """x in the order of the numbers, and its sums over groups, once for all outputs.
+
+    Both are products with zeros and ones: the matrix unit moves lanes about at no other's cost.
+    """
+    row, lane = (jax.lax.broadcasted_iota(jnp.int32, (_CHUNK, _CHUNK), axis) for axis in (0, 1))
+    permutation = (row == sizes.input_of(lane)).astype(sizes.dtype)
+    group = jax.lax.broadcasted_iota(jnp.int32, (_CHUNK, sizes.sums), 1)
+    sums_ref[...] = jnp.zeros_like(sums_ref)
+
+    def some(chunks):
+        parts = []
+        for i in chunks:
+            x = x_ref[:, _of_chunk(i)]
+            ordered_ref[:, _of_chunk(i)] = _dot(x, permutation).astype(sizes.dtype)
+            parts.append(_dot(x, (group == sizes.group_of(i)).astype(sizes.dtype)))
+        _add(sums_ref, parts)
+
+    _each(sizes.chunks, some)
+
+
+def _numbers(sizes: _Sizes, words: jax.Array) -> jax.Array:
+    """int32 [words, columns] -> its numbers [_CHUNK, columns] in x's dtype; see `input_of`."""
+    if sizes.paired:
+        mask, exponent = jnp.int32(0x000F000F), jnp.int32(0x43004300)
+        digits = [((words >> shift) & mask) | exponent for shift in range(0, 16, 4)]
+        return jnp.concatenate([pltpu.bitcast(d, jnp.bfloat16) for d in digits], axis=0)
+    mask = jnp.int32(2**sizes.bits - 1)
+    digits = [(words >> shift) & mask for shift in range(0, 32, sizes.bits)]
+    # By way of float32, which every chip converts to.
+    return jnp.concatenate([d.astype(jnp.float32).astype(sizes.dtype) for d in digits], axis=0)
