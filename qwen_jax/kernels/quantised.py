@@ -39,8 +39,9 @@ class GroupWeight:
 
     Attributes:
       codes: int32 [(L,) K·bits/32, O].
-      scales: float32 [(L,) G, O]; input k belongs to group k // (K/G).
-      zeros: float32 [(L,) G, O], or None where every zero is the middle, 2^(bits−1).
+      scales: float32 [(L,) G, 1, O]; input k belongs to group k // (K/G). The axis of one makes a
+        row of outputs a TPU's tile; with G there, the compiler would pad it, or move it and copy.
+      zeros: float32 [(L,) G, 1, O], or None where every zero is the middle, 2^(bits−1).
       layer: int32 scalar, which of L matrices is meant; None for a single one. A kernel takes its
         blocks straight out of the whole stack: handed one layer's slice, the compiler would copy it.
       bits: 4 or 8.
@@ -65,7 +66,7 @@ class GroupWeight:
     @property
     def group(self) -> int:
         """Inputs a group."""
-        return self.inputs // self.scales.shape[-2]
+        return self.inputs // self.scales.shape[-3]
 
     def alone(self) -> GroupWeight:
         """The one matrix that `layer` means, cut out of the stack."""
@@ -100,9 +101,9 @@ def dequantise(weight: GroupWeight, dtype=jnp.float32) -> jax.Array:
     """The matrix [(L,) K, O]: (q − zero) · scale, taken in float32."""
     weight = weight.alone()
     codes = unpack(weight.codes, weight.bits).astype(jnp.float32)
-    grouped = (*codes.shape[:-2], weight.scales.shape[-2], weight.group, weight.outputs)
-    zeros = 2.0 ** (weight.bits - 1) if weight.zeros is None else weight.zeros[..., None, :]
-    out = (codes.reshape(grouped) - zeros) * weight.scales[..., None, :]
+    grouped = (*codes.shape[:-2], weight.scales.shape[-3], weight.group, weight.outputs)
+    zeros = 2.0 ** (weight.bits - 1) if weight.zeros is None else weight.zeros
+    out = (codes.reshape(grouped) - zeros) * weight.scales
     return out.reshape(codes.shape).astype(dtype)
 
 
@@ -182,13 +183,13 @@ _REFERENCE_BYTES = 4 << 20
 def _reference(x: jax.Array, weight: GroupWeight) -> jax.Array:
     """What every kernel is judged by, in plain jnp: x [M,K] -> [M,O] in x's dtype."""
     weight = weight.alone()
-    groups, outputs = weight.scales.shape
+    groups, _, outputs = weight.scales.shape
     blocks = max(1, min(groups, groups * weight.group * outputs * 4 // _REFERENCE_BYTES))
     while groups % blocks:
         blocks += 1
 
-    def cut(a):  # [·,O] -> [blocks,·,O]
-        return a.reshape(blocks, -1, outputs)
+    def cut(a):  # the blocks in front
+        return a.reshape(blocks, -1, *a.shape[1:])
 
     columns = x.reshape(x.shape[0], blocks, -1).swapaxes(0, 1).astype(jnp.float32)
     zeros = None if weight.zeros is None else cut(weight.zeros)

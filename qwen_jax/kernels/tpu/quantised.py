@@ -27,11 +27,11 @@ from qwen_jax.parallel import current_mesh
 _LANES = 128
 _CHUNK = 128
 """Inputs a product: the depth of a matrix unit, and a divisor of every group."""
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 2 << 20
 """Of packed weights a grid step: long enough a copy to hide its latency and the step's own cost."""
 _ROWS = 256
 """Most rows of x a grid step."""
-_AT_ONCE = 8
+_AT_ONCE = 16
 """Chunks worked on at once."""
 _VMEM_BYTES = 96 << 20
 _MAGIC = 128
@@ -76,7 +76,10 @@ class _Sizes:
 
     def group_of(self, chunk):
         """Group that a chunk lies in."""
-        return chunk if self.group == _CHUNK else jax.lax.div(chunk, self.group // _CHUNK)
+        chunks = self.group // _CHUNK
+        if isinstance(chunk, int) or chunks == 1:
+            return chunk // chunks
+        return jax.lax.div(chunk, chunks)
 
     def input_of(self, place):
         """Which input of a chunk the number at a place of `_numbers` belongs to, int32."""
@@ -95,7 +98,7 @@ def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> 
     """
     rows, inputs = x.shape
     sizes = _Sizes(
-        *(weight.bits, weight.group, inputs // _CHUNK, weight.scales.shape[-2]),
+        *(weight.bits, weight.group, inputs // _CHUNK, weight.scales.shape[-3]),
         *(x.dtype, weight.zeros is None),
     )
     columns = columns or choose_columns(weight)
@@ -112,8 +115,9 @@ def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> 
         return jnp.minimum(c * each + n, blocks - 1)
 
     def of_layer(a):
-        shape = (1, a.shape[1], columns)
-        return pl.BlockSpec(shape, lambda c, m, n, layer: (layer[0], 0, block(c, n)))
+        inner = (0,) * (a.ndim - 2)
+        shape = (1, *a.shape[1:-1], columns)
+        return pl.BlockSpec(shape, lambda c, m, n, layer: (layer[0], *inner, block(c, n)))
 
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
@@ -172,13 +176,14 @@ def _kernel(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, *rest):
     *zeros_ref, out_ref, ordered_ref, sums_ref, total_ref = rest
     pl.when(pl.program_id(2) == 0)(lambda: _prepare(sizes, x_ref, ordered_ref, sums_ref))
     zeros = zeros_ref[0][0] if zeros_ref else 2.0 ** (sizes.bits - 1)
-    offset = _MAGIC if sizes.paired else 0.0
-    total_ref[...] = -_dot(sums_ref[:, : sizes.groups], scales_ref[0] * (zeros + offset))
+    offset = scales_ref[0] * (zeros + (_MAGIC if sizes.paired else 0.0))
+    offset = offset.reshape(sizes.groups, -1)
+    total_ref[...] = -_dot(sums_ref[:, : sizes.groups], offset)
 
     def chunk(i):
-        words = codes_ref[0, pl.ds(pl.multiple_of(i * sizes.words, 8), sizes.words), :]
+        words = codes_ref[0, pl.ds(_multiple(i * sizes.words, 8), sizes.words), :]
         part = _dot(ordered_ref[:, _of_chunk(i)], _numbers(sizes, words))
-        return part * scales_ref[0, pl.ds(sizes.group_of(i), 1), :]
+        return part * scales_ref[0, sizes.group_of(i)]
 
     _each(sizes.chunks, lambda chunks: _add(total_ref, [chunk(i) for i in chunks]))
     out_ref[...] = total_ref[...].astype(out_ref.dtype)
@@ -190,17 +195,24 @@ def _add(ref, parts) -> None:
 
 def _each(count: int, body) -> None:
     """body([i, …]) over 0 … count − 1, several at once: one's products hide another's unpacking."""
-    at_once = next(n for n in range(min(_AT_ONCE, count), 0, -1) if count % n == 0)
+    at_once = min(_AT_ONCE, count)
+    whole = count - count % at_once
 
     def step(j, carry):
         body([j * at_once + i for i in range(at_once)])
         return carry
 
-    jax.lax.fori_loop(0, count // at_once, step, 0)
+    jax.lax.fori_loop(0, whole // at_once, step, 0)
+    if whole < count:
+        body(range(whole, count))
 
 
 def _of_chunk(i):
-    return pl.ds(pl.multiple_of(i * _CHUNK, _CHUNK), _CHUNK)
+    return pl.ds(_multiple(i * _CHUNK, _CHUNK), _CHUNK)
+
+
+def _multiple(i, of: int):
+    return i if isinstance(i, int) else pl.multiple_of(i, of)
 
 
 def _dot(a, b) -> jax.Array:
