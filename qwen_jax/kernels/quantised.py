@@ -1,12 +1,12 @@
-"""Weights of 4 or 8 bits in groups along the input, and `group_matmul(...)` that multiplies by them.
+"""Weights of 4 or 8 bits in groups of inputs, and `group_matmul(...)` that multiplies by them.
 
 Layout, GPTQ's own (AutoGPTQ's `qweight`): whole numbers q of `bits` bits, packed along the input
 into int32, lowest bits first. A weight is (q − zero) · scale, scale and zero shared by a group of
 consecutive inputs. Outputs stand last, flat, so they fill the lanes of a TPU.
 
-The product is taken group by group, (x_g · q_g) · scale_g, minus Σ_g (Σ x_g) · zero_g · scale_g: the
-numbers q go into the matrix unit as they are, exact in bf16, and nothing is rounded that the dense
-product would not round. Weights never exist in memory in any other form than the packed one.
+A kernel takes the product group by group, (x_g · q_g) · scale_g, minus Σ_g (Σ x_g) · zero_g ·
+scale_g: the numbers q go into the matrix unit as they are, exact in bf16, so nothing is rounded
+before the sum. Weights never exist in memory in any other form than the packed one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class GroupWeight:
         row of outputs a TPU's tile; with G there, the compiler would pad it, or move it and copy.
       zeros: float32 [(L,) G, 1, O], or None where every zero is the middle, 2^(bits−1).
       layer: int32 scalar, which of L matrices is meant; None for a single one. A kernel takes its
-        blocks straight out of the whole stack: handed one layer's slice, the compiler would copy it.
+        blocks out of the whole stack: handed one layer's slice, the compiler would copy it.
       bits: 4 or 8.
     """
 
@@ -145,9 +145,7 @@ def choose_group_matmul(requested: str, weight: GroupWeight, rows: int, dtype) -
     return chosen
 
 
-def group_matmul(
-    x: jax.Array, weight: GroupWeight, *, implementation: str = "auto"
-) -> jax.Array:
+def group_matmul(x: jax.Array, weight: GroupWeight, *, implementation: str = "auto") -> jax.Array:
     """x · w for a weight quantised in groups, on one device's arrays.
 
     Args:

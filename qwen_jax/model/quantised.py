@@ -170,8 +170,8 @@ def check_group(fmt: Format, inputs: int, shards: int = 1) -> None:
         split = f", split over {shards} devices," if shards > 1 else ""
         raise UserError(
             f"a matrix of {inputs} inputs{split} can't be cut into groups of {fmt.group}; choose "
-            + ("fewer devices (mesh.tensor), or " if shards > 1 else "another group, or ")
-            + "one scale per output channel (group -1)"
+            + ("fewer devices (mesh.tensor)" if shards > 1 else "another group")
+            + ", or weights with one scale per output channel (group -1)"
         )
 
 
@@ -215,7 +215,7 @@ def quantise_params(
         path = tuple(key.key for key in path)
         if path not in wanted:
             return x
-        how = _format_of(path, fmt)
+        how = format_of(path, fmt)
         one = functools.partial(quantise_leaf, fmt=how, inputs=wanted[path])
         out = jax.lax.map(one, x) if path[0] == "layers" else one(x)
         if consume:
@@ -226,7 +226,8 @@ def quantise_params(
     return jax.tree_util.tree_map_with_path(leaf, dict(params))
 
 
-def _format_of(path: tuple[str, ...], fmt: Format) -> Format:
+def format_of(path: tuple[str, ...], fmt: Format) -> Format:
+    """How the leaf at `path` is quantised under `fmt`: the head always to int8 per channel."""
     return Format(8, None) if path == HEAD else fmt
 
 
@@ -268,13 +269,24 @@ def abstract_quantised(abstract: Mapping[str, Any], fmt: Format) -> dict[str, An
         if path not in wanted:
             return x
         lead = 1 if path[0] == "layers" else 0
-        return _abstract_leaf(x, _format_of(path, fmt), lead, wanted[path])
+        return abstract_leaf(x, format_of(path, fmt), lead, wanted[path])
 
     return jax.tree_util.tree_map_with_path(leaf, dict(abstract))
 
 
-def _abstract_leaf(x, fmt: Format, lead: int, inputs: int) -> QuantisedWeight:
-    """x [L,*inputs,*outputs] as a quantised weight of `ShapeDtypeStruct`s."""
+def abstract_leaf(x, fmt: Format, lead: int, inputs: int, *, zeros=False) -> QuantisedWeight:
+    """x, an abstract dense leaf, as a quantised weight of `ShapeDtypeStruct`s.
+
+    Args:
+      x: `ShapeDtypeStruct` [(L,) *inputs, *outputs], its sharding followed.
+      fmt: how it is quantised.
+      lead: 1 with a layer axis, else 0.
+      inputs: number of input axes after it.
+      zeros: whether groups have zeros of their own.
+
+    Raises:
+      UserError: a group that does not divide what a device holds.
+    """
     sharding = x.sharding
     axes = [None] * x.ndim
     if isinstance(sharding, jax.NamedSharding):
@@ -288,7 +300,7 @@ def _abstract_leaf(x, fmt: Format, lead: int, inputs: int) -> QuantisedWeight:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     first, last = x.shape[:lead], x.shape[lead + inputs :]
-    if fmt.group is None:
+    if fmt.group is None and not zeros:
         dtype = jnp.int4 if fmt.bits == 4 else jnp.int8
         return ChannelWeight(
             struct(x.shape, dtype, axes),
@@ -297,12 +309,17 @@ def _abstract_leaf(x, fmt: Format, lead: int, inputs: int) -> QuantisedWeight:
     into, out = math.prod(x.shape[lead : lead + inputs]), math.prod(last)
     axis_in, axis_out = axes[lead], axes[lead + inputs]
     shards = 1 if axis_in is None else sharding.mesh.shape[axis_in]
+    fmt = dataclasses.replace(fmt, group=fmt.group or into)
     check_group(fmt, into, shards)
     codes = (*first, into * fmt.bits // 32, out)
-    scales = (*first, into // fmt.group, 1, out)
+    scales = struct(
+        *((*first, into // fmt.group, 1, out), jnp.float32),
+        [*axes[:lead], axis_in, None, axis_out],
+    )
     return GroupWeight(
         struct(codes, jnp.int32, [*axes[:lead], axis_in, axis_out]),
-        struct(scales, jnp.float32, [*axes[:lead], axis_in, None, axis_out]),
+        scales,
+        scales if zeros else None,
         bits=fmt.bits,
     )
 

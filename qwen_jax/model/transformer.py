@@ -271,10 +271,14 @@ def _rope_tables(positions, config: ModelConfig, alpha):
 
 
 def output_kernel(params: Params, config: ModelConfig) -> jax.Array:
-    """The matrix from D to vocabulary logits, float32 [D,V], sharded (`embed`, `vocab`)."""
+    """The matrix from D to vocabulary logits, float32 [D,V], sharded (`embed`, `vocab`).
+
+    A quantised head is dequantised; `logits` multiplies by it as it is.
+    """
     if config.tie_embeddings:
         return reshard(params["embed"]["table"].T, "embed", "vocab")
-    return params["head"]["kernel"]
+    kernel = params["head"]["kernel"]
+    return kernel.codes * kernel.scales if is_quantised(kernel) else kernel
 
 
 def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
@@ -282,11 +286,10 @@ def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
 
     The product is taken in hidden's dtype with float32 accumulation, as the loss does.
     """
-    kernel = output_kernel(params, config)
-    if is_quantised(kernel):
+    if not config.tie_embeddings and is_quantised(params["head"]["kernel"]):
         with jax.named_scope("logits"):
-            return quantised_logits(hidden, kernel)
-    kernel = gather_weight(kernel, ("embed", "vocab"), hidden.dtype)
+            return quantised_logits(hidden, params["head"]["kernel"])
+    kernel = gather_weight(output_kernel(params, config), ("embed", "vocab"), hidden.dtype)
     with jax.named_scope("logits"):
         return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
 

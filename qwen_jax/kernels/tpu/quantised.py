@@ -74,6 +74,18 @@ class _Sizes:
         """Whether numbers are made of bits, two at a time."""
         return self.bits == 4 and self.dtype == jnp.bfloat16
 
+    @property
+    def half(self) -> float:
+        """The middle of the numbers, the zero where none is given."""
+        return 2.0 ** (self.bits - 1)
+
+    @property
+    def offset(self) -> float | None:
+        """What zeros are to be increased by, since `_numbers` are; None where they end up 0."""
+        if self.paired:
+            return _MAGIC
+        return None if self.symmetric else -self.half
+
     def group_of(self, chunk):
         """Group that a chunk lies in."""
         chunks = self.group // _CHUNK
@@ -175,10 +187,12 @@ def _kernel(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, *rest):
     del layer_ref  # the copies have used it
     *zeros_ref, out_ref, ordered_ref, sums_ref, total_ref = rest
     pl.when(pl.program_id(2) == 0)(lambda: _prepare(sizes, x_ref, ordered_ref, sums_ref))
-    zeros = zeros_ref[0][0] if zeros_ref else 2.0 ** (sizes.bits - 1)
-    offset = scales_ref[0] * (zeros + (_MAGIC if sizes.paired else 0.0))
-    offset = offset.reshape(sizes.groups, -1)
-    total_ref[...] = -_dot(sums_ref[:, : sizes.groups], offset)
+    if sizes.offset is None:
+        total_ref[...] = jnp.zeros_like(total_ref)
+    else:
+        zeros = zeros_ref[0][0] if zeros_ref else sizes.half
+        offset = scales_ref[0] * (zeros + sizes.offset)
+        total_ref[...] = -_dot(sums_ref[:, : sizes.groups], offset.reshape(sizes.groups, -1))
 
     def chunk(i):
         words = codes_ref[0, pl.ds(_multiple(i * sizes.words, 8), sizes.words), :]
@@ -243,12 +257,17 @@ def _prepare(sizes: _Sizes, x_ref, ordered_ref, sums_ref) -> None:
 
 
 def _numbers(sizes: _Sizes, words: jax.Array) -> jax.Array:
-    """int32 [words, columns] -> its numbers [_CHUNK, columns] in x's dtype; see `input_of`."""
+    """int32 [words, columns] -> its numbers [_CHUNK, columns] in x's dtype; see `input_of`.
+
+    Numbers are q + 128 in pairs, else q − half.
+    """
     if sizes.paired:
         mask, exponent = jnp.int32(0x000F000F), jnp.int32(0x43004300)
         digits = [((words >> shift) & mask) | exponent for shift in range(0, 16, 4)]
         return jnp.concatenate([pltpu.bitcast(d, jnp.bfloat16) for d in digits], axis=0)
-    mask = jnp.int32(2**sizes.bits - 1)
-    digits = [(words >> shift) & mask for shift in range(0, 32, sizes.bits)]
+    # With every digit's highest bit turned over, it is q − half in two's complement.
+    words = words ^ jnp.int32(-0x77777778 if sizes.bits == 4 else -0x7F7F7F80)
+    top = 32 - sizes.bits
+    digits = [(words << (top - shift)) >> top for shift in range(0, 32, sizes.bits)]
     # By way of float32, which every chip converts to.
     return jnp.concatenate([d.astype(jnp.float32).astype(sizes.dtype) for d in digits], axis=0)
