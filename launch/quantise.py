@@ -5,8 +5,8 @@
 
 The first writes int4 or int8 weights, rounded to nearest, in groups of inputs or, with --group=-1,
 with one scale per output channel; --head takes the output head along, to int8. `load_params` and
-other engines read the folder. The second writes nothing: it measures the perplexity that each format
-loses on a text.
+other engines read the folder. The second writes nothing: it measures the perplexity that each
+format loses on a text.
 """
 
 from __future__ import annotations

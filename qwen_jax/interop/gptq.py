@@ -185,7 +185,7 @@ def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 [K, O] -> int32 [K·bits/32, O], lowest bits first; the inverse of `unpack_rows`."""
+    """Numbers from 0, [K, O] -> int32 [K·bits/32, O], lowest bits first; undoes `unpack_rows`."""
     per_word = 32 // bits
     grouped = codes.reshape(-1, per_word, codes.shape[1]).astype(np.uint32)
     words = np.zeros((len(grouped), codes.shape[1]), np.uint32)

@@ -147,7 +147,9 @@ def _blocks(source: TensorFiles, names, packing, cfg: ModelConfig) -> Iterator[n
 def _pack(weight: np.ndarray, fmt: Format, base: str) -> dict[str, np.ndarray]:
     """A Linear's weight [out, in] as the four tensors of its packed form."""
     outputs, inputs = weight.shape
-    codes, scales = quantise_matrix(jnp.asarray(weight).T, bits=fmt.bits, group=fmt.group)
+    codes, scales = map(
+        np.asarray, quantise_matrix(jnp.asarray(weight).T, bits=fmt.bits, group=fmt.group)
+    )
     if not np.isfinite(scales).all():
         raise UserError(
             f"{base}.weight has values that are not finite, or scales that float16 cannot hold; it "
@@ -157,9 +159,9 @@ def _pack(weight: np.ndarray, fmt: Format, base: str) -> dict[str, np.ndarray]:
     zeros = np.full((outputs, scales.shape[0]), middle - 1, np.uint8)
     groups = np.arange(inputs, dtype=np.int32) // (fmt.group or inputs)
     return {
-        base + ".qweight": gptq.pack_rows((np.asarray(codes) + middle).astype(np.uint8), fmt.bits),
+        base + ".qweight": gptq.pack_rows((codes.astype(np.int16) + middle), fmt.bits),
         base + ".qzeros": np.ascontiguousarray(gptq.pack_rows(zeros, fmt.bits).T),
-        base + ".scales": np.asarray(scales).astype(np.float16),
+        base + ".scales": scales.astype(np.float16),
         base + ".g_idx": groups,
     }
 

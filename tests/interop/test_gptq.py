@@ -208,7 +208,7 @@ def test_reordered_inputs_are_noticed_in_the_data(tmp_path):
 def test_groups_that_devices_cannot_share_are_refused(tmp_path):
     stored, _ = gptq_tensors(V2, 4, 64)
     write(tmp_path, V2, stored, quantisation(4, 64))
-    with pytest.raises(UserError, match="64 inputs, split over 2 devices.*groups of 64"):
+    with pytest.raises(UserError, match=r"64 inputs, split over 2 devices.*groups of 64"):
         load_params(tmp_path, V2, abstract_params(V2, toy_mesh()))
 
 
