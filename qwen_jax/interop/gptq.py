@@ -160,19 +160,22 @@ def check_values(files: TensorFiles, cfg: ModelConfig, packing: Packing) -> None
       UserError: one of the two.
     """
     known = mapping.hf_tensors(cfg)
-    for name, shape in optional(cfg, packing).items():
-        if name not in files.infos or name in known:
+    for name, tensor in known.items():
+        fmt = packing.of(tensor.parts[0][0])
+        if fmt is None:
             continue
-        value = files.tensor(name)
-        if name.endswith(".g_idx"):
-            if (value != np.arange(shape[0]) // (packing.format.group or shape[0])).any():
-                raise UserError(
-                    f"{name} puts inputs into groups out of order (desc_act), which is not read; "
-                    "use a release with desc_act false"
-                )
-        elif np.asarray(value, np.float32).any():
+        base, inputs = name.removesuffix(".weight"), tensor.shape[1]
+        groups = base + ".g_idx"
+        in_order = np.arange(inputs) // (fmt.group or inputs)
+        if groups in files.infos and (files.tensor(groups) != in_order).any():
             raise UserError(
-                f"{name} is a bias that is not zero, and this model has none there; correct "
+                f"{groups} puts inputs into groups out of order (desc_act), which is not read; "
+                "use a release with desc_act false"
+            )
+        bias = base + ".bias"
+        if bias in files.infos and bias not in known and files.tensor(bias).any():
+            raise UserError(
+                f"{bias} is a bias that is not zero, and this model has none there; correct "
                 "config.json or use the release it was made from"
             )
 

@@ -78,8 +78,8 @@ def error(got, case):
 
 
 def tolerance(case):
-    """Of the whole result's norm: its own rounding to bf16 is 2⁻⁹/√3; float32 sums lose little."""
-    return 2e-3 if case.x.dtype == jnp.bfloat16 else 2e-6
+    """Of the whole norm: rounding to bf16 is 2⁻⁹/√3, twice that where weights are rounded too."""
+    return 3e-3 if case.x.dtype == jnp.bfloat16 else 2e-6
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,10 @@ word's bits under mask 000F000F, beside the bits 4300 of bf16's 128, *are* two b
 exact; shift, and, or make 2,048 of them. Their offset leaves with the zeros, through Σ x_g. The
 numbers come in an order of their own (of each word, digits 0 and 4, then 1 and 5, …), and x, which
 is small, is put into that order instead of them.
+
+A prompt's many rows would have to be scaled once per group, and the matrix unit be used 128 inputs
+at a time. For them a block of weights is dequantised in VMEM, once, and all rows are multiplied by
+it as by dense weights.
 """
 
 from __future__ import annotations
@@ -29,11 +33,18 @@ _CHUNK = 128
 """Inputs a product: the depth of a matrix unit, and a divisor of every group."""
 _BLOCK_BYTES = 2 << 20
 """Of packed weights a grid step: long enough a copy to hide its latency and the step's own cost."""
-_ROWS = 256
-"""Most rows of x a grid step."""
+_FEW = 64
+"""Most rows whose product is taken with numbers as they are and scaled after, group by group."""
+_X_BYTES = 6 << 20
+"""Of rows a grid step, where there are many."""
+_WIDE_BYTES = 12 << 20
+"""Of a block of outputs' dequantised weights: the wider, the fewer times rows are read."""
+_MOST_COLUMNS = 512
 _AT_ONCE = 16
 """Chunks worked on at once."""
-_VMEM_BYTES = 96 << 20
+_WIDE_AT_ONCE = 2
+"""Chunks dequantised at once."""
+_VMEM_BYTES = 48 << 20
 _MAGIC = 128
 """What bf16 numbers made of bits are too large by."""
 
@@ -106,19 +117,26 @@ class _Sizes:
 def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> jax.Array:
     """x [M,K] · w [K,O] -> [M,O] in x's dtype.
 
-    columns: outputs a grid step, a multiple of 128; by default what a copy of `_BLOCK_BYTES` holds.
+    columns: outputs a grid step, a multiple of 128; by default what `choose_columns` says.
     """
     rows, inputs = x.shape
+    few = rows <= _FEW
     sizes = _Sizes(
         *(weight.bits, weight.group, inputs // _CHUNK, weight.scales.shape[-3]),
         *(x.dtype, weight.zeros is None),
     )
-    columns = columns or choose_columns(weight)
+    columns = columns or choose_columns(weight, few)
+    if not few:
+        # Numbers become float32 to be scaled; rows are put into their order here.
+        sizes = dataclasses.replace(sizes, dtype=jnp.dtype(jnp.float32))
+        x = _ordered(sizes, x)
     stacked = [weight.codes, weight.scales] + [weight.zeros] * (not sizes.symmetric)
     if weight.codes.ndim == 2:
         stacked = [a[None] for a in stacked]
     layer = jnp.zeros((), jnp.int32) if weight.layer is None else weight.layer
-    height = min(_ROWS, -(-rows // 16) * 16)
+    height = -(-rows // 16) * 16
+    if not few:
+        height = min(height, max(128, _X_BYTES // (inputs * x.dtype.itemsize) // 128 * 128))
     blocks = pl.cdiv(weight.outputs, columns)
     cores = min(_cores(), blocks)
     each = pl.cdiv(blocks, cores)
@@ -129,25 +147,27 @@ def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> 
     def of_layer(a):
         inner = (0,) * (a.ndim - 2)
         shape = (1, *a.shape[1:-1], columns)
-        return pl.BlockSpec(shape, lambda c, m, n, layer: (layer[0], *inner, block(c, n)))
+        return pl.BlockSpec(shape, lambda c, n, m, layer: (layer[0], *inner, block(c, n)))
 
+    scratch = [
+        pltpu.VMEM((height, inputs), x.dtype),
+        pltpu.VMEM((height, sizes.sums), jnp.float32),
+        pltpu.VMEM((height, columns), jnp.float32),
+    ]
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
-        # Rows outside columns: x stays where it is while weights pass by.
-        grid=(cores, pl.cdiv(rows, height), each),
+        grid=(cores, each, pl.cdiv(rows, height)),
         in_specs=[
-            pl.BlockSpec((height, inputs), lambda c, m, n, _: (m, 0)),
+            pl.BlockSpec((height, inputs), lambda c, n, m, _: (m, 0)),
             *map(of_layer, stacked),
         ],
-        out_specs=pl.BlockSpec((height, columns), lambda c, m, n, _: (m, block(c, n))),
-        scratch_shapes=[
-            pltpu.VMEM((height, inputs), x.dtype),
-            pltpu.VMEM((height, sizes.sums), jnp.float32),
-            pltpu.VMEM((height, columns), jnp.float32),
-        ],
+        out_specs=pl.BlockSpec((height, columns), lambda c, n, m, _: (m, block(c, n))),
+        scratch_shapes=scratch if few else [pltpu.VMEM((inputs, columns), x.dtype)],
     )
+    moved = sum(_bytes(a) // a.shape[0] for a in stacked)
+    moved += x.dtype.itemsize * rows * (inputs * (1 if few else blocks) + weight.outputs)
     return pl.pallas_call(
-        functools.partial(_kernel, sizes),
+        functools.partial(_few if few else _many, sizes),
         grid_spec=grid_spec,
         out_shape=jax.ShapeDtypeStruct((rows, weight.outputs), x.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -155,13 +175,22 @@ def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> 
             vmem_limit_bytes=_VMEM_BYTES,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * rows * inputs * weight.outputs,
-            transcendentals=0,
-            bytes_accessed=pl.cdiv(rows, height) * sum(_bytes(a) // a.shape[0] for a in stacked)
-            + x.dtype.itemsize * rows * (inputs + weight.outputs),
+            flops=2 * rows * inputs * weight.outputs, transcendentals=0, bytes_accessed=moved
         ),
         name="group_matmul",
     )(jnp.reshape(layer, (1,)), x, *stacked)
+
+
+def _ordered(sizes: _Sizes, x: jax.Array) -> jax.Array:
+    """x [M,K] with the inputs of each chunk in the order of `_numbers`.
+
+    A product with zeros and ones: transposing axes of 4 and 8 would take a TPU many times as long.
+    """
+    places = jnp.arange(_CHUNK, dtype=jnp.int32)
+    permutation = (places[:, None] == sizes.input_of(places)).astype(x.dtype)
+    chunks = x.reshape(x.shape[0], -1, _CHUNK)
+    exact = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    return jnp.einsum("MCK,KJ->MCJ", chunks, permutation, precision=exact).reshape(x.shape)
 
 
 def _bytes(a) -> int:
@@ -174,19 +203,42 @@ def _cores() -> int:
     return getattr(device, "num_cores", None) or 1
 
 
-def choose_columns(weight: GroupWeight) -> int:
-    """Outputs a grid step: whole lanes, a copy of `_BLOCK_BYTES` at most, the least left over."""
-    most = max(1, _BLOCK_BYTES // (weight.codes.shape[-2] * 4 * _LANES))
+def choose_columns(weight: GroupWeight, few: bool) -> int:
+    """Outputs a grid step: whole lanes, the least left over.
+
+    As many as a copy of `_BLOCK_BYTES` holds, or, for many rows, as `_WIDE_BYTES` of bf16.
+    """
+    most = _BLOCK_BYTES // (weight.codes.shape[-2] * 4 * _LANES)
+    if not few:
+        most = min(_WIDE_BYTES // (weight.inputs * 2 * _LANES), _MOST_COLUMNS // _LANES)
+    most = max(1, most)
     lanes = -(-weight.outputs // _LANES)
     steps = -(-lanes // most)
     return _LANES * -(-lanes // steps)
 
 
-def _kernel(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, *rest):
-    """All inputs of a block of outputs."""
+def _many(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, *rest):
+    """A block of outputs for one of many blocks of rows: dequantised for the first of them."""
+    del layer_ref  # the copies have used it
+    *zeros_ref, out_ref, wide_ref = rest
+
+    def widen(chunks):
+        for i in chunks:
+            words = codes_ref[0, pl.ds(_multiple(i * sizes.words, 8), sizes.words), :]
+            numbers, group = _numbers(sizes, words), sizes.group_of(i)
+            if zeros_ref:
+                numbers = numbers - (zeros_ref[0][0, group] + sizes.offset)
+            wide_ref[_of_chunk(i), :] = (numbers * scales_ref[0, group]).astype(wide_ref.dtype)
+
+    pl.when(pl.program_id(2) == 0)(lambda: _each(sizes.chunks, widen, _WIDE_AT_ONCE))
+    out_ref[...] = _dot(x_ref[...], wide_ref[...]).astype(out_ref.dtype)
+
+
+def _few(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, *rest):
+    """A block of outputs for all rows: the numbers are multiplied as they are, then scaled."""
     del layer_ref  # the copies have used it
     *zeros_ref, out_ref, ordered_ref, sums_ref, total_ref = rest
-    pl.when(pl.program_id(2) == 0)(lambda: _prepare(sizes, x_ref, ordered_ref, sums_ref))
+    pl.when(pl.program_id(1) == 0)(lambda: _prepare(sizes, x_ref, ordered_ref, sums_ref))
     if sizes.offset is None:
         total_ref[...] = jnp.zeros_like(total_ref)
     else:
@@ -199,7 +251,7 @@ def _kernel(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, *rest):
         part = _dot(ordered_ref[:, _of_chunk(i)], _numbers(sizes, words))
         return part * scales_ref[0, sizes.group_of(i)]
 
-    _each(sizes.chunks, lambda chunks: _add(total_ref, [chunk(i) for i in chunks]))
+    _each(sizes.chunks, lambda chunks: _add(total_ref, [chunk(i) for i in chunks]), _AT_ONCE)
     out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
 
@@ -207,9 +259,9 @@ def _add(ref, parts) -> None:
     ref[...] += functools.reduce(jnp.add, parts)
 
 
-def _each(count: int, body) -> None:
+def _each(count: int, body, at_once: int) -> None:
     """body([i, …]) over 0 … count − 1, several at once: one's products hide another's unpacking."""
-    at_once = min(_AT_ONCE, count)
+    at_once = min(at_once, count)
     whole = count - count % at_once
 
     def step(j, carry):
@@ -253,7 +305,7 @@ def _prepare(sizes: _Sizes, x_ref, ordered_ref, sums_ref) -> None:
             parts.append(_dot(x, (group == sizes.group_of(i)).astype(sizes.dtype)))
         _add(sums_ref, parts)
 
-    _each(sizes.chunks, some)
+    _each(sizes.chunks, some, _AT_ONCE)
 
 
 def _numbers(sizes: _Sizes, words: jax.Array) -> jax.Array:
