@@ -30,7 +30,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.attention_cycles import TOPOLOGIES
 from benchmarks.report import emit
 from qwen_jax.kernels.quantised import GroupWeight, group_matmul
 from qwen_jax.model.quantised import Format, quantise_leaf, quantised_product
@@ -43,6 +42,7 @@ _CHIPS = flags.DEFINE_list("chips", [], "Estimate for these chips instead of tim
 _OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
 _CASE = flags.DEFINE_string("case", "", "Internal: what a child process estimates.")
 
+TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 CLOCK = {"v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9}
 BANDWIDTH = {"v5e": 0.819e12, "v5p": 2.765e12, "v6e": 1.64e12}
 """Hz as the compiler's profile assumes, and bytes a second of the chips' data sheets."""

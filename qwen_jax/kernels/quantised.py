@@ -178,13 +178,35 @@ _REFERENCE_BYTES = 4 << 20
 """Of float32 weights that the reference holds at once: they stay in a CPU's cache."""
 
 
+def _blocks(units: int, inputs: int, outputs: int) -> int:
+    """How many blocks of inputs to convert one at a time, a divisor of `units`."""
+    blocks = max(1, min(units, inputs * outputs * 4 // _REFERENCE_BYTES))
+    return next(n for n in range(blocks, units + 1) if units % n == 0)
+
+
+def integer_matmul(x: jax.Array, codes: jax.Array) -> jax.Array:
+    """x [M,K] · whole numbers [K,O] (int8 or int4) -> float32 [M,O], for CPUs.
+
+    Converted a block of inputs at a time: XLA's CPU compiler would write the whole matrix in float
+    to fresh memory first, whose pages cost many times what the product does.
+    """
+    inputs, outputs = codes.shape
+    blocks = _blocks(inputs, inputs, outputs)
+
+    def block(total, operands):
+        columns, codes = operands
+        return total + columns @ codes.astype(jnp.float32), None
+
+    columns = x.reshape(x.shape[0], blocks, -1).swapaxes(0, 1).astype(jnp.float32)
+    total = jnp.zeros((x.shape[0], outputs), jnp.float32)
+    return jax.lax.scan(block, total, (columns, codes.reshape(blocks, -1, outputs)))[0]
+
+
 def _reference(x: jax.Array, weight: GroupWeight) -> jax.Array:
     """What every kernel is judged by, in plain jnp: x [M,K] -> [M,O] in x's dtype."""
     weight = weight.alone()
     groups, _, outputs = weight.scales.shape
-    blocks = max(1, min(groups, groups * weight.group * outputs * 4 // _REFERENCE_BYTES))
-    while groups % blocks:
-        blocks += 1
+    blocks = _blocks(groups, weight.inputs, outputs)
 
     def cut(a):  # the blocks in front
         return a.reshape(blocks, -1, *a.shape[1:])

@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
-from qwen_jax.kernels.quantised import GroupWeight, group_matmul, pack
+from qwen_jax.kernels.quantised import GroupWeight, group_matmul, integer_matmul, pack
 from qwen_jax.kernels.quantised import dequantise as dequantise_groups
-from qwen_jax.parallel import RULES, on_mesh, spec
+from qwen_jax.parallel import RULES, on_mesh, platform, spec
 
 INPUT_AXES = {
     **{("attn", name): 1 for name in ("q", "k", "v")},
@@ -376,15 +376,11 @@ def quantised_product(
       out: logical axes of the result where they don't follow from those of x and w.
     """
     sharding = None if out is None else spec(*out)
-    if isinstance(weight, ChannelWeight):
-        y = jnp.einsum(
-            *(equation, x, weight.codes.astype(x.dtype)),
-            out_sharding=sharding,
-            preferred_element_type=jnp.float32,
-        )
-        return (y * weight.scales).astype(x.dtype)
     letters = equation.replace("->", ",").split(",")
     inputs = len(set(letters[0]) & set(letters[1]))
+    if isinstance(weight, ChannelWeight):
+        y = _channel_product(equation, x, weight.codes, inputs, sharding)
+        return (y * weight.scales).astype(x.dtype)
     lead, outputs = x.ndim - inputs, shape[inputs:]
 
     def local(x, weight):
@@ -398,9 +394,19 @@ def quantised_product(
 
 def quantised_logits(hidden: jax.Array, kernel: ChannelWeight) -> jax.Array:
     """hidden [B,T,D] · an int8 head [D,V] -> logits float32 [B,T,V]."""
-    codes = kernel.codes.astype(hidden.dtype)
-    y = jnp.einsum("BTD,DV->BTV", hidden, codes, preferred_element_type=jnp.float32)
-    return y * kernel.scales
+    return _channel_product("BTD,DV->BTV", hidden, kernel.codes, 1) * kernel.scales
+
+
+def _channel_product(equation, x, codes, inputs: int, sharding=None) -> jax.Array:
+    """einsum(equation, x, codes) in float32; the first `inputs` axes of codes are contracted."""
+    if on_mesh() or platform()[0] != "cpu":
+        codes = codes.astype(x.dtype)
+        how = {"out_sharding": sharding, "preferred_element_type": jnp.float32}
+        return jnp.einsum(equation, x, codes, **how)
+    lead, out = x.shape[: x.ndim - inputs], codes.shape[inputs:]
+    into = math.prod(codes.shape[:inputs])
+    y = integer_matmul(x.reshape(math.prod(lead), into), codes.reshape(into, math.prod(out)))
+    return y.reshape(*lead, *out)
 
 
 def _on_mesh(local, x, weight: GroupWeight, lead: int, inputs: int, axes, sharding):

@@ -53,6 +53,7 @@ def main(topology: str) -> None:
     results = [
         compile_one(devices, 1, Format(4, 128), 8),
         compile_one(devices, 4, Format(4, 128), 64),
+        compile_one(devices, 1, Format(4, 128), 128),
         compile_one(devices, 1, Format(8, 128), 8),
         compile_one(devices, 1, Format(8, None), 8),
         compile_one(devices, 1, Format(4, None), 8),

@@ -180,7 +180,7 @@ def test_compiles_for_chips_without_unpacking_in_memory(chip):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 5
+    assert len(results) == 6
     for result in results:
         assert result["kernels"] == result["wanted_kernels"], result
         # Neither a layer's weights nor their scales are copied.
