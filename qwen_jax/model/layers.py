@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.options import ForwardOptions
+from qwen_jax.model.quantised import is_quantised, quantised_product
 from qwen_jax.model.rope import apply_rope
 from qwen_jax.parallel import gather_weight, reshard, spec
 
@@ -87,7 +88,13 @@ class Layer(nn.Module):
         return gather_weight(value, axes, self.options.compute_dtype)
 
     def product(self, name, equation, x, shape, axes, init, *, out=None) -> jax.Array:
-        """The product `equation` of x and the weight `name`; `out` names the result's axes."""
+        """The product `equation` of x and the weight `name`; `out` names the result's axes.
+
+        The only place where matrices meet activations, so quantised ones are recognised here.
+        """
+        stored = self.get_variable("params", name)
+        if is_quantised(stored):
+            return quantised_product(equation, x, stored, shape, axes, out)
         w = self.weight(name, shape, axes, init)
         return jnp.einsum(equation, x, w, out_sharding=None if out is None else spec(*out))
 

@@ -26,6 +26,7 @@ from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.dense_cache import KVCache, append, attend_cached, check_room
 from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight
 from qwen_jax.model.options import REMAT, ForwardOptions
+from qwen_jax.model.quantised import is_quantised, quantised_logits, scannable
 from qwen_jax.model.rope import logn_scale, rope_table
 from qwen_jax.parallel import (
     RULES,
@@ -157,9 +158,11 @@ def network(
     keys = [None, None] if dropout_key is None else list(jax.random.split(dropout_key))
     windows, uniform = _windows(config)
     layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.n_layers)
+    layers, complete = scannable(params["layers"])
 
     def layer(x, scanned):
         weights, window, table, layer_key, of_layer = scanned
+        weights = complete(weights)
         window = uniform if window is None else window
         here = rope if table is None else jax.tree.map(lambda t: t[table], rope)
 
@@ -173,7 +176,7 @@ def network(
     with jax.named_scope("embed"):
         x = Embed(config, options).apply({"params": params["embed"]}, tokens, keys[0])
     with jax.named_scope("layers"):
-        scanned = (params["layers"], windows, of_layer_window, layer_keys, per_layer)
+        scanned = (layers, windows, of_layer_window, layer_keys, per_layer)
         x, kept = jax.lax.scan(layer, x, scanned)
     with jax.named_scope("final_norm"):
         x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x)
@@ -268,10 +271,14 @@ def _rope_tables(positions, config: ModelConfig, alpha):
 
 
 def output_kernel(params: Params, config: ModelConfig) -> jax.Array:
-    """The matrix from D to vocabulary logits, float32 [D,V], sharded (`embed`, `vocab`)."""
+    """The matrix from D to vocabulary logits, float32 [D,V], sharded (`embed`, `vocab`).
+
+    A quantised head is dequantised; `logits` multiplies by it as it is.
+    """
     if config.tie_embeddings:
         return reshard(params["embed"]["table"].T, "embed", "vocab")
-    return params["head"]["kernel"]
+    kernel = params["head"]["kernel"]
+    return kernel.codes * kernel.scales if is_quantised(kernel) else kernel
 
 
 def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
@@ -279,6 +286,9 @@ def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
 
     The product is taken in hidden's dtype with float32 accumulation, as the loss does.
     """
+    if not config.tie_embeddings and is_quantised(params["head"]["kernel"]):
+        with jax.named_scope("logits"):
+            return quantised_logits(hidden, params["head"]["kernel"])
     kernel = gather_weight(output_kernel(params, config), ("embed", "vocab"), hidden.dtype)
     with jax.named_scope("logits"):
         return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
