@@ -119,15 +119,31 @@ def whole_gradient(x: jax.Array) -> jax.Array:
 whole_gradient.defvjp(lambda x: (x, None), lambda _, d: (jax.lax.optimization_barrier(d),))
 
 
+def mean_square(x: jax.Array) -> jax.Array:
+    """Mean of squares over the last axis, float32 [..., 1]."""
+    return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
+@jax.custom_vjp
+def known_as(x: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, differentiated as `x`, which it equals: x is then computed for nothing, so not."""
+    del x
+    return value
+
+
+known_as.defvjp(lambda x, value: (value, None), lambda _, d: (d, jnp.zeros_like(d)))
+
+
 class RMSNorm(Layer):
     """x / rms(x) over the last axis: statistics in float32, scaled in x's dtype (as released)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., C] -> the same shape and dtype."""
+    def __call__(self, x: jax.Array, variance: jax.Array | None = None) -> jax.Array:
+        """x [..., C] -> the same shape and dtype. variance: `mean_square(x)` if it is known."""
         scale = self.weight("scale", (x.shape[-1],), ("norm",), constant(1.0), decay=False)
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        own = mean_square(x)
+        variance = own if variance is None else known_as(own, variance)
         return (wide * jax.lax.rsqrt(variance + self.config.norm_eps)).astype(x.dtype) * scale
 
 
@@ -228,7 +244,7 @@ class Block(Layer):
     """Pre-norm block: h = x + Attention(norm(x)); y = h + MLP(norm(h))."""
 
     @nn.compact
-    def __call__(self, x, rope, logn, segments, window, cache, dropout_key):
+    def __call__(self, x, rope, logn, segments, window, cache, dropout_key, variance=None):
         """One layer.
 
         Args:
@@ -239,6 +255,7 @@ class Block(Layer):
           window: int32 scalar or None.
           cache: (keys, values, segments of all slots, first free slot) or None.
           dropout_key: PRNG key or None for no dropout.
+          variance: `mean_square(x)`, float32 [B,T,1], where whoever made x has it already.
 
         Returns:
           ([B,T,D], (keys, values) with the new tokens in, or None).
@@ -246,7 +263,7 @@ class Block(Layer):
         c, o = self.config, self.options
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         with jax.named_scope("attention"):
-            normed = RMSNorm(c, o, name="attn_norm")(x)
+            normed = RMSNorm(c, o, name="attn_norm")(x, variance)
             out, cache = Attention(c, o, name="attn")(
                 normed, rope, logn, segments, window, cache, keys[0]
             )

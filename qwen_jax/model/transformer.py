@@ -21,7 +21,7 @@ from flax.core import meta
 
 from qwen_jax.errors import UserError
 from qwen_jax.model.config import ModelConfig
-from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, append
+from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, append, mean_square
 from qwen_jax.model.options import REMAT, ForwardOptions
 from qwen_jax.model.rope import logn_scale, rope_table
 from qwen_jax.parallel import (
@@ -201,25 +201,59 @@ def hidden_states(
     layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.n_layers)
     old = None if cache is None else (cache.keys, cache.values)
 
-    def layer(x, per_layer):
+    # Each layer hands on the mean square of what it gives, which its last product can make along
+    # with it: the next norm, and the backward pass, need not read all of x for one number a token.
+    def layer(carry, per_layer):
+        x, variance = carry
         weights, window, layer_key, kv = per_layer
         window = uniform if window is None else window
         kv = None if kv is None else (*kv, slots_segments, start)
-        return Block(config, options).apply(
-            {"params": weights}, x, rope, logn_factor, segment_ids, window, kv, layer_key
+        x, kv = Block(config, options).apply(
+            {"params": weights}, x, rope, logn_factor, segment_ids, window, kv, layer_key, variance
         )
+        return (x, jax.lax.stop_gradient(mean_square(x))), kv
 
-    layer = jax.checkpoint(layer, policy=REMAT[options.remat], prevent_cse=False)
     with jax.named_scope("embed"):
         x = Embed(config, options).apply({"params": params["embed"]}, tokens, keys[0])
     with jax.named_scope("layers"):
-        x, new_kv = jax.lax.scan(layer, x, (params["layers"], windows, layer_keys, old))
+        per_layer = (params["layers"], windows, layer_keys, old)
+        carry = (x, jax.lax.stop_gradient(mean_square(x)))
+        (x, variance), new_kv = _scan_layers(layer, carry, per_layer, config, options)
     with jax.named_scope("final_norm"):
-        x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x)
+        x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x, variance)
     if cache is not None:
         added = (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
         return x, KVCache(*new_kv, slots_segments, start + added)
     return from_zigzag(x), None
+
+
+def _scan_layers(layer, carry, per_layer, config: ModelConfig, options: ForwardOptions):
+    """`jax.lax.scan` over the layers, one loop for each stage of `options.remat`.
+
+    Args:
+      layer: (carry, one layer of `per_layer`) -> (carry, what to stack). per_layer: leaves [L,…].
+
+    Raises:
+      UserError: the stages are of more layers than there are.
+    """
+    stacked, first = [], 0
+    for name, count in options.remat_stages:
+        after = config.n_layers if count is None else first + count
+        if after > config.n_layers or first == after:
+            raise UserError(
+                f"options.remat={options.remat!r} leaves no layer of {config.n_layers} for "
+                f"{name!r}; give the stages before it fewer"
+            )
+        part = per_layer
+        if after - first < config.n_layers:
+            part = jax.tree.map(lambda a, part=slice(first, after): a[part], per_layer)
+        kept = jax.checkpoint(layer, policy=REMAT[name], prevent_cse=False)
+        carry, out = jax.lax.scan(kept, carry, part)
+        stacked.append(out)
+        first = after
+    if len(stacked) == 1:
+        return carry, stacked[0]
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
 
 
 def _check_cache(cache: KVCache, length: int) -> None:
