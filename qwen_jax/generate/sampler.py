@@ -22,7 +22,7 @@ from qwen_jax.model import (
     hidden_states,
     init_cache,
     logits,
-    ntk_alpha,
+    ntk_alphas,
 )
 from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, reshard, spec
 
@@ -77,7 +77,7 @@ def sample(
         row[: len(prompt)] = prompt
     alpha = None
     if config.dynamic_ntk:
-        alpha = np.array([ntk_alpha(int(n), config.trained_length) for n in lengths], np.float32)
+        alpha = np.stack([ntk_alphas(int(n), config) for n in lengths])
     drawn = _generate(
         params,
         tokens,
@@ -133,7 +133,7 @@ def _generate(
         params,
         config=config,
         options=options,
-        ntk_alpha=None if alpha is None else reshard(alpha, "batch"),
+        ntk_alpha=None if alpha is None else reshard(alpha, "batch", None),
         logn=config.logn,
     )
 

@@ -20,7 +20,7 @@ from absl import logging
 from qwen_jax import parallel
 from qwen_jax.errors import UserError
 from qwen_jax.interop.load import load_params, read_config
-from qwen_jax.model import ForwardOptions, ModelConfig, abstract_params, forward, ntk_alpha
+from qwen_jax.model import ForwardOptions, ModelConfig, abstract_params, forward, ntk_alphas
 
 PRECISIONS = ("highest", "default")
 
@@ -42,7 +42,9 @@ def prompt_logits(
     Returns:
       float32 [B,T,V].
     """
-    alpha = ntk_alpha(ids.shape[-1], cfg.trained_length) if cfg.dynamic_ntk else None
+    alpha = None
+    if cfg.dynamic_ntk:
+        alpha = np.tile(ntk_alphas(ids.shape[-1], cfg), (ids.shape[0], 1))
     return _forward(cfg, options)(params, jnp.asarray(ids, jnp.int32), alpha)
 
 

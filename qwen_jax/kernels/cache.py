@@ -16,6 +16,7 @@ they multiply scores and weights [queries, tokens] as they are, never keys or va
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -125,3 +126,48 @@ def quantise(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 def dequantise(codes: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
     """scale · (codes − zero), float32; shapes as `quantise` returns them."""
     return scale[..., None] * (codes.astype(jnp.float32) - zero[..., None])
+
+
+def as_stored(x: jax.Array, cache: PagedCache) -> jax.Array:
+    """Keys or values x [..., H] as they will be read back from this cache, in x's dtype.
+
+    Attention that uses them before they are written then sees what later attention will see, and
+    the result doesn't depend on where a prompt was cut.
+    """
+    if cache.quantised:
+        return dequantise(*quantise(x)).astype(x.dtype)
+    return x.astype(cache.pages.dtype).astype(x.dtype)
+
+
+def read_pages(cache: PagedCache, layer: jax.Array, ids: jax.Array, dtype) -> tuple:
+    """Keys and values of some pages of one layer, in a row: [1, M·page, K, H] each.
+
+    Args:
+      cache: all layers.
+      layer: int32 scalar, may be traced.
+      ids: int32 [M], pages in the order wanted.
+      dtype: of the result.
+    """
+
+    def local(cache, layer, ids):
+        def take(x):  # [L,P,K,...] -> [K,M,...]
+            flat = x.reshape(-1, *x.shape[2:])
+            # Page by page: for a gather, the TPU compiler first copies the whole cache.
+            one = functools.partial(jax.lax.dynamic_index_in_dim, flat, keepdims=False)
+            return jax.lax.map(one, layer * x.shape[1] + ids).swapaxes(0, 1)
+
+        tokens, width = take(cache.pages), cache.head_dim
+        k, v = tokens[..., :width], tokens[..., width:]  # [K,M,page,H]
+        if cache.quantised:
+            k_scale, k_zero, v_scale, v_zero = jnp.moveaxis(take(cache.scales), 2, 0)
+            k, v = dequantise(k, k_scale, k_zero), dequantise(v, v_scale, v_zero)
+        kv_heads = tokens.shape[0]
+        return tuple(x.reshape(1, kv_heads, -1, width).swapaxes(1, 2).astype(dtype) for x in (k, v))
+
+    layer = jnp.int32(layer)
+    if not on_mesh():
+        return local(cache, layer, ids)
+    out = spec(None, None, "kv_heads", None)
+    in_specs = (spec(*AXES), jax.P(), jax.P())
+    shard_map = jax.shard_map(local, in_specs=in_specs, out_specs=(out, out), check_vma=False)
+    return shard_map(cache, layer, ids)

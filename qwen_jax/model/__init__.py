@@ -1,10 +1,10 @@
 """The network: configuration, parameters and forward pass of every dense Qwen."""
 
 from qwen_jax.model.config import ModelConfig, Yarn
+from qwen_jax.model.dense_cache import KVCache, init_cache
 from qwen_jax.model.options import ForwardOptions
-from qwen_jax.model.rope import ntk_alpha
+from qwen_jax.model.rope import ntk_alpha, ntk_alphas
 from qwen_jax.model.transformer import (
-    KVCache,
     Params,
     abstract_params,
     count_params,
@@ -12,11 +12,12 @@ from qwen_jax.model.transformer import (
     declare,
     forward,
     hidden_states,
-    init_cache,
     init_params,
     logits,
+    network,
     output_kernel,
 )
+from qwen_jax.model.windows import layer_windows
 
 __all__ = [
     "ForwardOptions",
@@ -32,7 +33,10 @@ __all__ = [
     "hidden_states",
     "init_cache",
     "init_params",
+    "layer_windows",
     "logits",
+    "network",
     "ntk_alpha",
+    "ntk_alphas",
     "output_kernel",
 ]

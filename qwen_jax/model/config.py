@@ -7,6 +7,7 @@ Released sizes are in `model/presets.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from qwen_jax.errors import UserError
@@ -60,6 +61,7 @@ class ModelConfig:
       trained_length: `seq_length` of Qwen v1, the threshold of dynamic NTK and LogN.
       dynamic_ntk, logn: the release turns them on at inference (never in training).
       windows: sliding window of each layer in tokens, None for a full layer; () means all full.
+        With `dynamic_ntk`, the factor of a layer follows from what its window lets it see.
       init_std: standard deviation of every weight matrix at the start; the output projections of
         attention and FFN get init_std/√(2L).
       embed_dropout, attn_dropout, residual_dropout: rates, used only with a dropout key.
@@ -130,3 +132,15 @@ class ModelConfig:
     def rope_dim(self) -> int:
         """Rotated channels of each head."""
         return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def distinct_windows(self) -> tuple[int | None, ...]:
+        """The windows that occur, narrowest first, None (a full layer) last; W of them."""
+        found = set(self.windows) or {None}
+        return tuple(sorted(found, key=lambda w: math.inf if w is None else w))
+
+    @property
+    def window_of_layer(self) -> tuple[int, ...]:
+        """Index into `distinct_windows` of each layer."""
+        windows = self.windows or (None,) * self.n_layers
+        return tuple(self.distinct_windows.index(w) for w in windows)

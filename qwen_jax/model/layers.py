@@ -6,6 +6,7 @@ are plain JAX in `model/transformer.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen_jax.kernels import attention
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.options import ForwardOptions
 from qwen_jax.model.rope import apply_rope
@@ -86,6 +86,11 @@ class Layer(nn.Module):
         value = self.param(name, lambda key: Weight(init(key, shape, axes), axes, decay))
         return gather_weight(value, axes, self.options.compute_dtype)
 
+    def product(self, name, equation, x, shape, axes, init, *, out=None) -> jax.Array:
+        """The product `equation` of x and the weight `name`; `out` names the result's axes."""
+        w = self.weight(name, shape, axes, init)
+        return jnp.einsum(equation, x, w, out_sharding=None if out is None else spec(*out))
+
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Inverted dropout; the identity without a key. The mask does not depend on the mesh."""
@@ -147,12 +152,18 @@ class RMSNorm(Layer):
         return (wide * jax.lax.rsqrt(variance + self.config.norm_eps)).astype(x.dtype) * scale
 
 
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
+"""(q [B,T,N,H], k, v [B,T,K,H], PRNG key or None) -> (out [B,T,N,H], what is kept of k and v).
+
+How a layer attends is its caller's: to the tokens at hand, or to those of a cache too."""
+
+
 class Attention(Layer):
     """Grouped-query attention with RoPE, optional q/k/v biases (v1–2.5) or q/k norms (v3)."""
 
     @nn.compact
-    def __call__(self, x, rope, logn, segments, window, cache, dropout_key):
-        """x [B,T,D] -> ([B,T,D], (k, v) of this layer's cache); see `Block` for the arguments."""
+    def __call__(self, x, rope, logn, attend: Attend, dropout_key):
+        """x [B,T,D] -> ([B,T,D], what `attend` keeps); see `Block` for the arguments."""
         c = self.config
         heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
         x = jax.lax.optimization_barrier(x)
@@ -166,55 +177,24 @@ class Attention(Layer):
         if logn is not None:
             q = q * logn[:, :, None, None].astype(q.dtype)
         q, k, v = (checkpoint_name(t, n) for t, n in ((q, "query"), (k, "key"), (v, "value")))
-        q_segments = k_segments = segments
-        q_start = None
-        if cache is not None:
-            keys, values, k_segments, q_start = cache
-            keys, values = append(keys, k, q_start), append(values, v, q_start)
-            cache, k, v = (keys, values), keys.astype(k.dtype), values.astype(v.dtype)
-        out = attention(
-            *(q, k, v),
-            q_segments=q_segments,
-            k_segments=k_segments,
-            q_start=q_start,
-            window=window,
-            dropout_rate=c.attn_dropout,
-            dropout_key=dropout_key,
-            implementation=self.options.attention,
-        )
-        w = self.weight(
-            "o",
+        out, kept = attend(q, k, v, dropout_key)
+        out = self.product(
+            *("o", "BTNH,NHD->BTD", out),
             (heads, width, c.d_model),
             ("heads", "head_dim", "embed"),
             normal(c.init_std / (2 * c.n_layers) ** 0.5),
+            out=("batch", "sequence", "channels"),
         )
-        sharding = spec("batch", "sequence", "channels")
-        return jnp.einsum("BTNH,NHD->BTD", out, w, out_sharding=sharding), cache
+        return out, kept
 
     def _project(self, x, name, heads, axis):
         c = self.config
-        init = normal(c.init_std)
-        w = self.weight(name, (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim"), init)
-        y = jnp.einsum("BTD,DNH->BTNH", x, w)
+        shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
+        y = self.product(name, "BTD,DNH->BTNH", x, shape, axes, normal(c.init_std))
         if c.qkv_bias:
-            y += self.weight(
-                f"{name}_bias",
-                (heads, c.head_dim),
-                (axis, "head_dim"),
-                constant(0.0),
-                decay=False,
-            )
+            zero = constant(0.0)
+            y += self.weight(f"{name}_bias", shape[1:], axes[1:], zero, decay=False)
         return y
-
-
-def append(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-    """Writes `new` [B,T,…] into `cache` [B,S,…] at slot `start` [B] of each row."""
-
-    def row(cache, new, start):
-        index = (start,) + (0,) * (cache.ndim - 1)
-        return jax.lax.dynamic_update_slice(cache, new.astype(cache.dtype), index)
-
-    return jax.vmap(row)(cache, new, start)
 
 
 class MLP(Layer):
@@ -226,52 +206,46 @@ class MLP(Layer):
         c = self.config
         inward = ((c.d_model, c.d_ff), ("embed", "ffn"), normal(c.init_std))
         x = jax.lax.optimization_barrier(x)
-        gate = whole_gradient(jnp.einsum("BTD,DF->BTF", x, self.weight("gate", *inward)))
-        up = whole_gradient(jnp.einsum("BTD,DF->BTF", x, self.weight("up", *inward)))
+        gate = whole_gradient(self.product("gate", "BTD,DF->BTF", x, *inward))
+        up = whole_gradient(self.product("up", "BTD,DF->BTF", x, *inward))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
-        product = checkpoint_name(whole(jax.nn.silu(gate) * up), "ffn")
-        down = self.weight(
-            "down",
+        return self.product(
+            *("down", "BTF,FD->BTD", checkpoint_name(whole(jax.nn.silu(gate) * up), "ffn")),
             (c.d_ff, c.d_model),
             ("ffn", "embed"),
             normal(c.init_std / (2 * c.n_layers) ** 0.5),
+            out=("batch", "sequence", "channels"),
         )
-        sharding = spec("batch", "sequence", "channels")
-        return jnp.einsum("BTF,FD->BTD", product, down, out_sharding=sharding)
 
 
 class Block(Layer):
     """Pre-norm block: h = x + Attention(norm(x)); y = h + MLP(norm(h))."""
 
     @nn.compact
-    def __call__(self, x, rope, logn, segments, window, cache, dropout_key, variance=None):
+    def __call__(self, x, rope, logn, attend: Attend, dropout_key, variance=None):
         """One layer.
 
         Args:
           x: residual stream [B,T,D].
-          rope: (cos, sin) [B,T,R/2].
+          rope: (cos, signed sin) [B,T,H].
           logn: float32 [B,T] or None.
-          segments: int32 [B,T] or None.
-          window: int32 scalar or None.
-          cache: (keys, values, segments of all slots, first free slot) or None.
+          attend: attention proper, on rotated queries and keys.
           dropout_key: PRNG key or None for no dropout.
           variance: `mean_square(x)`, float32 [B,T,1], where whoever made x has it already.
 
         Returns:
-          ([B,T,D], (keys, values) with the new tokens in, or None).
+          ([B,T,D], what `attend` keeps).
         """
         c, o = self.config, self.options
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         with jax.named_scope("attention"):
             normed = RMSNorm(c, o, name="attn_norm")(x, variance)
-            out, cache = Attention(c, o, name="attn")(
-                normed, rope, logn, segments, window, cache, keys[0]
-            )
+            out, kept = Attention(c, o, name="attn")(normed, rope, logn, attend, keys[0])
             x = checkpoint_name(x + dropout(out, c.residual_dropout, keys[1]), "residual_mid")
         with jax.named_scope("mlp"):
             out = MLP(c, o, name="mlp")(RMSNorm(c, o, name="mlp_norm")(x))
             x += dropout(out, c.residual_dropout, keys[2])
-        return x, cache
+        return x, kept
 
 
 class Embed(Layer):

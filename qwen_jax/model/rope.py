@@ -26,6 +26,20 @@ def ntk_alpha(length: int, trained_length: int) -> float:
     return float(max(2 ** math.ceil(math.log2(length / trained_length) + 1) - 1, 1))
 
 
+def ntk_alphas(length: int, config: ModelConfig) -> np.ndarray:
+    """Dynamic-NTK factors of a prompt of `length` tokens, float32 [W], constant over its life.
+
+    One for each of `config.distinct_windows`: a layer that sees at most w tokens back never meets a
+    distance of w or more, and interpolates for min(length, w) only. This is how the layer-wise
+    windows of report §2.5 join with NTK (github.com/QwenLM/Qwen, issue 422). Because the factor is
+    frozen with the prompt, keys can be cached rotated. All ones without `config.dynamic_ntk`.
+    """
+    if not config.dynamic_ntk:
+        return np.ones(len(config.distinct_windows), np.float32)
+    seen = (length if w is None else min(length, w) for w in config.distinct_windows)
+    return np.array([ntk_alpha(n, config.trained_length) for n in seen], np.float32)
+
+
 def logn_scale(positions: jax.Array, trained_length: int) -> jax.Array:
     """LogN factor of a query at 0-based `positions`: log_S(p + 1) past S, 1 before. float32."""
     count = positions.astype(jnp.float32) + 1.0
@@ -55,27 +69,24 @@ def rope_table(
     channels are not rotated.
 
     Args:
-      alpha: float32 [B] or scalar, NTK factor per row: the base becomes
+      alpha: float32, NTK factors that broadcast against [B,T]: the base becomes
         base · alpha^(R/(R−2)). None is 1.
     """
     dim = config.rope_dim
     exponent = np.arange(0, dim, 2, dtype=np.float64) / dim
     scale = 1.0
+    inverse = config.rope_theta**-exponent
     if config.yarn is not None:
-        inverse = _yarn_inverse_frequencies(
-            config.rope_theta**-exponent, config.rope_theta, dim, config.yarn
-        )
+        inverse = _yarn_inverse_frequencies(inverse, config.rope_theta, dim, config.yarn)
         scale = config.yarn.attention_factor
         if scale is None:
             scale = 0.1 * math.log(config.yarn.factor) + 1.0 if config.yarn.factor > 1 else 1.0
-        inverse = jnp.asarray(inverse, jnp.float32)[None]
-    else:
-        inverse = jnp.asarray(config.rope_theta**-exponent, jnp.float32)[None]
+    inverse = jnp.asarray(inverse, jnp.float32)
     if alpha is not None and dim > 2:
         # (θ·α^(R/(R−2)))^(−e) = θ^(−e) · α^(−e·R/(R−2))
         power = jnp.asarray(exponent * dim / (dim - 2), jnp.float32)
-        inverse = inverse * jnp.atleast_1d(alpha).astype(jnp.float32)[:, None] ** -power
-    angles = positions.astype(jnp.float32)[..., None] * inverse[:, None, :]
+        inverse = inverse * jnp.asarray(alpha, jnp.float32)[..., None] ** -power
+    angles = positions.astype(jnp.float32)[..., None] * inverse
     cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
     rest = ((0, 0), (0, 0), (0, config.head_dim - dim))
     cos = jnp.pad(jnp.concatenate([cos, cos], axis=-1), rest, constant_values=1.0)

@@ -12,16 +12,20 @@ Parameters (every leaf under `layers` has a leading layer axis L)::
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.core import meta
 
 from qwen_jax.errors import UserError
+from qwen_jax.kernels import attention
 from qwen_jax.model.config import ModelConfig
-from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, append, mean_square
+from qwen_jax.model.dense_cache import KVCache, append, attend_cached, check_room
+from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, mean_square
 from qwen_jax.model.options import REMAT, ForwardOptions
 from qwen_jax.model.rope import logn_scale, rope_table
 from qwen_jax.parallel import (
@@ -38,36 +42,6 @@ from qwen_jax.parallel import (
 )
 
 Params = dict[str, Any]
-
-
-class KVCache(NamedTuple):
-    """Keys (already rotated) and values of earlier tokens, one dense block of slots per row.
-
-    Padding of a ragged prompt stands on the right: its slots are written over by the next tokens.
-    The caller sees to it that length + new tokens never exceed the slots.
-
-    Attributes:
-      keys, values: [L,B,S,K,H].
-      segments: int32 [B,S], 0 where a slot is empty or padding.
-      length: int32 [B], slots in use; the next token of row b goes into slot length[b].
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    segments: jax.Array
-    length: jax.Array
-
-
-def init_cache(config: ModelConfig, batch: int, slots: int, dtype=jnp.bfloat16) -> KVCache:
-    """An empty cache of `slots` tokens for each of `batch` rows."""
-    shape = (config.n_layers, batch, slots, config.n_kv_heads, config.head_dim)
-    axes = ("layers", "batch", None, "kv_heads", "head_dim")
-    return KVCache(
-        keys=jnp.zeros(shape, dtype, out_sharding=spec(*axes)),
-        values=jnp.zeros(shape, dtype, out_sharding=spec(*axes)),
-        segments=jnp.zeros((batch, slots), jnp.int32, out_sharding=spec("batch", None)),
-        length=jnp.zeros((batch,), jnp.int32, out_sharding=spec("batch")),
-    )
 
 
 # --- parameters ---------------------------------------------------------------------------------
@@ -89,8 +63,11 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     embed_key, block_key, norm_key, head_key = jax.random.split(key, 4)
     rope = rope_table(tokens, config)
 
+    def unattended(q, k, v, key):  # which tokens are seen has no part in declaring weights
+        return q, None
+
     def block(key):
-        return Block(config, options).init(key, x, rope, None, None, None, None, None)["params"]
+        return Block(config, options).init(key, x, rope, None, unattended, None)["params"]
 
     layers = jax.vmap(block)(jax.random.split(block_key, config.n_layers))
     boxed = {
@@ -149,82 +126,65 @@ def count_params(config: ModelConfig) -> int:
 # --- forward ------------------------------------------------------------------------------------
 
 
-def hidden_states(
+def network(
     params: Params,
     tokens: jax.Array,
+    positions: jax.Array,
     config: ModelConfig,
     options: ForwardOptions,
+    attend: Callable[..., tuple[jax.Array, Any]],
     *,
-    positions: jax.Array | None = None,
-    segment_ids: jax.Array | None = None,
-    cache: KVCache | None = None,
-    ntk_alpha: jax.Array | None = None,
+    per_layer: Any = None,
+    ntk_alpha: jax.Array | float | None = None,
     logn: bool = False,
     dropout_key: jax.Array | None = None,
-) -> tuple[jax.Array, KVCache | None]:
-    """Runs the network up to its final norm.
-
-    Over a `context` axis the layers see the sequence in zigzag order; inputs and output are in
-    natural order everywhere.
+) -> tuple[jax.Array, Any]:
+    """Embedding, layers and final norm, whatever the tokens attend to.
 
     Args:
-      tokens: int32 [B,T].
-      positions: int32 [B,T], RoPE positions; by default 0… (or from the cache's length).
-      segment_ids: int32 [B,T], 0 for padding; tokens attend within their own segment. None: one.
-      cache: earlier tokens; the new ones are written after them.
-      ntk_alpha: float32 [B] or scalar, dynamic-NTK factor of each request, constant over its life
-        (`rope.ntk_alpha`); None in training.
-      logn: scale queries past `config.trained_length` by LogN; False in training.
-      dropout_key: turns on the model's dropout rates.
+      tokens, positions: int32 [B,T]; positions are those of RoPE and LogN.
+      attend: attention of one layer, called as attend(q, k, v, window, of_layer, dropout_key) with
+        q [B,T,N,H], k and v [B,T,K,H] rotated; returns ([B,T,N,H], what to keep).
+      per_layer: arrays with a leading layer axis; `attend` gets its layer's as `of_layer`.
+      ntk_alpha: dynamic-NTK factors (`rope.ntk_alphas`): a scalar for all, or float32 [...,W] with
+        one for each of `config.distinct_windows`, where ... broadcasts against [B,T].
+      logn, dropout_key: as in `hidden_states`.
 
     Returns:
-      ([B,T,D] in the compute dtype, the cache with the new tokens or None).
+      ([B,T,D] in the compute dtype, what the layers kept, stacked to [L,...]).
     """
-    length = tokens.shape[1]
-    start = None if cache is None else cache.length
-    if positions is None:
-        steps = reshard(jnp.arange(length, dtype=jnp.int32)[None], None, "sequence")
-        positions = steps if start is None else start[:, None] + steps
-    if cache is None:  # a cache is refused where the order matters
-        tokens, positions = to_zigzag(tokens), to_zigzag(positions)
-        segment_ids = None if segment_ids is None else to_zigzag(segment_ids)
-    rope = rope_table(positions, config, ntk_alpha)
+    rope, of_layer_window = _rope_tables(positions, config, ntk_alpha)
     logn_factor = logn_scale(positions, config.trained_length) if logn else None
-    slots_segments = None
-    if cache is not None:
-        _check_cache(cache, length)
-        new = jnp.ones_like(tokens) if segment_ids is None else segment_ids
-        slots_segments = append(cache.segments, new, start)
-        segment_ids = new
     keys = [None, None] if dropout_key is None else list(jax.random.split(dropout_key))
     windows, uniform = _windows(config)
     layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.n_layers)
-    old = None if cache is None else (cache.keys, cache.values)
 
     # Each layer hands on the mean square of what it gives, which its last product can make along
     # with it: the next norm, and the backward pass, need not read all of x for one number a token.
-    def layer(carry, per_layer):
+    def layer(carry, scanned):
         x, variance = carry
-        weights, window, layer_key, kv = per_layer
+        weights, window, table, layer_key, of_layer = scanned
         window = uniform if window is None else window
-        kv = None if kv is None else (*kv, slots_segments, start)
-        x, kv = Block(config, options).apply(
-            {"params": weights}, x, rope, logn_factor, segment_ids, window, kv, layer_key, variance
+        here = rope if table is None else jax.tree.map(lambda t: t[table], rope)
+
+        def attend_here(q, k, v, key):
+            return attend(q, k, v, window, of_layer, key)
+
+        block = Block(config, options)
+        x, kept = block.apply(
+            {"params": weights}, x, here, logn_factor, attend_here, layer_key, variance
         )
-        return (x, jax.lax.stop_gradient(mean_square(x))), kv
+        return (x, jax.lax.stop_gradient(mean_square(x))), kept
 
     with jax.named_scope("embed"):
         x = Embed(config, options).apply({"params": params["embed"]}, tokens, keys[0])
     with jax.named_scope("layers"):
-        per_layer = (params["layers"], windows, layer_keys, old)
+        scanned = (params["layers"], windows, of_layer_window, layer_keys, per_layer)
         carry = (x, jax.lax.stop_gradient(mean_square(x)))
-        (x, variance), new_kv = _scan_layers(layer, carry, per_layer, config, options)
+        (x, variance), kept = _scan_layers(layer, carry, scanned, config, options)
     with jax.named_scope("final_norm"):
         x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x, variance)
-    if cache is not None:
-        added = (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
-        return x, KVCache(*new_kv, slots_segments, start + added)
-    return from_zigzag(x), None
+    return x, kept
 
 
 def _scan_layers(layer, carry, per_layer, config: ModelConfig, options: ForwardOptions):
@@ -256,23 +216,91 @@ def _scan_layers(layer, carry, per_layer, config: ModelConfig, options: ForwardO
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
 
 
-def _check_cache(cache: KVCache, length: int) -> None:
-    if length > cache.segments.shape[1]:
-        raise UserError(
-            f"{length} new tokens don't fit in a cache of {cache.segments.shape[1]} slots; make a "
-            "larger one"
-        )
-    if context_size() > 1:
-        raise UserError("a KV cache needs mesh.context=1; use fsdp, data or tensor instead")
+def hidden_states(
+    params: Params,
+    tokens: jax.Array,
+    config: ModelConfig,
+    options: ForwardOptions,
+    *,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    ntk_alpha: jax.Array | float | None = None,
+    logn: bool = False,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, KVCache | None]:
+    """Runs the network up to its final norm.
+
+    Over a `context` axis the layers see the sequence in zigzag order; inputs and output are in
+    natural order everywhere.
+
+    Args:
+      tokens: int32 [B,T].
+      positions: int32 [B,T], RoPE positions; by default 0… (or from the cache's length).
+      segment_ids: int32 [B,T], 0 for padding; tokens attend within their own segment. None: one.
+      cache: earlier tokens; the new ones are written after them.
+      ntk_alpha: dynamic-NTK factors of each request, constant over its life: float32 [B,W]
+        (`rope.ntk_alphas` for each row), or a scalar; None in training.
+      logn: scale queries past `config.trained_length` by LogN; False in training.
+      dropout_key: turns on the model's dropout rates.
+
+    Returns:
+      ([B,T,D] in the compute dtype, the cache with the new tokens or None).
+    """
+    if positions is None:
+        steps = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        positions = reshard(steps, None, "sequence")
+        if cache is not None:
+            positions = cache.length[:, None] + positions
+    if getattr(ntk_alpha, "ndim", 0):
+        assert ntk_alpha.shape == (len(tokens), len(config.distinct_windows)), ntk_alpha.shape
+        ntk_alpha = ntk_alpha[:, None]  # the same for all tokens of a row
+    how = {"dropout_rate": config.attn_dropout, "implementation": options.attention}
+    run = functools.partial(
+        network, config=config, options=options, ntk_alpha=ntk_alpha, logn=logn,
+        dropout_key=dropout_key,
+    )  # fmt: skip
+    if cache is None:
+        # A cache is refused where the order matters.
+        tokens, positions = to_zigzag(tokens), to_zigzag(positions)
+        segments = None if segment_ids is None else to_zigzag(segment_ids)
+
+        def attend(q, k, v, window, of_layer, key):
+            how_here = {"window": window, "dropout_key": key, **how}
+            return attention(q, k, v, q_segments=segments, k_segments=segments, **how_here), None
+
+        return from_zigzag(run(params, tokens, positions, attend=attend)[0]), None
+    check_room(cache, tokens.shape[1])
+    new = jnp.ones_like(tokens) if segment_ids is None else segment_ids
+    slots = append(cache.segments, new, cache.length)
+
+    def attend_to_cache(q, k, v, window, of_layer, key):
+        how_here = {"window": window, "dropout_key": key, **how}
+        return attend_cached(q, k, v, of_layer, new, slots, cache.length, **how_here)
+
+    old = (cache.keys, cache.values)
+    x, (ks, vs) = run(params, tokens, positions, attend=attend_to_cache, per_layer=old)
+    return x, KVCache(ks, vs, slots, cache.length + (new > 0).sum(axis=1, dtype=jnp.int32))
 
 
 def _windows(config: ModelConfig) -> tuple[jax.Array | None, int | None]:
     """Sliding windows as (per-layer array, or None) and (the one value all layers share)."""
-    distinct = set(config.windows) or {None}
+    distinct = config.distinct_windows
     if len(distinct) == 1:
-        return None, distinct.pop()
+        return None, distinct[0]
     everything = 2**30  # wider than any sequence
     return jnp.asarray([everything if w is None else w for w in config.windows], jnp.int32), None
+
+
+def _rope_tables(positions, config: ModelConfig, alpha):
+    """Rotations, and which of them each layer takes: (table, None), or tables with a leading W."""
+    if alpha is None or not jnp.ndim(alpha):
+        return rope_table(positions, config, alpha), None
+    if alpha.shape[-1] == 1:
+        return rope_table(positions, config, alpha[..., 0]), None
+    tables = [rope_table(positions, config, alpha[..., w]) for w in range(alpha.shape[-1])]
+    stacked = jax.tree.map(lambda *t: jnp.stack(t), *tables)
+    return stacked, jnp.asarray(config.window_of_layer, jnp.int32)
 
 
 def output_kernel(params: Params, config: ModelConfig) -> jax.Array:

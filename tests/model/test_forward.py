@@ -65,7 +65,7 @@ def test_ragged_prompts_then_decoding_is_each_row_alone_at_once(name):
     if config.dynamic_ntk:
         alphas = [ntk_alpha(int(n), config.trained_length) for n in lengths]
         assert alphas == [3.0, 1.0, 1.0]
-        switches = {"ntk_alpha": jnp.asarray(alphas), "logn": config.logn}
+        switches = {"ntk_alpha": jnp.asarray(alphas)[:, None], "logn": config.logn}
     segments = (np.arange(PROMPT) < lengths[:, None]).astype(np.int32)
     prompts = np.where(segments, texts[:, :PROMPT], 17)  # whatever stands in the padding
     prefill = jax.jit(
@@ -86,9 +86,7 @@ def test_ragged_prompts_then_decoding_is_each_row_alone_at_once(name):
         np.testing.assert_allclose(later[:, i], full[i, n : n + NEW], atol=2e-5, rtol=1e-5)
     if switches:
         alone = jax.jit(
-            lambda w: forward(
-                w, texts[:1], config, FLOAT32, **(switches | {"ntk_alpha": jnp.asarray([3.0])})
-            )[0]
+            lambda w: forward(w, texts[:1], config, FLOAT32, **(switches | {"ntk_alpha": 3.0}))[0]
         )(weights)
         np.testing.assert_allclose(full[0], alone[0], atol=2e-5, rtol=1e-5)
         without = jax.jit(lambda w: forward(w, texts[:1], config, FLOAT32)[0])(weights)
@@ -104,7 +102,7 @@ def test_decoding_is_that_of_the_released_code(released, qwen1_small, name):
     prompt = int(reference[f"prompt_len_{name}"])
     alpha = ntk_alpha(prompt, config.trained_length)
     assert alpha == reference[f"alpha_{name}"]
-    switches = {"ntk_alpha": jnp.asarray([alpha]), "logn": True}
+    switches = {"ntk_alpha": jnp.asarray([[alpha]]), "logn": True}
     first, cache = jax.jit(
         lambda w, c: forward(w, ids[None, :prompt], config, FLOAT32, cache=c, **switches)
     )(weights, init_cache(config, 1, len(ids), jnp.float32))
@@ -130,7 +128,7 @@ def test_left_padded_rows_are_each_row_alone(released, qwen1_small, length):
             FLOAT32,
             positions=jnp.asarray(positions),
             segment_ids=jnp.asarray(mask),
-            ntk_alpha=jnp.asarray(alphas),
+            ntk_alpha=jnp.asarray(alphas)[:, None],
             logn=True,
         )[0]
     )(weights)
