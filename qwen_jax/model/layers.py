@@ -166,7 +166,7 @@ class Attention(Layer):
         """x [B,T,D] -> ([B,T,D], what `attend` keeps); see `Block` for the arguments."""
         c = self.config
         heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
-        x = jax.lax.optimization_barrier(x)
+        x = whole(x)
         q = self._project(x, "q", heads, "heads")
         k = self._project(x, "k", kv_heads, "kv_heads")
         v = self._project(x, "v", kv_heads, "kv_heads")
@@ -205,7 +205,7 @@ class MLP(Layer):
         """x [B,T,D] -> [B,T,D]."""
         c = self.config
         inward = ((c.d_model, c.d_ff), ("embed", "ffn"), normal(c.init_std))
-        x = jax.lax.optimization_barrier(x)
+        x = whole(x)
         gate = whole_gradient(self.product("gate", "BTD,DF->BTF", x, *inward))
         up = whole_gradient(self.product("up", "BTD,DF->BTF", x, *inward))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
