@@ -173,11 +173,36 @@ def network(
     with jax.named_scope("embed"):
         x = Embed(config, options).apply({"params": params["embed"]}, tokens, keys[0])
     with jax.named_scope("layers"):
-        scanned = (params["layers"], windows, of_layer_window, layer_keys, per_layer)
-        x, kept = jax.lax.scan(layer, x, scanned)
+        others = (windows, of_layer_window, layer_keys, per_layer)
+        if isinstance(params["layers"], tuple):  # `unstack_layers`
+            kept = []
+            for i, weights in enumerate(params["layers"]):
+                x, of_this = layer(x, (weights, *jax.tree.map(lambda a, i=i: a[i], others)))
+                kept.append(of_this)
+            kept = jax.tree.map(lambda *each: jnp.stack(each), *kept)
+        else:
+            x, kept = jax.lax.scan(layer, x, (params["layers"], *others))
     with jax.named_scope("final_norm"):
         x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x)
     return x, kept
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with each layer's weights in arrays of their own, for `network`.
+
+    The layers are then compiled one by one instead of as a loop. XLA's CPU programs copy a layer's
+    weights out of the stack each time before they use them, which costs a decoding step more than
+    its products; elsewhere a stack is read in place. The stacked arrays are given up one after the
+    other, so that nothing but one of them exists twice.
+    """
+    leaves, tree = jax.tree.flatten(params["layers"])
+    split = []
+    for i, leaf in enumerate(leaves):
+        leaves[i] = None
+        split.append([jnp.array(layer) for layer in leaf])
+        leaf.delete()
+    layers = tuple(tree.unflatten(each) for each in zip(*split, strict=True))
+    return {**params, "layers": layers}
 
 
 def hidden_states(
