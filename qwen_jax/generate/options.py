@@ -12,7 +12,6 @@ from qwen_jax.errors import UserError, nearest
 from qwen_jax.generate.steps import Shapes
 from qwen_jax.kernels.cache import PAGE_SIZE, SCALE_ROWS
 from qwen_jax.model import ModelConfig
-from qwen_jax.progress import format_count
 
 KV_DTYPES = ("auto", "uint8")
 """Of the cache: "auto" is the compute dtype, "uint8" the release's 8-bit form (half of bf16)."""
@@ -134,8 +133,8 @@ def choose_shapes(
     pages = options.pages or min(rows * table, room // each)
     if options.pages and options.pages * each > room:
         raise UserError(
-            f"engine.pages={options.pages} need {format_count(options.pages * each)}B and there is "
-            f"room for {format_count(max(room, 0))}B; ask for at most {max(room, 0) // each} pages."
+            f"engine.pages={options.pages} need {options.pages * each / 1e9:.2f} GB and there is "
+            f"room for {max(room, 0) / 1e9:.2f} GB; ask for at most {max(room, 0) // each} pages."
         )
     if pages < table:
         if options.max_length or pages < 1 or pages * size < 2:

@@ -17,6 +17,7 @@ from qwen_jax.model.transformer import (
     network,
     output_kernel,
 )
+from qwen_jax.model.windows import layer_windows
 
 __all__ = [
     "ForwardOptions",
@@ -32,6 +33,7 @@ __all__ = [
     "hidden_states",
     "init_cache",
     "init_params",
+    "layer_windows",
     "logits",
     "network",
     "ntk_alpha",

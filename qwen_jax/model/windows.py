@@ -1,0 +1,42 @@
+"""Layer-wise window attention of the report's §2.5: which layer sees how far back."""
+
+from __future__ import annotations
+
+from qwen_jax.errors import UserError
+
+
+def layer_windows(
+    n_layers: int,
+    trained_length: int,
+    *,
+    layers_per_window: int = 4,
+    longest: int | None = None,
+) -> tuple[int | None, ...]:
+    """Sliding window of each layer, for `ModelConfig.windows`: lower layers see less far back.
+
+    The report gives no sizes. This is the assignment its authors describe for a model trained at
+    2,048 tokens (github.com/QwenLM/Qwen, issue 422): 2,048 in the first four layers, 4,096 in the
+    next four, 8,192 above, and so on; here the doubling goes on to the top. Released configurations
+    have no windows. A window of w lets a token see itself and the w − 1 before it.
+
+    Args:
+      n_layers: layers of the model.
+      trained_length: S, the window of the lowest layers: there no distance is met that training did
+        not show.
+      layers_per_window: layers after which the window doubles.
+      longest: longest sequence to be run; a window of as much is a full layer, None. Without it,
+        every layer has a window.
+
+    Raises:
+      UserError: a number below 1.
+    """
+    for name, value in (
+        ("n_layers", n_layers),
+        ("trained_length", trained_length),
+        ("layers_per_window", layers_per_window),
+        ("longest", 1 if longest is None else longest),
+    ):
+        if value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1")
+    windows = (trained_length * 2 ** (i // layers_per_window) for i in range(n_layers))
+    return tuple(None if longest is not None and w >= longest else w for w in windows)

@@ -1,0 +1,114 @@
+"""The program: both kinds of checkpoint, one device or a mesh, and one sentence for bad input."""
+
+import dataclasses
+import json
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from qwen_jax.corpus import Document, write_jsonl
+from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.tokenizer.huggingface import byte_order
+from tests import programs
+from tests.interop.folders import V1, random_tensors, write
+
+MODEL = dataclasses.replace(V1, vocab_size=512, trained_length=16)
+TEXT = "Perplexity is measured on a text, and this is one; its words come again and again. " * 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder with 256 bytes as its vocabulary, and three documents."""
+    place = tmp_path_factory.mktemp("place")
+    tensors = {k: 0.5 * t for k, t in random_tensors(MODEL).items()}
+    folder = write(place / "hf", MODEL, tensors)
+    Tokenizer(tuple(bytes([i]) for i in byte_order())).save(folder / "qwen.tiktoken")
+    write_jsonl(place / "web.jsonl", [Document("a", TEXT), Document("b", "too short")])
+    (place / "book.txt").write_text(TEXT[::-1])
+    return place
+
+
+def score(place, out, *more):
+    return [
+        "launch.perplexity", f"--checkpoint={place}/hf", f"--out={place}/{out}",
+        f"--corpus={place}/web.jsonl,{place}/book.txt", "--dtype=float32", "--lengths=16,64",
+        "--layers_per_window=1", "--modes=none,ntk+logn+window", *more,
+    ]  # fmt: skip
+
+
+def result(place, out):
+    stored = json.loads((place / out / "perplexity.json").read_text())
+    return {(c["mode"], c["length"]): c["nll"] for c in stored["cells"]}, stored
+
+
+@pytest.mark.slow
+def test_every_checkpoint_and_mesh_gives_the_same_table(place):
+    native = [f"--checkpoint={place}/native", f"--tokenizer={place}/hf"]
+    done = programs.run(
+        [
+            score(place, "hf-out"),
+            ["launch.convert", f"--hf_dir={place}/hf", f"--out={place}/native"],
+            score(
+                *(place, "native-out", *native, "--cpu_devices=8"),
+                *("--fsdp=2", "--context=2", "--tensor=2"),
+            ),
+            score(place, "hf-out", "--trained_length=64"),
+            score(place, "hf-out"),
+        ]
+    )
+    assert [d.status for d in done] == [0] * 5, [d.output[-600:] for d in done if d.status]
+    first, stored = result(place, "native-out")
+    again, _ = result(place, "hf-out")
+    assert first.keys() == again.keys() and len(first) == 4
+    for cell, nll in first.items():
+        assert again[cell] == pytest.approx(nll, rel=1e-4), cell
+    assert first["none", 16] == first["ntk+logn+window", 16]
+    assert abs(first["none", 64] - first["ntk+logn+window", 64]) > 1e-3 * first["none", 64]
+    assert stored["documents"] == 2 and stored["tokens"] == stored["bytes"] == 2 * 128
+    # What was trained to 64 needs no means there; and the last call had nothing left to compute.
+    assert "| ntk+logn+window |" in done[3].output
+    rows = [r.split("|")[2:4] for r in done[3].output.splitlines() if r.startswith(("| n",))]
+    assert rows[0] == rows[1]
+    table = [line for line in done[0].output.splitlines() if line.startswith("|")]
+    assert table == [line for line in done[4].output.splitlines() if line.startswith("|")]
+    assert "loaded qwen" in done[0].output and "loaded qwen" not in done[4].output
+    image = matplotlib.image.imread(place / "hf-out" / "perplexity.png")
+    assert image.ndim == 3 and np.ptp(image) > 0
+    assert not list(place.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--corpus="], "--corpus is missing"),
+        (["--checkpoint={place}/none"], "none does not exist"),
+        (["--lengths=16,x"], "--lengths=16,x must be whole numbers"),
+        (["--lengths=16,20"], "lengths has 16, which does not divide the longest, 20"),
+        (["--lengths=256"], "none of the 3 documents of --corpus has more than 256 tokens"),
+        (["--modes=window,nkt"], "has 'nkt' (did you mean 'ntk'?)"),
+        (["--tokenizer={place}/web.jsonl"], "web.jsonl"),
+        (["--dtype=int8"], "options.dtype is 'int8'"),
+        (["--documents=0"], "--documents is 0"),
+        (["--step=3"], "--step=3 goes with native checkpoints"),
+        (["--trained_length=1"], "trained_length=1"),
+        (["--tensor=3", "--cpu_devices=8"], "mesh.tensor=3 does not divide model.n_heads=4"),
+        (["--tensor=2"], "needs 2 devices but 1 are there"),
+    ],
+)
+def test_bad_input_is_one_sentence(place, flags, message, refusals):
+    done = refusals[tuple(flags)]
+    assert done.status == 2, done.output
+    assert done.last_line.startswith("error: ") and message in done.last_line
+    assert "Traceback" not in done.output
+
+
+@pytest.fixture(scope="module")
+def refusals(place):
+    """Every bad call, run in one go."""
+    marks = test_bad_input_is_one_sentence.pytestmark
+    cases = [flags for mark in marks for flags, _ in mark.args[1]]
+    calls = [score(place, "refused", *(f.format(place=place) for f in flags)) for flags in cases]
+    done = programs.run(calls)
+    assert not (place / "refused").exists()
+    return dict(zip(map(tuple, cases), done, strict=True))
