@@ -192,17 +192,11 @@ def unstack_layers(params: Params) -> Params:
 
     The layers are then compiled one by one instead of as a loop. XLA's CPU programs copy a layer's
     weights out of the stack each time before they use them, which costs a decoding step more than
-    its products; elsewhere a stack is read in place. The stacked arrays are given up one after the
-    other, so that nothing but one of them exists twice.
+    its products; elsewhere a stack is read in place.
     """
     leaves, tree = jax.tree.flatten(params["layers"])
-    split = []
-    for i, leaf in enumerate(leaves):
-        leaves[i] = None
-        split.append([jnp.array(layer) for layer in leaf])
-        leaf.delete()
-    layers = tuple(tree.unflatten(each) for each in zip(*split, strict=True))
-    return {**params, "layers": layers}
+    layers = zip(*([*leaf] for leaf in leaves), strict=True)
+    return {**params, "layers": tuple(tree.unflatten(each) for each in layers)}
 
 
 def hidden_states(
