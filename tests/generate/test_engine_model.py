@@ -274,21 +274,28 @@ def test_preempted_requests_go_on_exactly_and_nothing_compiles_after_warm_up():
 
 
 @pytest.mark.slow
-def test_windows_and_an_8_bit_cache_change_nothing_of_this():
-    """Cut anywhere, beside anybody: keys are used as they will be read back."""
-    sizes, config = dataclasses.replace(TIGHT, kv_dtype="uint8"), MODELS["2: windows"]
-    check(Shared(sizes, config), [*range(12)], answers_alone(config, sizes))
+def test_windows_change_nothing_of_this():
+    """Only one prompt of a call may have a past then; the others wait."""
+    config = MODELS["2: windows"]
+    check(Shared(TIGHT, config), [*range(12)], answers_alone(config, TIGHT))
 
 
 @pytest.mark.slow
 def test_tensor_parallel_gives_the_same_ids_on_any_thread():
+    """Greedy ids, beside others that draw: those are the same where devices share the vocabulary
+    in whole blocks (`test_sampling.py`), which 300 tokens are not.
+    """
+    alone = answers_alone(V1, TIGHT)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(V1, mesh))
     with jax.set_mesh(mesh):
         engine = Engine(jax.device_put(params(V1), shardings), V1, FLOAT32, TIGHT)
-    stats = []
-    alone = answers_alone(V1, TIGHT)
-    thread = threading.Thread(target=lambda: stats.append(check(engine, [*range(12)], alone)))
+    answers = {}
+    thread = threading.Thread(target=lambda: answers.update(drive(engine, [*range(12)])[0]))
     thread.start()
     thread.join()
-    assert stats and stats[0].new_tokens == sum(len(tokens) for tokens, _ in alone.values())
+    assert len(answers) == 12 and engine.stats().preemptions
+    greedy_ones = [one.id for one in asked() if not one.params.temperature]
+    assert len(greedy_ones) == 4
+    for name in greedy_ones:
+        assert answers[name][:2] == alone[name]
