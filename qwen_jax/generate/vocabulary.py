@@ -146,15 +146,25 @@ def uniform(seed: jax.Array, positions: jax.Array) -> jax.Array:
     return (jax.vmap(bits)(seed, positions) >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """int32 [R], an index of weights [R,n] drawn in proportion to them; never one of weight 0."""
+def _pick(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The entry of weights [R,n] in which a share in [0, 1) of their sum falls, never one of 0.
+
+    Returns:
+      (int32 [R], and float32 [R] how far into that entry the share reaches, in [0, 1]).
+    """
     total = jnp.cumsum(weights, axis=-1)
+    target = share * total[:, -1]
     some = weights > 0
-    past = some & (total > uniform[:, None] * total[:, -1:])
+    past = some & (total > target[:, None])
     places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
     # Rounding may leave no place past the target: then it is the last one that can be drawn.
     first = jnp.where(past, places, weights.shape[-1]).min(axis=-1)
-    return jnp.minimum(first, jnp.where(some, places, 0).max(axis=-1))
+    place = jnp.minimum(first, jnp.where(some, places, 0).max(axis=-1))
+    weight, reached = (
+        jnp.take_along_axis(x, place[:, None], axis=1)[:, 0] for x in (weights, total)
+    )
+    inside = 1 - (reached - target) / jnp.where(weight > 0, weight, 1.0)
+    return place, jnp.clip(inside, 0.0, 1.0)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
@@ -168,8 +178,9 @@ def _blocks(x: jax.Array) -> jax.Array:
 def draw(scaled: jax.Array, threshold: jax.Array, uniform: jax.Array, axis) -> jax.Array:
     """int32 [R], an id a row in proportion to exp(scaled [R,V]) from the threshold [R] on.
 
-    A block of tokens by the first of two uniform numbers [R,2], a token in it by the second: sums
-    over all of the vocabulary would leave the second digits of rare tokens to rounding.
+    The id at which the sum of probabilities passes a uniform number: first the block of tokens,
+    then the token in it. How the vocabulary is cut into blocks, and over devices, moves nothing but
+    rounding. Uniform [R,2]: the second number gives the first its digits from the 25th on.
     """
 
     def weights(x):
@@ -180,11 +191,14 @@ def draw(scaled: jax.Array, threshold: jax.Array, uniform: jax.Array, axis) -> j
     sums = weights(blocks).sum(axis=-1)
     mine = blocks.shape[1]
     sums = sums if axis is None else jax.lax.all_gather(sums, axis, axis=1, tiled=True)
-    here = _pick(sums, uniform[:, 0]) - offset(mine, axis)
+    block, share = _pick(sums, uniform[:, 0])
+    finest = 2.0**-24 * sums.sum(axis=-1) / jnp.take_along_axis(sums, block[:, None], axis=1)[:, 0]
+    share = jnp.minimum(share + uniform[:, 1] * finest, 1 - 2.0**-24)
+    here = block - offset(mine, axis)
     inside = (here >= 0) & (here < mine)
     here = jnp.where(inside, here, 0)
     one = jnp.take_along_axis(blocks, here[:, None, None], axis=1)[:, 0]
-    token = here * BLOCK + _pick(weights(one), uniform[:, 1])
+    token = here * BLOCK + _pick(weights(one), share)[0]
     if axis is None:
         return token
     return jax.lax.psum(jnp.where(inside, token + offset(scaled.shape[1], axis), 0), axis)
