@@ -177,6 +177,8 @@ def main() -> int:
         logging.set_verbosity(logging.WARNING)
     if not 0 <= SEED_FLAG.value < 2**63:
         raise UserError(f"--seed is {SEED_FLAG.value}; it must be from 0 to 2^63 - 1.")
+    if sys.stdin is None:  # closed by whoever started this
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):  # odd bytes must end nothing
         stream.reconfigure(encoding="utf-8", errors="replace")
     prompt = read_prompt()
