@@ -75,12 +75,15 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
     how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": warm_up}
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
+    given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
+    with_options(SamplingParams(), given)  # a bad value is better said before the weights are read
     with load(MODEL.value, **place, **how, rows=1, **sizes) as qwen:
-        given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
         session = qwen.session
         session.params = with_options(session.params, given)
         session.stop = (*session.stop, *STOP.value)
         if SYSTEM.value is not None:
+            if not session.chats:
+                raise UserError("--system is for chat models; this one only continues text.")
             session.system = SYSTEM.value or None
         yield qwen
 
