@@ -123,6 +123,9 @@ def test_too_many_waiting_for_the_engine():
             # Of two choices none is kept when one finds no place.
             answer = server.post(CHAT, json={**BODY, "n": 2})
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+            # Of more than can ever wait, no part is taken, now or later.
+            answer = server.post(CHAT, json={**BODY, "n": 3})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
             with pytest.raises(openai.RateLimitError):
                 server.client().chat.completions.create(model="toy", messages=HI)
             engine.release()
