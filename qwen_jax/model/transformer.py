@@ -159,14 +159,12 @@ def network(
     keys = [None, None] if dropout_key is None else list(jax.random.split(dropout_key))
     windows, uniform = _windows(config)
     layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.n_layers)
-    layers, complete = scannable(params["layers"])
 
     # Each layer hands on the mean square of what it gives, which its last product can make along
     # with it: the next norm, and the backward pass, need not read all of x for one number a token.
     def layer(carry, scanned):
         x, variance = carry
         weights, window, table, layer_key, of_layer = scanned
-        weights = complete(weights)
         window = uniform if window is None else window
         here = rope if table is None else jax.tree.map(lambda t: t[table], rope)
 
@@ -182,24 +180,39 @@ def network(
     with jax.named_scope("embed"):
         x = Embed(config, options).apply({"params": params["embed"]}, tokens, keys[0])
     with jax.named_scope("layers"):
-        scanned = (layers, windows, of_layer_window, layer_keys, per_layer)
         carry = (x, jax.lax.stop_gradient(mean_square(x)))
-        (x, variance), kept = _scan_layers(layer, carry, scanned, config, options)
+        others = (windows, of_layer_window, layer_keys, per_layer)
+        (x, variance), kept = _run_layers(layer, carry, params["layers"], others, config, options)
     with jax.named_scope("final_norm"):
         x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x, variance)
     return x, kept
 
 
-def _scan_layers(layer, carry, per_layer, config: ModelConfig, options: ForwardOptions):
-    """`jax.lax.scan` over the layers, one loop for each stage of `options.remat`.
+def _run_layers(layer, carry, weights, others, config: ModelConfig, options: ForwardOptions):
+    """All layers in turn: `jax.lax.scan`, one loop for each stage of `options.remat`.
+
+    Layers that `unstack_layers` made are run one by one, without remat: they serve inference.
 
     Args:
-      layer: (carry, one layer of `per_layer`) -> (carry, what to stack). per_layer: leaves [L,…].
+      layer: (carry, (weights of one layer, one layer of `others`)) -> (carry, what to stack).
+      weights, others: leaves [L,…].
 
     Raises:
       UserError: the stages are of more layers than there are.
     """
-    stacked, first = [], 0
+    if isinstance(weights, tuple):
+        kept = []
+        for i, own in enumerate(weights):
+            carry, out = layer(carry, (own, *jax.tree.map(lambda a, i=i: a[i], others)))
+            kept.append(out)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *kept)
+
+    weights, complete = scannable(weights)
+
+    def one(carry, scanned):
+        return layer(carry, (complete(scanned[0]), *scanned[1:]))
+
+    stacked, first, per_layer = [], 0, (weights, *others)
     for name, count in options.remat_stages:
         after = config.n_layers if count is None else first + count
         if after > config.n_layers or first == after:
@@ -210,13 +223,26 @@ def _scan_layers(layer, carry, per_layer, config: ModelConfig, options: ForwardO
         part = per_layer
         if after - first < config.n_layers:
             part = jax.tree.map(lambda a, part=slice(first, after): a[part], per_layer)
-        kept = jax.checkpoint(layer, policy=REMAT[name], prevent_cse=False)
+        kept = jax.checkpoint(one, policy=REMAT[name], prevent_cse=False)
         carry, out = jax.lax.scan(kept, carry, part)
         stacked.append(out)
         first = after
     if len(stacked) == 1:
         return carry, stacked[0]
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with each layer's weights in arrays of their own, for `network`.
+
+    The layers are then compiled one by one instead of as a loop. XLA's CPU programs copy a layer's
+    weights out of the stack each time before they use them, which costs a decoding step more than
+    its products; elsewhere a stack is read in place, and so are group-quantised ones everywhere.
+    """
+    stack, complete = scannable(params["layers"])
+    leaves, tree = jax.tree.flatten(stack)
+    layers = zip(*([*leaf] for leaf in leaves), strict=True)
+    return {**params, "layers": tuple(complete(tree.unflatten(each)) for each in layers)}
 
 
 def hidden_states(
