@@ -99,8 +99,7 @@ def converse(qwen: Qwen) -> None:
     """A conversation in the terminal, or line by line from a pipe."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        history = pathlib.Path(HISTORY.value).expanduser() if HISTORY.value else None
-        lines = Terminal(history, WORDS)
+        lines = Terminal(history_file(), WORDS)
     else:
         lines = PlainLines(sys.stdin)
     about = facts(qwen)
@@ -111,6 +110,16 @@ def converse(qwen: Qwen) -> None:
     if not qwen.session.chats:
         repl.say("This is a base model: it continues what you write, and keeps no conversation.")
     repl.run()
+
+
+def history_file() -> pathlib.Path | None:
+    """The file that keeps what was typed, in a folder for this user alone; None without a place."""
+    if not HISTORY.value:
+        return None
+    file = pathlib.Path(HISTORY.value).expanduser()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return file if os.access(file if file.exists() else file.parent, os.W_OK) else None
 
 
 def answer_once(qwen: Qwen, prompt: str) -> None:
@@ -181,6 +190,9 @@ def main() -> int:
         return 130
     except EngineFailed as error:
         sys.stderr.write(f"error: {error}\n")
+        return 1
+    except BrokenPipeError:  # whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 

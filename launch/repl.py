@@ -144,6 +144,8 @@ class Repl:
         self.say("\n".join([HELP, *(f"  {usage:{width}}  {text}" for usage, text in rows)]))
 
     def system(self, rest: str) -> None:  # noqa: D102
+        if not self.session.chats:
+            raise UserError("A base model has no system prompt; write it before your text.")
         if not rest:
             self.say(self.session.system or "There is no system prompt.")
             return
@@ -164,7 +166,7 @@ class Repl:
             self.say(f"> {said}")
             self._out.write(printable(answer) + "\n")
         if not self.session.history:
-            self.say("Nothing was said yet.")
+            self.say("Nothing was said yet." if self.session.chats else "A base model keeps none.")
 
     def set_seed(self, rest: str) -> None:  # noqa: D102
         if rest:
@@ -198,9 +200,10 @@ class Repl:
         self.say("All settings are those of the start.")
 
     def show(self, rest: str) -> None:  # noqa: D102
-        system = self.session.system if self.session.chats else None
-        turns = f"{len(self.session.history)} questions and answers in the conversation"
-        lines = [self._facts, *([f"system prompt: {system}"] if system else []), turns]
+        lines = [self._facts]
+        if self.session.chats:
+            lines.append(f"system prompt: {self.session.system or 'none'}")
+            lines.append(f"{len(self.session.history)} questions and answers so far")
         self.say("\n".join(lines + self._settings()))
 
     def save(self, rest: str) -> None:  # noqa: D102

@@ -82,7 +82,6 @@ class Terminal:
 
         kept = InMemoryHistory()
         if history is not None:
-            history.parent.mkdir(parents=True, exist_ok=True)
             kept = FileHistory(str(history))
         words = WordCompleter(list(commands), sentence=True)
         self._session = prompt_toolkit.PromptSession(

@@ -62,11 +62,13 @@ def load(
     """
     sizes = _engine_options(engine)
     dtype = _dtype(dtype)
-    with StatusLine() as status, watch_log(status.show):
+    with StatusLine() as status:
         status.show(f"reading {path}")
-        source = find_model(path, tokenizer=tokenizer, step=step, chat_format=chat_format)
-        running = start_engine(source, dtype, sizes, tensor=tensor)
+        with watch_log(status.show):
+            source = find_model(path, tokenizer=tokenizer, step=step, chat_format=chat_format)
+            running = start_engine(source, dtype, sizes, tensor=tensor)
         if warm_up:
+            status.show("compiling the first program")
             running.warm_up(
                 lambda done, total, name: status.show(f"compiling: {done} of {total} ({name})")
             )

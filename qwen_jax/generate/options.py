@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -87,12 +88,12 @@ def page_bytes(config: ModelConfig, page_size: int, itemsize: int, tensor: int =
     return config.n_layers * page_size * config.n_kv_heads // tensor * token
 
 
-def cache_room(memory: float) -> int:
-    """Bytes that the cache may take on each device, after what is there already.
+def cache_room(memory: float, devices: Sequence[jax.Device]) -> int:
+    """Bytes that the cache may take on each of these devices, after what is there already.
 
-    Of several devices the fullest counts.
+    The fullest counts.
     """
-    stats = [device.memory_stats() for device in jax.local_devices()]
+    stats = [device.memory_stats() for device in devices]
     if all(s and "bytes_limit" in s for s in stats):
         return min(int(s["bytes_limit"] * memory) - s["bytes_in_use"] for s in stats)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

@@ -40,6 +40,10 @@ def with_options(params: SamplingParams, options: Mapping[str, Any]) -> Sampling
         ):
             kind = "a number" if isinstance(default, float) else "a whole number"
             raise UserError(f"{name} is {value!r}; it must be {kind}.")
+        if name == "stop_ids" and not all(isinstance(i, int) for i in value):
+            raise UserError(f"stop_ids is {value!r}; it must be a list of token ids.")
+    if "stop_ids" in options:
+        options = {**options, "stop_ids": tuple(options["stop_ids"])}
     return dataclasses.replace(params, **options)
 
 

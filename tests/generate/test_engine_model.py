@@ -274,21 +274,23 @@ def test_preempted_requests_go_on_exactly_and_nothing_compiles_after_warm_up():
 
 
 @pytest.mark.slow
-def test_windows_and_an_8_bit_cache_change_nothing_of_this():
-    """Cut anywhere, beside anybody: keys are used as they will be read back."""
-    sizes, config = dataclasses.replace(TIGHT, kv_dtype="uint8"), MODELS["2: windows"]
-    check(Shared(sizes, config), [*range(12)], answers_alone(config, sizes))
+def test_windows_change_nothing_of_this():
+    """Only one prompt of a call may have a past then; the others wait."""
+    config = MODELS["2: windows"]
+    check(Shared(TIGHT, config), [*range(12)], answers_alone(config, TIGHT))
 
 
 @pytest.mark.slow
 def test_tensor_parallel_gives_the_same_ids_on_any_thread():
+    alone = answers_alone(V1, TIGHT)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(V1, mesh))
     with jax.set_mesh(mesh):
         engine = Engine(jax.device_put(params(V1), shardings), V1, FLOAT32, TIGHT)
-    stats = []
-    alone = answers_alone(V1, TIGHT)
-    thread = threading.Thread(target=lambda: stats.append(check(engine, [*range(12)], alone)))
+    answers, some = {}, (0, 2, 6, 11)  # short prompts: fewer programs to compile
+    thread = threading.Thread(target=lambda: answers.update(drive(engine, some)[0]))
     thread.start()
     thread.join()
-    assert stats and stats[0].new_tokens == sum(len(tokens) for tokens, _ in alone.values())
+    assert {name: entry[:2] for name, entry in answers.items()} == {
+        str(i): alone[str(i)] for i in some
+    }

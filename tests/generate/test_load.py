@@ -4,6 +4,8 @@ import dataclasses
 import io
 import json
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -126,6 +128,42 @@ def test_a_base_model_continues(workdir, qwen):
     said = base.chat("def f(", temperature=0.0, max_tokens=8)
     ids = greedy(tiny.TOKENIZER.encode("def f("), 8)
     assert said == tiny.TOKENIZER.decode(ids) and base.history == []
+
+
+def test_what_others_ask_changes_no_answer(qwen):
+    """48 requests of 4 threads on 2 rows, with stop strings, cancelled and dropped ones between."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(1, 90, 12)]
+    how = (tiny.params(), prompts, tiny.CONFIG, ForwardOptions(dtype="float32"))
+    alone = sample(*how, max_new_tokens=20, vocab_size=tiny.TOKENIZER.vocab_size)
+    wrong = []
+
+    def client(k):
+        for i, (prompt, ids) in enumerate(zip(prompts, alone, strict=True)):
+            text = tiny.TOKENIZER.decode(ids)
+            stop = [text[8:10]] if (i + k) % 3 == 0 else []
+            answer = qwen.submit(
+                *(prompt,), temperature=0.0, repetition_penalty=1.0, max_tokens=20, stop=stop,
+                stream=(i + k) % 2 == 0,
+            )  # fmt: skip
+            if (i + k) % 5 == 0:
+                answer.cancel()
+            elif (i + k) % 5 != 1:  # else nobody reads it
+                got = answer.result(timeout=120)
+                want = text[: text.find(stop[0])] if stop else text
+                if got.text != want or got.tokens.tolist() != ids[: len(got.tokens)]:
+                    wrong.append((i, stop, got, want))
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+    while qwen.service.stats().running:  # what was dropped is freed
+        time.sleep(0.01)
+    stats = qwen.service.stats().engine
+    assert stats.pages_free == stats.pages_total and stats.waiting == 0
 
 
 @pytest.mark.slow

@@ -128,7 +128,11 @@ def test_bad_input_is_refused_with_the_nearest_name(make):
     for name, value in (("top_k", 0.5), ("top_p", "1"), ("seed", True), ("max_tokens", None)):
         with pytest.raises(UserError, match=f"{name} is"):
             session.ask("one", **{name: value})
+    with pytest.raises(UserError, match=r"stop_ids is .'a'"):
+        session.ask("one", stop_ids=["a"])
+    assert session.ask("one", stop_ids=[ord("w")]).text() == "ans"
     with pytest.raises(UserError, match="write something"):
         session.ask("  ")
+    session.history.clear()
     with pytest.raises(UserError, match="nothing to take back"):
         session.undo()

@@ -169,6 +169,8 @@ def test_a_base_model_continues_text_and_keeps_nothing(make):
     talk = make("raw", lambda request: iter(b"  more"))
     assert talk.run("def f():", "x").splitlines()[::2] == ["  more", "  more"]
     assert talk.session.history == []
+    out = talk.run("/system Be brief.", "/history", "/show")
+    assert "has no system prompt" in out and "keeps none" in out and "questions" not in out
 
 
 def test_control_characters_are_shown_and_not_obeyed(make):
