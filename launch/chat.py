@@ -41,6 +41,7 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, "Vocabulary, where --model ha
 STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.")
 FORMAT = flags.DEFINE_enum("chat_format", None, ["chatml", "raw"], "Chat, or continue text.")
 DTYPE = flags.DEFINE_string("dtype", None, "float32 (CPU) or bfloat16 (elsewhere) by default.")
+WEIGHTS = flags.DEFINE_string("weights", None, "int8 or int4: quantise plain weights.")
 PROMPT = flags.DEFINE_string("prompt", None, "Answer this once, and end.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object with text and numbers.")
 LINES = flags.DEFINE_bool("lines", False, "Text on a pipe is a conversation, line by line.")
@@ -74,6 +75,7 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     """The model that the flags name, with the settings they give."""
     place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
     how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": warm_up}
+    how["weights"] = WEIGHTS.value
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
     given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
     with_options(SamplingParams(), given)  # a bad value is better said before the weights are read
