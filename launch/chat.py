@@ -54,7 +54,6 @@ HISTORY = flags.DEFINE_string(
     os.path.join(os.environ.get("XDG_STATE_HOME", "~/.local/state"), "qwen_jax", "chat_history"),
     "File that keeps what was typed; empty: none.",
 )
-COMPILED = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "qwen_jax", "compiled")
 TENSOR = flags.DEFINE_integer("tensor", None, "Devices that share the model.")
 SIZES = {
     "max_length": flags.DEFINE_integer("max_length", None, "Longest prompt and answer."),
@@ -204,15 +203,6 @@ def main() -> int:
     return 0
 
 
-def keep_compiled() -> None:
-    """Compiled programs are kept for the next start, where there is a place for them."""
-    with contextlib.suppress(OSError):
-        folder = os.path.expanduser(COMPILED)
-        os.makedirs(folder, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            flags.set_default(program.COMPILE_CACHE, folder)
-
-
 if __name__ == "__main__":
-    keep_compiled()
+    program.keep_compiled()
     program.run(main)

@@ -123,4 +123,5 @@ def serve(allowed: Limits) -> int:
 
 
 if __name__ == "__main__":
+    program.keep_compiled()
     program.run(main)
