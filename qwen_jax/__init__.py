@@ -2,7 +2,31 @@
 
 Floors, imports go down only::
 
-    train -> data -> corpus -> interop -> model -> kernels -> parallel -> tokenizer -> errors
+    generate -> train -> data -> corpus -> interop -> model -> kernels -> parallel -> tokenizer
+
+From a path to an answer::
+
+    from qwen_jax import load
+    qwen = load("Qwen-7B-Chat")
+    print(qwen.chat("Hello!"))
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_jax.generate.load import load
+
+__all__ = ["load"]
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`load` when it is asked for: nothing else of this package should import all of it."""
+    if name == "load":
+        from qwen_jax.generate.load import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

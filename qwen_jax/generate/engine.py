@@ -23,7 +23,7 @@ from qwen_jax.generate.request import Output, Request
 from qwen_jax.generate.sampling import Drawn, count_row
 from qwen_jax.generate.scheduler import Round, Running, Scheduler
 from qwen_jax.model import ForwardOptions, ModelConfig, Params, ntk_alphas
-from qwen_jax.parallel import current_mesh, on_mesh, platform
+from qwen_jax.parallel import on_mesh, platform
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Engine:
           UserError: sizes that exclude one another or don't fit, or a mesh that divides more than
             heads.
         """
-        self._mesh = current_mesh() if on_mesh() else None
+        self._mesh = jax.sharding.get_mesh() if on_mesh() else None
         tensor = 1 if self._mesh is None else self._mesh.shape["tensor"]
         if self._mesh is not None and tensor != self._mesh.size:
             raise UserError(
@@ -124,11 +124,12 @@ class Engine:
         if not 1 <= vocab_size <= config.vocab_size:
             raise UserError(f"vocab_size is {vocab_size}; the model has {config.vocab_size} rows.")
         self._config = config
+        devices = jax.devices()[:1] if self._mesh is None else self._mesh.local_devices
         kv_dtype = options.compute_dtype if engine.kv_dtype == "auto" else np.uint8
         self.shapes = choose_shapes(
             *(engine, config),
             platform=platform()[0],
-            room=cache_room(engine.memory),
+            room=cache_room(engine.memory, devices),
             itemsize=np.dtype(kv_dtype).itemsize,
             tensor=tensor,
         )

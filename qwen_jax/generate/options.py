@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -12,7 +13,6 @@ from qwen_jax.errors import UserError, nearest
 from qwen_jax.generate.steps import Shapes
 from qwen_jax.kernels.cache import PAGE_SIZE, SCALE_ROWS
 from qwen_jax.model import ModelConfig
-from qwen_jax.progress import format_count
 
 KV_DTYPES = ("auto", "uint8")
 """Of the cache: "auto" is the compute dtype, "uint8" the release's 8-bit form (half of bf16)."""
@@ -88,12 +88,12 @@ def page_bytes(config: ModelConfig, page_size: int, itemsize: int, tensor: int =
     return config.n_layers * page_size * config.n_kv_heads // tensor * token
 
 
-def cache_room(memory: float) -> int:
-    """Bytes that the cache may take on each device, after what is there already.
+def cache_room(memory: float, devices: Sequence[jax.Device]) -> int:
+    """Bytes that the cache may take on each of these devices, after what is there already.
 
-    Of several devices the fullest counts.
+    The fullest counts.
     """
-    stats = [device.memory_stats() for device in jax.local_devices()]
+    stats = [device.memory_stats() for device in devices]
     if all(s and "bytes_limit" in s for s in stats):
         return min(int(s["bytes_limit"] * memory) - s["bytes_in_use"] for s in stats)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
@@ -134,8 +134,8 @@ def choose_shapes(
     pages = options.pages or min(rows * table, room // each)
     if options.pages and options.pages * each > room:
         raise UserError(
-            f"engine.pages={options.pages} need {format_count(options.pages * each)}B and there is "
-            f"room for {format_count(max(room, 0))}B; ask for at most {max(room, 0) // each} pages."
+            f"engine.pages={options.pages} need {options.pages * each / 1e9:.2f} GB and there is "
+            f"room for {max(room, 0) / 1e9:.2f} GB; ask for at most {max(room, 0) // each} pages."
         )
     if pages < table:
         if options.max_length or pages < 1 or pages * size < 2:

@@ -4,13 +4,8 @@ One executable serves every mixture of requests. What no row asks for stands beh
 that skips it, so a batch of greedy rows pays for one look at the logits; and no branch returns
 anything of the size of the vocabulary but the logits after penalties, so none copies it.
 
-The vocabulary is never sorted. The tokens that top-k, top-p and min-p leave are those whose logit
-is at least a threshold, found by bisection: count, or sum the probabilities of, what lies above the
-middle of an interval. The draw is an inverse distribution function in two levels, a block of
-tokens and a token in it, from two uniform numbers that depend on (seed, position) alone.
-
-Over a mesh the vocabulary may be divided along `tensor`: each device works on its part, and numbers
-per row, or per row and block of tokens, are all that crosses devices.
+The vocabulary is never sorted: what truncation leaves are the tokens whose logit is at least a
+threshold. How that is found, and how a draw is made over a divided vocabulary, is `vocabulary`.
 """
 
 from __future__ import annotations
@@ -23,11 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen_jax.generate import vocabulary
 from qwen_jax.generate.request import MAX_LOGPROBS, SamplingParams
 from qwen_jax.parallel import RULES, current_mesh, on_mesh, reshard, spec
-
-_BLOCK = 128
-"""Tokens of a block, for the draw and for the best tokens: a TPU's lanes."""
 
 _TINY = 1e-37
 """Lowest temperature that divides: its reciprocal is a float32, and no logits are that close."""
@@ -131,7 +124,7 @@ def count_tokens(seen: TokenCounts, tokens: jax.Array, real: jax.Array) -> Token
     """Counts one drawn token a row, tokens int32 [R], where real bool [R]; in place in a loop."""
 
     def local(counts, tokens, real, *, axis):
-        tokens = tokens - _offset(counts.shape[1], axis)
+        tokens = tokens - vocabulary.offset(counts.shape[1], axis)
         real &= (tokens >= 0) & (tokens < counts.shape[1])
         rows = jnp.arange(counts.shape[0])
         tokens = jnp.where(real, tokens, 0)
@@ -141,8 +134,7 @@ def count_tokens(seen: TokenCounts, tokens: jax.Array, real: jax.Array) -> Token
         return counts.at[rows, tokens].add(new, unique_indices=True, indices_are_sorted=True)
 
     with jax.named_scope("count_tokens"):
-        vocab, rows = ("batch", "vocab"), ("batch",)
-        new = _sharded(local, (vocab, rows, rows), vocab)(seen.counts, tokens, real)
+        new = _sharded(local, (_LOGITS, _ROW, _ROW), _LOGITS)(seen.counts, tokens, real)
     return TokenCounts(new)
 
 
@@ -187,27 +179,57 @@ def sample_rows(
       seen: for the penalties; None: there are none.
       vocab_size: ids from here on are padding of the model's table and never drawn.
     """
-    rows = jax.tree.map(jnp.asarray, rows)
-    penalised = (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
-    any_of = {
-        "drawn": (rows.temperature > 0).any(),
-        "penalised": jnp.bool_(False) if seen is None else penalised.any(),
-        "top_k": ((rows.top_k > 0) & (rows.temperature > 0)).any(),
-        "top_p": ((rows.top_p < 1) & (rows.temperature > 0)).any(),
-        "logprobs": (rows.n_logprobs >= 0).any(),
-        "top": (rows.n_logprobs > 0).any(),
-    }
-    plain = ~(any_of["drawn"] | any_of["penalised"] | any_of["logprobs"])
-    vocab, row = ("batch", "vocab"), ("batch",)
-    row_axes = dataclasses.replace(
-        jax.tree.map(lambda _: row, rows, is_leaf=lambda x: x is None), seed=("batch", None)
-    )
     local = functools.partial(_local, vocab_size=vocab_size)
-    axes = (vocab, row_axes, row, vocab, (), ())
-    out = Drawn(row, row, row, ("batch", None), ("batch", None))
+    axes = (_LOGITS, _ROW_AXES, _ROW, _LOGITS, ())
+    out = Drawn(_ROW, _ROW, _ROW, ("batch", None), ("batch", None))
     counts = None if seen is None else seen.counts
     with jax.named_scope("sample"):
-        return _sharded(local, axes, out)(logits, rows, positions, counts, any_of, plain)
+        wishes = _wishes(rows, seen)
+        return _sharded(local, axes, out)(logits, rows, positions, counts, wishes)
+
+
+def log_probabilities(
+    logits: jax.Array, rows: SamplingRows, seen: TokenCounts | None, vocab_size: int
+) -> jax.Array:
+    """float32 [R,V], natural logarithms of what `sample_rows` draws from; -inf: never drawn.
+
+    Arguments as there. Greedy rows: after penalties at temperature 1, where the highest is taken.
+    """
+
+    def local(logits, rows, counts, any_of, *, axis):
+        scaled = _scaled(logits, rows, counts, any_of["penalised"], vocab_size, axis)
+        threshold = _threshold(scaled, rows, any_of, axis)
+        kept = scaled >= threshold[:, None]
+        total = vocabulary.mass(scaled, threshold, axis)
+        return jnp.where(kept, scaled - jnp.log(total)[:, None], -jnp.inf)
+
+    axes = (_LOGITS, _ROW_AXES, _LOGITS, ())
+    counts = None if seen is None else seen.counts
+    return _sharded(local, axes, _LOGITS)(logits, rows, counts, _wishes(rows, seen))
+
+
+_LOGITS, _ROW = ("batch", "vocab"), ("batch",)
+_ROW_AXES = SamplingRows(*[_ROW] * 7, seed=("batch", None), n_logprobs=_ROW, raw=_ROW)
+
+
+def _wishes(rows: SamplingRows, seen: TokenCounts | None) -> dict[str, jax.Array]:
+    """What any row of the batch wants, bool scalars, and the most alternatives, int32.
+
+    Over all devices, so that all take the same branches and meet in the same collectives.
+    """
+    drawn = jnp.asarray(rows.temperature) > 0
+    penalised = (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
+    wishes = {
+        "drawn": drawn,
+        "penalised": jnp.zeros_like(drawn) if seen is None else penalised,
+        "top_k": drawn & (rows.top_k > 0),
+        "top_p": drawn & (rows.top_p < 1),
+        "logprobs": rows.n_logprobs >= 0,
+    }
+    wishes = {name: jnp.any(wish) for name, wish in wishes.items()}
+    wishes["alternatives"] = jnp.max(rows.n_logprobs)
+    wishes["more"] = wishes["drawn"] | wishes["penalised"] | wishes["logprobs"]
+    return wishes
 
 
 def _sharded(local, in_axes, out_axes):
@@ -239,70 +261,31 @@ def _sharded(local, in_axes, out_axes):
     return call
 
 
-# From here on: one device's rows and part of the vocabulary. `axis` is the mesh axis that divides
-# the vocabulary, or None.
+# From here on: the rows of one device and its part of the vocabulary. `axis` is the mesh axis that
+# divides the vocabulary, or None.
 
 
-def _offset(part: int, axis: str | None):
-    """Id of the first token here, of `part` tokens a device."""
-    return 0 if axis is None else jax.lax.axis_index(axis) * part
-
-
-def _all(reduce, local: jax.Array, axis: str | None) -> jax.Array:
-    return local if axis is None else reduce(local, axis)
-
-
-def _max(x, axis):
-    return _all(jax.lax.pmax, x.max(axis=-1), axis)
-
-
-def _sum(x, axis):
-    return _all(jax.lax.psum, x.sum(axis=-1), axis)
-
-
-def _ids(x, axis):
-    return _offset(x.shape[-1], axis) + jnp.arange(x.shape[-1], dtype=jnp.int32)
-
-
-def _first_max(x: jax.Array, highest: jax.Array, vocab_size: int, axis) -> jax.Array:
-    """int32 [R], lowest id whose x is the highest. Two plain reductions: argmax is 8× one of them
-    on CPUs, where it isn't vectorised."""
-    ids = jnp.where(x == highest[:, None], _ids(x, axis), vocab_size - 1)
-    return _all(jax.lax.pmin, ids.min(axis=-1), axis)
-
-
-def _at(x: jax.Array, tokens: jax.Array, axis) -> jax.Array:
-    """x [R,V] at one id a row, float32 [R]."""
-    here = tokens - _offset(x.shape[1], axis)
-    inside = (here >= 0) & (here < x.shape[1])
-    found = jnp.take_along_axis(x, jnp.where(inside, here, 0)[:, None], axis=1)[:, 0]
-    return found if axis is None else _sum(jnp.where(inside, found, 0.0)[:, None], axis)
-
-
-def _local(logits, rows, positions, counts, any_of, plain, *, vocab_size, axis) -> Drawn:
-    def real(x):
-        return jnp.where(_ids(x, axis) < vocab_size, x, -jnp.inf)
-
+def _local(logits, rows, positions, counts, any_of, *, vocab_size, axis) -> Drawn:
     def greedy():
-        x = real(logits)
-        tokens = _first_max(x, _max(x, axis), vocab_size, axis)
+        x = vocabulary.mask_padding(logits, vocab_size, axis)
+        tokens = vocabulary.first_highest(x, axis)
         return Drawn(tokens, *_no_logprobs(tokens))
 
     def everything():
-        scaled = _scaled(real(logits), rows, counts, any_of["penalised"], axis)
+        scaled = _scaled(logits, rows, counts, any_of["penalised"], vocab_size, axis)
         threshold = _threshold(scaled, rows, any_of, axis)
-        tokens = _draw(scaled, threshold, rows, positions, any_of["drawn"], vocab_size, axis)
+        tokens = _draw(scaled, threshold, rows, positions, any_of["drawn"], axis)
         logprobs = jax.lax.cond(
             any_of["logprobs"],
-            lambda: _logprobs(logits, real, scaled, threshold, tokens, rows, any_of["top"], axis),
+            lambda: _logprobs(logits, scaled, threshold, tokens, rows, any_of, vocab_size, axis),
             lambda: _no_logprobs(tokens),
         )
         return Drawn(tokens, *logprobs)
 
-    return jax.lax.cond(plain, greedy, everything)
+    return jax.lax.cond(any_of["more"], everything, greedy)
 
 
-def _scaled(x, rows, counts, penalised, axis) -> jax.Array:
+def _scaled(x, rows, counts, penalised, vocab_size, axis) -> jax.Array:
     """float32 [R,V], logits after penalties and temperature, shifted so that a row's highest is 0.
 
     Shifted before the division, no temperature overflows. Greedy rows have temperature 1.
@@ -310,7 +293,8 @@ def _scaled(x, rows, counts, penalised, axis) -> jax.Array:
     temperature = jnp.where(rows.temperature > 0, jnp.maximum(rows.temperature, _TINY), 1.0)
 
     def scale(x):
-        return (x - _max(x, axis)[:, None]) / temperature[:, None]
+        x = vocabulary.mask_padding(x, vocab_size, axis)
+        return (x - vocabulary.highest(x, axis)[:, None]) / temperature[:, None]
 
     def penalise():
         repetition = rows.repetition[:, None]
@@ -334,20 +318,14 @@ def _threshold(scaled, rows, any_of, axis) -> jax.Array:
     drawn = rows.temperature > 0
     nothing = jnp.full(rows.temperature.shape, -jnp.inf)
 
-    def low():
-        finite = jnp.where(scaled > -jnp.inf, scaled, 0.0).min(axis=-1)
-        return _all(jax.lax.pmin, finite, axis)
-
     def top_k():
-        target = jnp.minimum(rows.top_k, _sum((scaled > -jnp.inf).astype(jnp.float32), axis))
-        wanted = drawn & (rows.top_k > 0)
-        return _reach(scaled, None, jnp.where(wanted, target, 0.0), low(), axis)
+        wanted = jnp.where(drawn, rows.top_k, 0).astype(jnp.float32)
+        return vocabulary.reach(scaled, wanted, axis, probable=False)
 
     def top_p(k_threshold):
-        weights = jnp.exp(scaled)
-        left = _sum(jnp.where(scaled >= k_threshold[:, None], weights, 0.0), axis)
-        wanted = drawn & (rows.top_p < 1)
-        return _reach(scaled, weights, jnp.where(wanted, rows.top_p * left, 0.0), low(), axis)
+        left = vocabulary.mass(scaled, k_threshold, axis)
+        target = jnp.where(drawn & (rows.top_p < 1), rows.top_p * left, 0.0)
+        return vocabulary.reach(scaled, target, axis, probable=True)
 
     with jax.named_scope("top_k"):
         threshold = jax.lax.cond(any_of["top_k"], top_k, lambda: nothing)
@@ -357,122 +335,15 @@ def _threshold(scaled, rows, any_of, axis) -> jax.Array:
     return jnp.maximum(threshold, jnp.where(drawn, jnp.log(rows.min_p), -jnp.inf))
 
 
-def _reach(values, weights, target, low, axis) -> jax.Array:
-    """The highest value such that the weights of entries at or above it sum to `target` or more.
-
-    Bisection between two bounds, one that reaches the target and one that doesn't, until a single
-    entry between them is sure to make the difference: the highest one there is then the answer,
-    exactly. Takes 10 to 20 steps on logits, at most 4 × 32 on any floats, because every fourth
-    middle is taken among the floats between the bounds, the others between their values.
-
-    Args:
-      values: float32 [R,V], at most 0.
-      weights: float32 [R,V], exp(values); None: 1 each.
-      target: float32 [R], at most the sum of all weights of finite values; 0: no wish.
-      low: float32 [R], lowest finite value.
-
-    Returns:
-      float32 [R], -inf where there is no wish.
-    """
-
-    def least_between(low):
-        return 1.0 if weights is None else jnp.exp(low)
-
-    def open_(state):
-        _, low, high, above = state
-        return (target - above > least_between(low)) & (_order(high) - 1 > _order(low))
-
-    def halve(state):
-        step, low, high, above = state
-        middle = low + (high - low) / 2
-        by_value = (step % 4 != 3) & (middle > low) & (middle < high)
-        middle = jnp.where(by_value, middle, _between(low, high))
-        counted = jnp.where(values >= middle[:, None], 1.0 if weights is None else weights, 0.0)
-        mass = _sum(counted, axis)
-        go = open_(state)
-        down, up = go & (mass < target), go & (mass >= target)
-        return (
-            step + 1,
-            jnp.where(up, middle, low),
-            jnp.where(down, middle, high),
-            jnp.where(down, mass, above),
-        )
-
-    zeros = jnp.zeros_like(target)
-    start = (jnp.int32(0), low, jnp.full_like(low, 1.0), zeros)
-    _, _, high, _ = jax.lax.while_loop(lambda s: open_(s).any(), halve, start)
-    found = _max(jnp.where(values < high[:, None], values, -jnp.inf), axis)
-    return jnp.where(target > 0, found, -jnp.inf)
-
-
-def _order(x: jax.Array) -> jax.Array:
-    """int32 in the order of float32 x: neighbours differ by 1."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-def _between(low: jax.Array, high: jax.Array) -> jax.Array:
-    """The float32 half-way in the order of floats, at least low, below high."""
-    a, b = _order(low), _order(high)
-    middle = (a & b) + ((a ^ b) >> 1)
-    bits = jnp.where(middle < 0, middle ^ 0x7FFFFFFF, middle)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _uniform(seed: jax.Array, positions: jax.Array) -> jax.Array:
-    """float32 [R,2] in [0, 1), 24 bits each, from seed uint32 [R,2] and positions int32 [R]."""
-
-    def bits(seed, position):
-        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
-        return jax.random.bits(jax.random.fold_in(key, position), (2,), jnp.uint32)
-
-    return (jax.vmap(bits)(seed, positions) >> 8).astype(jnp.float32) * 2.0**-24
-
-
-def _pick(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """int32 [R], an index of weights [R,n] drawn in proportion to them; never one of weight 0."""
-    total = jnp.cumsum(weights, axis=-1)
-    some = weights > 0
-    past = some & (total > uniform[:, None] * total[:, -1:])
-    places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    # Rounding may leave no place past the target: then it is the last one that can be drawn.
-    first = jnp.where(past, places, weights.shape[-1]).min(axis=-1)
-    return jnp.minimum(first, jnp.where(some, places, 0).max(axis=-1))
-
-
-def _blocks(x: jax.Array) -> jax.Array:
-    """[R,V] -> [R, blocks, _BLOCK], filled up with -inf."""
-    short = -x.shape[1] % _BLOCK
-    if short:
-        x = jnp.pad(x, ((0, 0), (0, short)), constant_values=-jnp.inf)
-    return x.reshape(x.shape[0], -1, _BLOCK)
-
-
-def _draw(scaled, threshold, rows, positions, drawn, vocab_size, axis) -> jax.Array:
+def _draw(scaled, threshold, rows, positions, drawn, axis) -> jax.Array:
     """int32 [R], drawn tokens, or the highest of greedy rows."""
 
-    def weights(x):
-        kept = x >= threshold.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(kept, jnp.exp(x), 0.0)
-
     def draw():
-        blocks = _blocks(scaled)
-        uniform = _uniform(rows.seed, positions)
-        sums = weights(blocks).sum(axis=-1)
-        mine = blocks.shape[1]
-        sums = sums if axis is None else jax.lax.all_gather(sums, axis, axis=1, tiled=True)
-        block = _pick(sums, uniform[:, 0])
-        here = block - _offset(mine, axis)
-        inside = (here >= 0) & (here < mine)
-        one = jnp.take_along_axis(blocks, jnp.where(inside, here, 0)[:, None, None], axis=1)[:, 0]
-        token = jnp.where(inside, here, 0) * _BLOCK + _pick(weights(one), uniform[:, 1])
-        if axis is not None:
-            token = jnp.where(inside, token + _offset(scaled.shape[1], axis), 0)
-            token = jax.lax.psum(token, axis)
+        token = vocabulary.draw(scaled, threshold, vocabulary.uniform(rows.seed, positions), axis)
         return jnp.where(rows.temperature > 0, token, greedy())
 
     def greedy():
-        return _first_max(scaled, _max(scaled, axis), vocab_size, axis)
+        return vocabulary.first_highest(scaled, axis)
 
     with jax.named_scope("draw"):
         return jax.lax.cond(drawn, draw, greedy)
@@ -485,43 +356,22 @@ def _no_logprobs(tokens):
     return zeros, zeros, jnp.zeros(many, jnp.int32), jnp.zeros(many, jnp.float32)
 
 
-def _logprobs(logits, real, scaled, threshold, tokens, rows, any_top, axis):
+def _logprobs(logits, scaled, threshold, tokens, rows, any_of, vocab_size, axis):
     """(logprob, raw_logprob float32 [R], top ids, top logprobs [R, MAX_LOGPROBS])."""
-    highest = _max(logits, axis)
-    raw_total = highest + jnp.log(_sum(jnp.exp(logits - highest[:, None]), axis))
-
-    def kept(scaled):
-        return jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
-
-    total = jnp.log(_sum(jnp.exp(kept(scaled)), axis))
-    logprob = _at(scaled, tokens, axis) - total
-    raw_logprob = _at(logits, tokens, axis) - raw_total
+    highest = vocabulary.highest(logits, axis)
+    raw_total = highest + jnp.log(vocabulary.total(jnp.exp(logits - highest[:, None]), axis))
+    total = jnp.log(vocabulary.mass(scaled, threshold, axis))
+    logprob = vocabulary.at(scaled, tokens, axis) - total
+    raw_logprob = vocabulary.at(logits, tokens, axis) - raw_total
 
     def top():
-        values, ids = _top(jnp.where(rows.raw[:, None], real(logits), kept(scaled)), axis)
+        kept = jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
+        real = vocabulary.mask_padding(logits, vocab_size, axis)
+        of = jnp.where(rows.raw[:, None], real, kept)
+        values, ids = vocabulary.best(of, any_of["alternatives"], axis)
         return ids, values - jnp.where(rows.raw, raw_total, total)[:, None]
 
     with jax.named_scope("top_logprobs"):
-        ids, values = jax.lax.cond(any_top, top, lambda: _no_logprobs(tokens)[2:])
+        none = _no_logprobs(tokens)[2:]
+        ids, values = jax.lax.cond(any_of["alternatives"] > 0, top, lambda: none)
     return logprob, raw_logprob, ids, values
-
-
-def _top(x: jax.Array, axis) -> tuple[jax.Array, jax.Array]:
-    """Values and ids of the MAX_LOGPROBS highest of x [R,V], highest first, of equals the lower id.
-
-    They lie in the blocks with the highest maxima, so only those few are looked through.
-    """
-    blocks = _blocks(x)
-    some = min(MAX_LOGPROBS, blocks.shape[1])
-    # In the order of the vocabulary, so that the first of equals has the lowest id.
-    best = jnp.sort(jax.lax.top_k(blocks.max(axis=-1), some)[1], axis=-1)
-    few = jnp.take_along_axis(blocks, best[:, :, None], axis=1).reshape(x.shape[0], -1)
-    values, at = jax.lax.top_k(few, min(MAX_LOGPROBS, few.shape[1]))
-    ids = jnp.take_along_axis(best, at // _BLOCK, axis=1) * _BLOCK + at % _BLOCK
-    ids = jnp.minimum(ids, x.shape[1] - 1)  # filling, all -inf, has no id
-    if axis is not None:
-        ids = ids + _offset(x.shape[1], axis)
-        values, ids = (jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in (values, ids))
-        values, at = jax.lax.top_k(values, MAX_LOGPROBS)
-        ids = jnp.take_along_axis(ids, at, axis=1)
-    return values, ids

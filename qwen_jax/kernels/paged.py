@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.kernels.cache import AXES, PagedCache, dequantise, quantise
+from qwen_jax.kernels.cache import AXES, PagedCache, quantise
 from qwen_jax.kernels.flash import merge
 from qwen_jax.kernels.mask import MASKED
 from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, platform, spec
@@ -25,6 +25,9 @@ _MODULES = {
     "pallas_tpu": ("tpu", "qwen_jax.kernels.tpu.decode"),
     "pallas_gpu": ("gpu", "qwen_jax.kernels.gpu.decode"),
 }
+_BLOCK = 128
+"""Tokens of each request that the plain form looks at in one go."""
+
 _NO_WINDOW = 2**30
 """A window that no cache fills, so that one kernel serves layers with and without."""
 
@@ -211,9 +214,10 @@ def _new_tokens(q, k_new, v_new, window, scale):
 
 
 def _reference(q, pages, scales, page_table, lengths, start, window, *, scale):
-    """What every kernel is judged by, in plain jnp: collects all pages a request may have.
+    """What every kernel is judged by, in plain jnp: some pages of every request at a time.
 
-    The contract of a kernel, on device-local arrays:
+    Nothing is collected past the longest request or before the earliest window. The contract of a
+    kernel, on device-local arrays:
 
     Args:
       q: [R,T,N,H].
@@ -227,25 +231,68 @@ def _reference(q, pages, scales, page_table, lengths, start, window, *, scale):
     Returns:
       (out float32 [R,T,N,H], lse float32 [R,N,T]); 0 and `MASKED` where no key is seen.
     """
-    requests, width = q.shape[0], q.shape[3]
+    requests, q_len, heads, width = q.shape
+    _, kv_heads, page, _ = pages.shape
+    columns = max(1, min(page_table.shape[1], _BLOCK // page))
+    size = columns * page
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % columns)))
+    table = jnp.clip(table, 0, pages.shape[0] - 1)
+    # [R,K,G·T,2H] with zeros where the value lies: keys and values are never cut apart.
+    q = q.reshape(requests, q_len, kv_heads, -1, width).astype(jnp.float32) * scale
+    q = jnp.moveaxis(q, 1, 3).reshape(requests, kv_heads, -1, width)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width)))
+    groups = heads // kv_heads
+    q_slots = start[:, None] + jnp.arange(q_len)
 
-    def collect(x):  # [P,K,page,·] -> [R,S,K,·]
-        x = jnp.take(x, page_table, axis=0, mode="clip")
-        return jnp.moveaxis(x, 2, 3).reshape(requests, -1, x.shape[2], x.shape[-1])
+    def block(i, state):
+        highest, total, out = state
+        slots = i * size + jnp.arange(size)
+        # Slots nobody wrote hold whatever was there: never let it into a product.
+        written = slots < lengths[:, None]  # [R,S]
+        distance = q_slots[:, :, None] - slots
+        seen = (distance >= 0) & (distance < window) & written[:, None]  # [R,T,S]
+        seen = jnp.tile(seen, (1, groups, 1))[:, None]  # [R,1,G·T,S]
+        ids = jax.lax.dynamic_slice_in_dim(table, i * columns, columns, axis=1)
+        tokens = jnp.where(written[:, None, :, None], _collect(pages, scales, ids), 0.0)
+        scores = jnp.einsum("RKMH,RKSH->RKMS", q, tokens, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen, scores, MASKED)
+        new = jnp.maximum(highest, scores.max(axis=-1))
+        p = jnp.where(seen, jnp.exp(scores - new[..., None]), 0.0)
+        shrink = jnp.exp(highest - new)
+        added = jnp.einsum("RKMS,RKSH->RKMH", p, tokens, preferred_element_type=jnp.float32)
+        return new, total * shrink + p.sum(axis=-1), out * shrink[..., None] + added
 
-    tokens = collect(pages)
-    k, v = tokens[..., :width], tokens[..., width:]
+    earliest = jnp.where(lengths > 0, start - window + 1, lengths.max()).min()
+    blocks = jnp.maximum(earliest, 0) // size, (lengths.max() + size - 1) // size
+    zeros = jnp.zeros(q.shape[:3])
+    state = jnp.full_like(zeros, MASKED), zeros, jnp.zeros(q.shape)
+    highest, total, out = jax.lax.fori_loop(*blocks, block, state)
+    some = total > 0
+    lse = jnp.where(some, highest + jnp.log(jnp.where(some, total, 1.0)), MASKED)
+    out = out[..., width:] / jnp.where(some, total, 1.0)[..., None]
+    out = out.reshape(requests, heads, q_len, width).swapaxes(1, 2)
+    return out, lse.reshape(requests, heads, q_len)
+
+
+def _collect(pages, scales, ids):
+    """Tokens of pages ids int32 [R,C], key and value side by side: float32 [R,K,C·page,2H].
+
+    Each page of each head is one long piece of memory, and comes to lie beside its successor.
+    """
+    requests, columns = ids.shape
+    _, kv_heads, page, width = pages.shape
+    at = ids[:, None, :], jnp.arange(kv_heads)[None, :, None]
+    tokens = pages.at[at].get(mode="promise_in_bounds").astype(jnp.float32)
     if scales is not None:
-        k_scale, k_zero, v_scale, v_zero = jnp.moveaxis(collect(scales.swapaxes(2, 3)), -1, 0)
-        k, v = dequantise(k, k_scale, k_zero), dequantise(v, v_scale, v_zero)
-    q_slots = start[:, None] + jnp.arange(q.shape[1])
-    k_slots = jnp.arange(k.shape[1])
-    distance = q_slots[:, :, None] - k_slots
-    seen = (distance >= 0) & (distance < window) & (k_slots < lengths[:, None, None])
-    # Slots nobody wrote hold whatever was there: never let it into a product.
-    written = (k_slots < lengths[:, None])[..., None, None]
-    k, v = (jnp.where(written, x.astype(jnp.float32), 0.0) for x in (k, v))
-    return _softmax(_scores(q, k, scale), seen[:, None, None], v)
+        k_scale, k_zero, v_scale, v_zero = jnp.moveaxis(
+            scales.at[at].get(mode="promise_in_bounds"), 3, 0
+        )
+        # As `dequantise`, for key and value side by side.
+        sides = [(k_scale, k_zero), (v_scale, v_zero)]
+        factor, zero = (jnp.stack(x, axis=-1) for x in zip(*sides, strict=True))
+        tokens = tokens.reshape(*tokens.shape[:-1], 2, width // 2)
+        tokens = factor[..., None] * (tokens - zero[..., None])
+    return tokens.reshape(requests, kv_heads, columns * page, width)
 
 
 def append(

@@ -7,12 +7,18 @@ The device is the double of `tests.generate.double`, so hundreds of schedules ta
 import dataclasses
 
 import hypothesis
+import jax
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
+from qwen_jax.errors import UserError
+from qwen_jax.generate.engine import Engine
 from qwen_jax.generate.options import EngineOptions
 from qwen_jax.generate.request import Request, SamplingParams
+from qwen_jax.generate.scheduler import prefill_slots
 from qwen_jax.model import ntk_alphas
+from qwen_jax.parallel import MeshConfig, make_mesh
 from tests.generate.double import CONFIG, VOCAB, DoubleEngine, alone
 
 SMALL = EngineOptions(
@@ -108,14 +114,13 @@ EVENTS = st.lists(
     min_size=1,
     max_size=40,
 )
-WINDOWED = dataclasses.replace(CONFIG, windows=(6,))
 
 
-@hypothesis.settings(max_examples=150, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=500, deadline=None, derandomize=True)
 @hypothesis.given(options(), EVENTS, st.booleans())
 def test_any_schedule_gives_each_request_what_it_gets_alone(sizes, events, one_past):
     engine = DoubleEngine(sizes)
-    engine._scheduler._one_past = one_past
+    engine._scheduler._one_past = engine.programs.one_past = one_past
     answers, asked, cancelled = Answers(engine), {}, set()
     for event in events:
         if event == "step":
@@ -141,3 +146,202 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(sizes, events, one_p
             assert (answers.tokens[name], answers.finish[name]) == (tokens, finish)
     stats = engine.stats()
     assert stats.pages_free == stats.pages_total and not stats.running + stats.waiting
+
+
+# One thing at a time
+
+
+@hypothesis.given(st.integers(1, 5000))
+def test_a_prefill_call_is_at_least_half_full_or_the_smallest(wanted):
+    slots = prefill_slots((128, 512, 2048), wanted)
+    if slots > 128:
+        assert 2 * wanted >= slots
+    if wanted <= 2048 and slots < wanted:
+        larger = {128: 512, 512: 2048}[slots]
+        assert 2 * wanted < larger, "cut although the next size would be half full"
+
+
+def test_a_stream_never_waits_for_more_than_one_chunk_of_anothers_prompt():
+    """While long prompts come in one after the other, a running stream gets a token every step."""
+    sizes = dataclasses.replace(SMALL, rows=4, pages=40)
+    engine = DoubleEngine(sizes)
+    answers = Answers(engine)
+    engine.add(request("stream", [1, 2], stream=True, max_tokens=30))
+    answers.step()
+    answers.step()
+    for i in range(3):
+        engine.add(request(f"long {i}", [i + 3] * 38, max_tokens=2))
+    for _ in range(9):
+        before = len(answers.tokens["stream"])
+        answers.step()
+        assert len(answers.tokens["stream"]) == before + 1
+    prefills = [n for name, n, _ in engine.programs.calls if name == "prefill"]
+    assert max(prefills) <= sizes.prefill_tokens and len(prefills) >= 8
+
+
+def test_bursts_only_while_nobody_reads_along_or_waits():
+    engine = DoubleEngine(dataclasses.replace(SMALL, rows=1))
+    answers = Answers(engine)
+    engine.add(request("a", [1], max_tokens=12))
+    answers.step()
+    assert engine.programs.calls[-1] == ("decode", 1, 4)
+    engine.add(request("b", [2], max_tokens=3, stream=True))
+    answers.step()
+    assert engine.programs.calls[-1] == ("decode", 1, 1), "somebody waits for a row"
+    answers.run()
+    assert {call[2] for call in engine.programs.calls[-2:] if call[0] == "decode"} == {1}
+    engine.add(request("c", [3], max_tokens=3))
+    answers.run()
+    assert engine.programs.calls[-1] == ("decode", 1, 2), "no more steps than tokens are left"
+
+
+def test_equal_prompts_that_come_together_are_computed_once():
+    engine = DoubleEngine(dataclasses.replace(SMALL, rows=4, prefill_tokens=64, pages=40))
+    answers = Answers(engine)
+    prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    for i in range(4):
+        engine.add(request(str(i), prompt, seed=i, temperature=1.0))
+    answers.run()
+    assert answers.cached == {"0": 0, "1": 8, "2": 8, "3": 8}
+    computed = sum(n for name, _, n in engine.programs.calls if name == "prefill")
+    assert computed == 9 + 3 * 1
+    assert engine.stats().cached_tokens == 24 and engine.stats().prompt_tokens == 36
+
+
+def test_the_next_turn_of_a_chat_finds_the_answer_too_but_never_the_whole_prompt():
+    engine = DoubleEngine(SMALL)
+    answers = Answers(engine)
+    first = request("1", [1, 2, 3, 4, 5], max_tokens=8)
+    engine.add(first)
+    answers.run()
+    history = [*first.prompt, *answers.tokens["1"]]  # 13 tokens, 12 of them in the cache
+    engine.add(request("2", history))
+    answers.run()
+    assert answers.cached["2"] == 12
+    engine.add(request("3", history[:12]))
+    answers.run()
+    assert answers.cached["3"] == 8, "the last token must be computed"
+
+
+def test_prompts_with_other_factors_of_ntk_share_nothing():
+    engine = DoubleEngine(SMALL)
+    answers = Answers(engine)
+    engine.add(request("short", range(16)))
+    answers.run()
+    engine.add(request("long", range(17)))  # past the trained length of 16
+    answers.run()
+    assert answers.cached["long"] == 0
+    engine.add(request("long again", range(18)))
+    answers.run()
+    assert answers.cached["long again"] == 16
+
+
+def test_without_the_prefix_cache_nothing_is_kept():
+    engine = DoubleEngine(dataclasses.replace(SMALL, prefix_cache=False))
+    answers = Answers(engine)
+    for name in "ab":
+        engine.add(request(name, range(13)))
+        answers.run()
+    assert answers.cached == {"a": 0, "b": 0} and engine.stats().cached_pages == 0
+
+
+def test_nobody_starves_under_a_stream_of_newcomers():
+    """A long request among short ones that never stop coming, where only some fit together."""
+    engine = DoubleEngine(dataclasses.replace(SMALL, pages=10, rows=3))
+    answers = Answers(engine)
+    engine.add(request("0", range(10), max_tokens=30))
+    for i in range(1, 200):
+        engine.add(request(str(i), [i % 7] * (1 + i % 9), max_tokens=1 + i % 6))
+        answers.step()
+        if "0" in answers.ended:
+            break
+    assert i < 60, "the oldest request goes on at every step"
+    engine.add(request("big", range(30), max_tokens=10))
+    more = 0
+    while "big" not in answers.ended:
+        more += 1
+        engine.add(request(f"late {more}", [more % 5], max_tokens=2))
+        answers.step()
+        assert more < 500
+    assert all(str(n) in answers.ended for n in range(i + 1)), (
+        "all who came before have been served"
+    )
+
+
+def test_preemption_takes_the_youngest_and_brings_it_back_in_order():
+    engine = DoubleEngine(dataclasses.replace(SMALL, pages=10, prefix_cache=False))
+    answers = Answers(engine)
+    asked = [request(str(i), [i] * 5, max_tokens=22, temperature=1.0, seed=i) for i in range(3)]
+    for one in asked:
+        engine.add(one)
+    order = []
+    while engine.busy:
+        order += [out.request_id for out in answers.step() if out.finish]
+    assert engine.stats().preemptions >= 2
+    assert order == ["0", "1", "2"]
+    for one in asked:
+        assert answers.tokens[one.id] == expected(one, engine)[0]
+
+
+def test_an_answer_ends_at_the_longest_sequence():
+    engine = DoubleEngine(SMALL)
+    answers = Answers(engine)
+    engine.add(request("x", [1] * 37, max_tokens=500))
+    answers.run()
+    assert len(answers.tokens["x"]) == 3 and answers.finish["x"] == "length"
+
+
+def test_cancelling_frees_everything_and_the_name():
+    engine = DoubleEngine(SMALL)
+    engine.add(request("x", range(30), max_tokens=10))
+    engine.step()
+    engine.cancel("x")
+    assert not engine.busy and engine.stats().pages_free == engine.stats().pages_total
+    engine.cancel("x")  # may have ended by itself: no mistake
+    assert engine.step() == []
+    engine.add(request("x", [4, 5], max_tokens=4))
+    answers = Answers(engine).run()
+    assert answers.tokens["x"] == expected(request("x", [4, 5], max_tokens=4), engine)[0]
+
+
+def test_seeds_that_the_engine_picks_differ_and_come_from_its_own():
+    def tokens(seed):
+        engine = DoubleEngine(dataclasses.replace(SMALL, seed=seed))
+        for name in "ab":
+            engine.add(request(name, [1, 2], temperature=1.0))
+        return Answers(engine).run().tokens
+
+    assert tokens(1) == tokens(1) != tokens(2)
+    assert tokens(1)["a"] != tokens(1)["b"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (request("x", []), "The prompt has no tokens"),
+        (
+            request("x", [1, VOCAB]),
+            "ids from 1 to 50; ids of this model are 0 to 49",
+        ),
+        (request("x", [-1]), "The prompt has ids from -1 to -1"),
+        (request("x", [1] * 40), "The prompt has 40 tokens and prompt and answer .* 40; shorten"),
+        (request("taken", [1]), "Request 'taken' is running already"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(bad, message):
+    engine = DoubleEngine(SMALL)
+    engine.add(request("taken", [1]))
+    with pytest.raises(UserError, match=message):
+        engine.add(bad)
+    assert engine.stats().waiting == 1
+
+
+def test_a_mesh_may_divide_heads_only():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="only `tensor` may be above 1"):
+        DoubleEngine(SMALL)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
+    with jax.set_mesh(mesh), pytest.raises(UserError, match="2 devices can't share 1 kv heads"):
+        DoubleEngine(SMALL)
+    with pytest.raises(UserError, match="vocab_size is 51; the model has 50 rows"):
+        Engine(None, CONFIG, vocab_size=51)

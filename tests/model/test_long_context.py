@@ -1,10 +1,8 @@
 """Long context of Qwen v1 (report §2.5): the released code where it goes, float64 where it doesn't.
 
 The release has no windows. With them, and a factor of NTK for each layer, the network is compared
-with a naive one written here: one token sequence at a time, complex rotations, a mask of scores.
+with the naive one of `tests/model/naive.py`.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,6 @@ from qwen_jax.errors import UserError
 from qwen_jax.interop import load_params, read_config
 from qwen_jax.kernels import attention
 from qwen_jax.model import (
-    ModelConfig,
     abstract_params,
     forward,
     init_cache,
@@ -28,13 +25,8 @@ from qwen_jax.model import (
 from qwen_jax.model.presets import PRESETS, preset
 from tests import toy
 from tests.model.families import FLOAT32, params
+from tests.model.naive import CONFIG, S, factor, naive
 
-S = 8
-CONFIG = ModelConfig(
-    family="qwen", vocab_size=96, d_model=32, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=8,
-    d_ff=48, max_length=128, trained_length=S, dynamic_ntk=True, logn=True,
-    windows=layer_windows(4, S, layers_per_window=1, longest=64),
-)  # fmt: skip
 # On either side of the trained length and of each window.
 LENGTHS = (1, 7, 8, 9, 16, 17, 32, 33, 40)
 T = max(LENGTHS)
@@ -52,62 +44,6 @@ def texts(rows=len(LENGTHS), length=T, seed=0):
 
 def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=1e-4)
-
-
-# --- the naive network ----------------------------------------------------------------------------
-
-
-@functools.cache
-def weights64():
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), params(CONFIG))
-
-
-def factor(seen):
-    """2c − 1 for the smallest power of two c with c·S tokens or more; 1 within S."""
-    chunks = 1
-    while chunks * S < seen:
-        chunks *= 2
-    return 2 * chunks - 1 if chunks > 1 else 1
-
-
-def rotated(x, alpha):
-    """x [T,N,H]: channel pairs (i, i + H/2) as complex numbers turned by position · frequency."""
-    width = x.shape[-1]
-    base = CONFIG.rope_theta * alpha ** (width / (width - 2))
-    frequency = 1 / base ** (np.arange(0, width, 2) / width)
-    turns = np.exp(1j * np.arange(len(x))[:, None] * frequency)[:, None]
-    z = (x[..., : width // 2] + 1j * x[..., width // 2 :]) * turns
-    return np.concatenate([z.real, z.imag], -1)
-
-
-def normed(x, scale):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + CONFIG.norm_eps) * scale
-
-
-def naive(tokens, prompt=None):
-    """Logits [T,V] of one text whose first `prompt` tokens (by default all) were its prompt."""
-    w, n = weights64(), len(tokens)
-    prompt = n if prompt is None else prompt
-    i, j = np.arange(n)[:, None], np.arange(n)
-    logn = np.maximum(np.log(np.arange(1, n + 1)) / np.log(S), 1.0)
-    x = w["embed"]["table"][tokens]
-    for layer, window in enumerate(CONFIG.windows):
-        own = jax.tree.map(lambda leaf, layer=layer: leaf[layer], w["layers"])
-        a = own["attn"]
-        h = normed(x, own["attn_norm"]["scale"])
-        q, k, v = (np.einsum("td,dnh->tnh", h, a[c]) + a[f"{c}_bias"] for c in "qkv")
-        alpha = factor(prompt if window is None else min(prompt, window))
-        q, k = rotated(q, alpha) * logn[:, None, None], rotated(k, alpha)
-        scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(CONFIG.head_dim)
-        seen = (j <= i) & (i - j < (n if window is None else window))
-        scores = np.where(seen, scores, -np.inf)
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        p /= p.sum(-1, keepdims=True)
-        x = x + np.einsum("nts,snh,nhd->td", p, v, a["o"])
-        h, m = normed(x, own["mlp_norm"]["scale"]), own["mlp"]
-        gate = h @ m["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ m["up"])) @ m["down"]
-    return normed(x, w["final_norm"]["scale"]) @ w["head"]["kernel"]
 
 
 def alphas(lengths):

@@ -1,0 +1,241 @@
+"""From a path to answers: every kind of folder, the same ids as the reference, and refusals."""
+
+import dataclasses
+import io
+import json
+import shutil
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import qwen_jax
+from qwen_jax import load
+from qwen_jax.errors import UserError
+from qwen_jax.generate.handle import Qwen
+from qwen_jax.generate.model import find_model, load_weights
+from qwen_jax.generate.sampler import sample
+from qwen_jax.generate.status import StatusLine, watch_log
+from qwen_jax.model import ForwardOptions
+from qwen_jax.model.quantised import weight_bytes
+from qwen_jax.progress import Progress
+from qwen_jax.tokenizer.chatml import build_context
+from qwen_jax.train.checkpoint import Checkpoints
+from tests.generate import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("models") / "tiny-chat")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """What a training leaves: checkpoints, and the vocabulary beside them."""
+    place = tmp_path_factory.mktemp("runs") / "demo"
+    identity = {
+        "model": dataclasses.asdict(tiny.CONFIG),
+        "tokenizer_sha256": tiny.TOKENIZER.sha256,
+    }
+    options = {"keep_last": 2, "keep_every": None, "identity": identity}
+    with Checkpoints(str(place / "checkpoints"), **options) as checkpoints:
+        zeros = jax.tree.map(lambda x: 0 * x, tiny.params())
+        checkpoints.save(1, {"params": zeros}, {}, wait=True)
+        checkpoints.save(2, {"params": tiny.params()}, {}, wait=True)
+    tiny.TOKENIZER.save(place / "tokenizer.tiktoken")
+    return place
+
+
+@pytest.fixture(scope="module")
+def qwen(folder):
+    with load(folder, warm_up=False, **tiny.ENGINE) as loaded:
+        yield loaded
+
+
+def greedy(prompt, n, params=None):
+    return sample(
+        *(params or tiny.params(), [list(prompt)], tiny.CONFIG, ForwardOptions(dtype="float32")),
+        max_new_tokens=n,
+        vocab_size=tiny.TOKENIZER.vocab_size,
+    )[0]
+
+
+def test_greedy_ids_are_those_of_the_plain_sampler(qwen):
+    """In NTK's reach too: the model was trained on 256 tokens."""
+    for length in (5, 300):
+        prompt = np.random.default_rng(length).integers(0, 256, length).tolist()
+        answer = qwen.submit(
+            prompt, temperature=0.0, repetition_penalty=1.0, stop_ids=(), max_tokens=24
+        )
+        assert answer.result().tokens.tolist() == greedy(prompt, 24)
+
+
+def test_chat_asks_in_the_format_of_the_release(qwen):
+    qwen.reset()
+    options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 12, "stop_ids": ()}
+    said = qwen.chat("你好", **options)
+    context = build_context("你好", [], "You are a helpful assistant.", tiny.TOKENIZER, 600)
+    want = tiny.TOKENIZER.decode(greedy(context, 12), skip_special_tokens=True).strip()
+    assert said == want and qwen.history == [("你好", said)]
+    pieces = list(qwen.stream("more", **options))
+    context = build_context("more", [("你好", said)], qwen.system, tiny.TOKENIZER, 600)
+    want = tiny.TOKENIZER.decode(greedy(context, 12), skip_special_tokens=True)
+    assert "".join(pieces) == want and len(qwen.history) == 2
+
+
+def test_the_folders_defaults_hold_and_options_win(qwen):
+    params = qwen.defaults.params
+    assert (params.top_p, params.repetition_penalty, params.max_tokens) == (0.8, 1.1, 40)
+    answers = [qwen.generate("ab", seed=5) for _ in range(2)]
+    assert answers[0] == answers[1] != qwen.generate("ab", seed=6)
+    several = qwen.generate(["ab", "cd", "ab"], seed=5, max_tokens=8)
+    assert several[0] == several[2] == qwen.generate("ab", seed=5, max_tokens=8)
+    result = qwen.submit("ab", logprobs=2, max_tokens=4, stop_ids=()).result()
+    assert result.top_ids.shape == (4, 2) and np.all(result.logprobs <= 0)
+    with pytest.raises(UserError, match="did you mean 'top_k'"):
+        qwen.generate("ab", topk=3)
+    with pytest.raises(UserError, match="empty"):
+        qwen.generate("")
+
+
+def test_a_stream_left_early_is_stopped(qwen):
+    qwen.reset()
+    for _ in qwen.stream("go on", max_tokens=400, stop_ids=()):
+        break
+    assert qwen.history == []
+    assert qwen.generate("ab", max_tokens=2) is not None  # the engine is free again
+    assert qwen.service.stats().running == 0
+
+
+def test_a_working_folder_its_checkpoints_and_one_step_are_the_same_model(workdir, folder):
+    reference = load_weights(find_model(folder), "float32")
+    for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "step_00000002"):
+        source = find_model(path)
+        assert (source.step, source.defaults.chat_format) == (2, "raw")
+        assert source.config == tiny.CONFIG and source.tokenizer.sha256 == tiny.TOKENIZER.sha256
+        jax.tree.map(np.testing.assert_array_equal, load_weights(source, "float32"), reference)
+    first = find_model(workdir, step=1)
+    half = load_weights(first, "bfloat16")
+    assert {x.dtype.name for x in jax.tree.leaves(half)} == {"bfloat16"}
+    assert not any(np.any(x) for x in jax.tree.leaves(half) if x.ndim > 2)
+
+
+def test_a_base_model_continues(workdir, qwen):
+    """The same weights, with what a training's folder says of them."""
+    base = Qwen(qwen.service, tiny.CONFIG, find_model(workdir).defaults, "demo")
+    assert "base model" in repr(base) and "chat model" in repr(qwen)
+    said = base.chat("def f(", temperature=0.0, max_tokens=8)
+    ids = greedy(tiny.TOKENIZER.encode("def f("), 8)
+    assert said == tiny.TOKENIZER.decode(ids) and base.history == []
+
+
+def test_what_others_ask_changes_no_answer(qwen):
+    """48 requests of 4 threads on 2 rows, with stop strings, cancelled and dropped ones between."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(1, 90, 12)]
+    how = (tiny.params(), prompts, tiny.CONFIG, ForwardOptions(dtype="float32"))
+    alone = sample(*how, max_new_tokens=20, vocab_size=tiny.TOKENIZER.vocab_size)
+    wrong = []
+
+    def client(k):
+        for i, (prompt, ids) in enumerate(zip(prompts, alone, strict=True)):
+            text = tiny.TOKENIZER.decode(ids)
+            stop = [text[8:10]] if (i + k) % 3 == 0 else []
+            answer = qwen.submit(
+                *(prompt,), temperature=0.0, repetition_penalty=1.0, max_tokens=20, stop=stop,
+                stream=(i + k) % 2 == 0,
+            )  # fmt: skip
+            if (i + k) % 5 == 0:
+                answer.cancel()
+            elif (i + k) % 5 != 1:  # else nobody reads it
+                got = answer.result(timeout=120)
+                want = text[: text.find(stop[0])] if stop else text
+                if got.text != want or got.tokens.tolist() != ids[: len(got.tokens)]:
+                    wrong.append((i, stop, got, want))
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+    while qwen.service.stats().running:  # what was dropped is freed
+        time.sleep(0.01)
+    stats = qwen.service.stats().engine
+    assert stats.pages_free == stats.pages_total and stats.waiting == 0
+
+
+@pytest.mark.slow
+def test_weights_are_quantised_on_the_way_in(folder, workdir):
+    """From both kinds of folder the same numbers, and the engine runs on them."""
+    source = find_model(folder)
+    quantised = load_weights(source, "float32", "int8")
+    assert weight_bytes(quantised["layers"]) < 0.4 * weight_bytes(tiny.params()["layers"])
+    from_training = load_weights(find_model(workdir), "float32", "int8")
+    jax.tree.map(np.testing.assert_array_equal, from_training, quantised)
+    with load(folder, weights="int8", warm_up=False, **tiny.ENGINE) as qwen:
+        prompt = list(b"some text")
+        answer = qwen.submit(prompt, temperature=0.0, repetition_penalty=1.0, max_tokens=16)
+        assert answer.result().tokens.tolist() == greedy(prompt, 16, quantised)
+
+
+@pytest.mark.slow
+def test_two_devices_give_the_same_ids(folder, qwen):
+    with load(folder, tensor=2, warm_up=False, **tiny.ENGINE) as shared:
+        options = {"temperature": 0.0, "max_tokens": 16, "stop_ids": ()}
+        assert shared.generate("abc", **options) == qwen.generate("abc", **options)
+
+
+def test_progress_is_shown_where_somebody_sees_it():
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown, hidden = Screen(), io.StringIO()
+    for stream in (shown, hidden):
+        with StatusLine(stream) as status, watch_log(status.show):
+            status.show("reading a model")
+            Progress("load", 100, "B", every=0.0).add(50)
+    text = shown.getvalue()
+    assert "\rreading a model (0 s)" in text and "load: 5e-05 MB of 0.0001 MB (50 %)" in text
+    assert text.endswith("\r") and "\n" not in text and not text.split("\r")[-2].strip()
+    assert hidden.getvalue() == ""
+
+
+def test_refusals(folder, workdir, tmp_path):
+    def refused(match, path=folder, **options):
+        with pytest.raises(UserError, match=match):
+            load(path, **options)
+
+    refused("does not exist; give a Hugging Face", tmp_path / "nothing")
+    refused("is a file", folder / "config.json")
+    refused("neither config.json", tmp_path)
+    refused("has no steps", step=3)
+    refused("has no checkpoint of step 7", workdir, step=7)
+    refused("not step 1", workdir / "checkpoints" / "step_00000002", step=1)
+    refused("did you mean 'float32'", dtype="float")
+    refused("did you mean 'pages'", page=3)
+    refused("did you mean 'int8'", weights="in8")
+    refused("quantised on one device only", workdir, weights="int8", tensor=2)
+    refused("tensor is 3; it must divide the 4 kv heads", tensor=3)
+    refused("tensor is 16", tensor=16)
+    refused("chat_format is 'chat'", chat_format="chat")
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.tiktoken"))
+    refused(r"No vocabulary lies in .*bare; name one", bare)
+    assert find_model(bare, tokenizer=folder / "qwen.tiktoken").defaults.chat_format == "chatml"
+    from qwen_jax.tokenizer import Tokenizer
+
+    other = tmp_path / "other.tiktoken"
+    Tokenizer((*(bytes([i]) for i in range(256)), b"ab")).save(other)
+    refused("not the vocabulary that .* was trained with", workdir, tokenizer=other)
+    config = json.loads((folder / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    refused("256 ranks, but the model", bare, tokenizer=folder / "qwen.tiktoken")
+
+
+def test_the_package_offers_load_and_nothing_by_accident():
+    assert qwen_jax.load is load
+    with pytest.raises(AttributeError, match="laod"):
+        _ = qwen_jax.laod
