@@ -69,7 +69,7 @@ def compare(
     windows: np.ndarray,
     config: ModelConfig,
     *,
-    formats: Sequence[Format] = FORMATS,
+    formats: Sequence[Format] | None = None,
     batch: int = 8,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
@@ -82,8 +82,8 @@ def compare(
       params: float32, on one device.
       windows: int [n,T+1], as `evaluate.perplexity.cut` makes them.
       config: the network.
-      formats: of weights; those whose groups don't divide its matrices, or whose head it has not,
-        are left out.
+      formats: of weights, `FORMATS` by default; those whose groups don't divide its matrices, or
+        whose head it has not, are left out.
       batch: windows at a time.
       on_row: called with each row as it is found.
     """
@@ -103,7 +103,7 @@ def compare(
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     add("bfloat16", half, of(half, ForwardOptions()))
     add("float32, 8-bit KV cache", params, _with_8bit_cache(params, windows, config, exact, batch))
-    for fmt in formats:
+    for fmt in FORMATS if formats is None else formats:
         if _fits(fmt, config):
             quantised = quantise_params(params, fmt)
             add(fmt.name + (", head int8" if fmt.head else ""), quantised, of(quantised))
