@@ -41,6 +41,7 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, "Vocabulary, where --model ha
 STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.")
 FORMAT = flags.DEFINE_enum("chat_format", None, ["chatml", "raw"], "Chat, or continue text.")
 DTYPE = flags.DEFINE_string("dtype", None, "float32 (CPU) or bfloat16 (elsewhere) by default.")
+WEIGHTS = flags.DEFINE_string("weights", None, "int8 or int4: quantise plain weights.")
 PROMPT = flags.DEFINE_string("prompt", None, "Answer this once, and end.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object with text and numbers.")
 LINES = flags.DEFINE_bool("lines", False, "Text on a pipe is a conversation, line by line.")
@@ -74,13 +75,17 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     """The model that the flags name, with the settings they give."""
     place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
     how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": warm_up}
+    how["weights"] = WEIGHTS.value
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
+    given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
+    with_options(SamplingParams(), given)  # a bad value is better said before the weights are read
     with load(MODEL.value, **place, **how, rows=1, **sizes) as qwen:
-        given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
         session = qwen.session
         session.params = with_options(session.params, given)
         session.stop = (*session.stop, *STOP.value)
         if SYSTEM.value is not None:
+            if not session.chats:
+                raise UserError("--system is for chat models; this one only continues text.")
             session.system = SYSTEM.value or None
         yield qwen
 
@@ -177,6 +182,8 @@ def main() -> int:
         logging.set_verbosity(logging.WARNING)
     if not 0 <= SEED_FLAG.value < 2**63:
         raise UserError(f"--seed is {SEED_FLAG.value}; it must be from 0 to 2^63 - 1.")
+    if sys.stdin is None:  # closed by whoever started this
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):  # odd bytes must end nothing
         stream.reconfigure(encoding="utf-8", errors="replace")
     prompt = read_prompt()

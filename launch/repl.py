@@ -186,6 +186,11 @@ class Repl:
         elif name == "stop":
             self.session.stop = _stop_strings(value)
             self.say(f"stop = {json.dumps(self.session.stop, ensure_ascii=False)}")
+        elif name == "thinking" and self.session.thinks:
+            if value not in ("on", "off"):
+                raise UserError(f"thinking is {value!r}; it must be on or off.")
+            self.session.thinking = value == "on"
+            self.say(f"thinking = {value}")
         elif name not in SETTINGS:
             known = (*SETTINGS, "seed", "stop")
             raise UserError(f"There is no setting {name!r}{nearest(name, known)}; /set lists them.")
@@ -196,7 +201,7 @@ class Repl:
 
     def reset(self, rest: str) -> None:  # noqa: D102
         self.session.params, self.seed = self._first_params, self._first_seed
-        self.session.stop = self.session.defaults.stop
+        self.session.stop, self.session.thinking = self.session.defaults.stop, None
         self.say("All settings are those of the start.")
 
     def show(self, rest: str) -> None:  # noqa: D102
@@ -257,6 +262,8 @@ class Repl:
             value, was = getattr(params, name), getattr(first, name)
             lines.append(f"{name} = {value}" + ("" if value == was else f" (was {was})"))
         stop = json.dumps(list(self.session.stop), ensure_ascii=False)
+        if self.session.thinks:
+            lines.append(f"thinking = {'off' if self.session.thinking is False else 'on'}")
         return [*lines, f"seed = {self.seed}", f"stop = {stop}"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -96,7 +97,8 @@ def read_defaults(
         params=params,
         stop=tuple(tokenizer.decode(word) for word in words if len(word) > 1),
         system=_template_system(template, folder) if chat else None,
-        max_window=get("max_window_size", int, DEFAULT_MAX_WINDOW),
+        # Only Qwen has windows; later chats keep what the engine has room for.
+        max_window=get("max_window_size", int, sys.maxsize if template else DEFAULT_MAX_WINDOW),
         template=template,
     )
 

@@ -44,6 +44,7 @@ class Running:
       drawn: tokens whose drawing was sent to the device; the host may know fewer.
       aside: its pages in the host's memory, between preemption and return.
       finish: None until it has ended: "stop", "length" or "cancelled".
+      prompt_length: tokens of the prompt.
     """
 
     request: Request
@@ -61,11 +62,10 @@ class Running:
     drawn: int = 0
     aside: object = None
     finish: str | None = None
+    prompt_length: int = dataclasses.field(init=False)
 
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.request.prompt)
+    def __post_init__(self):
+        self.prompt_length = len(self.request.prompt)
 
     @property
     def decoding(self) -> bool:
@@ -75,6 +75,11 @@ class Running:
     def slots(self, steps: int = 0) -> int:
         """Tokens in the cache after so many more steps; each is written when the next is drawn."""
         return self.prompt_length + max(min(self.drawn + steps, self.budget) - 1, 0)
+
+    def tokens(self, begin: int, end: int) -> list[int]:
+        """Tokens begin … end − 1 of prompt and answer."""
+        answer = self.answer[max(begin - self.prompt_length, 0) : max(end - self.prompt_length, 0)]
+        return [*self.request.prompt[begin:end], *answer]
 
     def known_slots(self) -> int:
         """Tokens in the cache as far as the host knows, once one is drawn: all but the newest."""
@@ -244,7 +249,10 @@ class Scheduler:
         """Room for one more step of every decoding request, oldest first; the youngest give way."""
         aside = []
         for running in self.running():
-            while running.decoding and self._lack(running, 1) > self.pool.available:
+            while running.decoding and (lack := self._lack(running, 1)):
+                if lack <= self.pool.available:
+                    running.pages += self.pool.take(lack)
+                    break
                 if not settled:
                     return None
                 youngest = self.running()[-1]
@@ -252,8 +260,6 @@ class Scheduler:
                     known = self._pages(youngest.known_slots())
                     aside.append((youngest, tuple(youngest.pages[:known])))
                 self._put_aside(youngest)
-            if running.decoding:
-                self._cover(running, 1)
         return aside
 
     def _put_aside(self, running: Running) -> None:
@@ -366,13 +372,10 @@ class Scheduler:
     def _keys(self, running: Running, pages: int) -> list[bytes]:
         """Names of the first full pages, made as they are needed."""
         size = self.shapes.page_size
-        if len(running.keys) < pages:
-            begin = len(running.keys) * size
-            tokens = np.asarray((*running.request.prompt, *running.answer)[begin : pages * size])
-            for i in range(len(running.keys), pages):
-                parent = running.keys[-1] if running.keys else running.root
-                at = i * size - begin
-                running.keys.append(page_key(parent, tokens[at : at + size]))
+        for page in range(len(running.keys), pages):
+            parent = running.keys[-1] if running.keys else running.root
+            tokens = running.tokens(page * size, (page + 1) * size)
+            running.keys.append(page_key(parent, tokens))
         return running.keys
 
     def _name_pages(self, running: Running, tokens: int) -> list[bytes]:

@@ -67,7 +67,7 @@ class ForwardOptions:
       dtype: compute dtype of matmuls and activations. Norm statistics, softmax, RoPE angles and the
         loss are float32 whatever it is.
       remat: what the backward pass recomputes, a name in `REMAT`; or several for one layer after
-        another, "full:16,out": the first 16 by one, those that are left by the other.
+        another, "full:15,out": the first 15 by one, those that are left by the other.
       attention: implementation, a name in `kernels.dispatch.IMPLEMENTATIONS`.
     """
 
@@ -98,7 +98,7 @@ class ForwardOptions:
             if not re.fullmatch("[1-9][0-9]*", count):
                 raise UserError(
                     f"options.remat={self.remat!r} doesn't say for how many layers {name!r} holds; "
-                    'write NAME:LAYERS for all but the last, such as "full:16,out"'
+                    'write NAME:LAYERS for all but the last, such as "full:15,out"'
                 )
             stages.append((name, int(count)))
         return (*stages, (last, None))

@@ -22,7 +22,7 @@ def drive(server, made, expected, **sizes):
 def test_the_real_engine_loses_and_mixes_nothing(tmp_path):
     """300 requests from 24 clients, some given up, some bad; nothing is left over."""
     folder = serve_load.make_model(tmp_path / "tiny")
-    sizes = {"rows": 4, "max_length": 512, "page_size": 16, "prefill_tokens": 128, "pages": 96}
+    sizes = {"rows": 4, "max_length": 512, "page_size": 32, "prefill_tokens": 32, "pages": 48}
     with load(folder, warm_up=False, max_waiting=20, **sizes) as qwen:
         model = served_model(qwen, "tiny", created=1)
         with running(qwen.service, model, Limits()) as server:

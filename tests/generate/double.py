@@ -88,6 +88,7 @@ class Programs:
 
     def __init__(self, shapes):
         self.shapes = shapes
+        self.one_past = False  # as for a model with windows
         self.calls = []
 
     def init_state(self):
@@ -120,6 +121,8 @@ class Programs:
         self.calls.append(("prefill", len(batch.tokens), int((batch.segments > 0).sum())))
         used = batch.segments[batch.segments > 0]
         assert (np.diff(used) >= 0).all() and (np.diff(batch.past_segments) >= 0).all()
+        if self.one_past and batch.past_segments.any():
+            assert set(batch.past_segments) <= {0, 1} and used[0] == 1
         old = state.memory.copy()
         for page, at in zip(batch.new_pages, range(0, len(batch.tokens), size), strict=True):
             here = slice(at, at + size)

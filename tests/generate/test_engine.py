@@ -16,6 +16,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.generate.engine import Engine
 from qwen_jax.generate.options import EngineOptions
 from qwen_jax.generate.request import Request, SamplingParams
+from qwen_jax.generate.scheduler import prefill_slots
 from qwen_jax.model import ntk_alphas
 from qwen_jax.parallel import MeshConfig, make_mesh
 from tests.generate.double import CONFIG, VOCAB, DoubleEngine, alone
@@ -119,7 +120,7 @@ EVENTS = st.lists(
 @hypothesis.given(options(), EVENTS, st.booleans())
 def test_any_schedule_gives_each_request_what_it_gets_alone(sizes, events, one_past):
     engine = DoubleEngine(sizes)
-    engine._scheduler._one_past = one_past
+    engine._scheduler._one_past = engine.programs.one_past = one_past
     answers, asked, cancelled = Answers(engine), {}, set()
     for event in events:
         if event == "step":
@@ -148,6 +149,16 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(sizes, events, one_p
 
 
 # One thing at a time
+
+
+@hypothesis.given(st.integers(1, 5000))
+def test_a_prefill_call_is_at_least_half_full_or_the_smallest(wanted):
+    slots = prefill_slots((128, 512, 2048), wanted)
+    if slots > 128:
+        assert 2 * wanted >= slots
+    if wanted <= 2048 and slots < wanted:
+        larger = {128: 512, 512: 2048}[slots]
+        assert 2 * wanted < larger, "cut although the next size would be half full"
 
 
 def test_a_stream_never_waits_for_more_than_one_chunk_of_anothers_prompt():

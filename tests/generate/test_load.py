@@ -19,6 +19,7 @@ from qwen_jax.generate.model import find_model, load_weights
 from qwen_jax.generate.sampler import sample
 from qwen_jax.generate.status import StatusLine, watch_log
 from qwen_jax.model import ForwardOptions
+from qwen_jax.model.quantised import weight_bytes
 from qwen_jax.progress import Progress
 from qwen_jax.tokenizer.chatml import build_context
 from qwen_jax.train.checkpoint import Checkpoints
@@ -53,9 +54,9 @@ def qwen(folder):
         yield loaded
 
 
-def greedy(prompt, n):
+def greedy(prompt, n, params=None):
     return sample(
-        *(tiny.params(), [list(prompt)], tiny.CONFIG, ForwardOptions(dtype="float32")),
+        *(params or tiny.params(), [list(prompt)], tiny.CONFIG, ForwardOptions(dtype="float32")),
         max_new_tokens=n,
         vocab_size=tiny.TOKENIZER.vocab_size,
     )[0]
@@ -167,6 +168,20 @@ def test_what_others_ask_changes_no_answer(qwen):
 
 
 @pytest.mark.slow
+def test_weights_are_quantised_on_the_way_in(folder, workdir):
+    """From both kinds of folder the same numbers, and the engine runs on them."""
+    source = find_model(folder)
+    quantised = load_weights(source, "float32", "int8")
+    assert weight_bytes(quantised["layers"]) < 0.4 * weight_bytes(tiny.params()["layers"])
+    from_training = load_weights(find_model(workdir), "float32", "int8")
+    jax.tree.map(np.testing.assert_array_equal, from_training, quantised)
+    with load(folder, weights="int8", warm_up=False, **tiny.ENGINE) as qwen:
+        prompt = list(b"some text")
+        answer = qwen.submit(prompt, temperature=0.0, repetition_penalty=1.0, max_tokens=16)
+        assert answer.result().tokens.tolist() == greedy(prompt, 16, quantised)
+
+
+@pytest.mark.slow
 def test_two_devices_give_the_same_ids(folder, qwen):
     with load(folder, tensor=2, warm_up=False, **tiny.ENGINE) as shared:
         options = {"temperature": 0.0, "max_tokens": 16, "stop_ids": ()}
@@ -202,6 +217,8 @@ def test_refusals(folder, workdir, tmp_path):
     refused("not step 1", workdir / "checkpoints" / "step_00000002", step=1)
     refused("did you mean 'float32'", dtype="float")
     refused("did you mean 'pages'", page=3)
+    refused("did you mean 'int8'", weights="in8")
+    refused("quantised on one device only", workdir, weights="int8", tensor=2)
     refused("tensor is 3; it must divide the 4 kv heads", tensor=3)
     refused("tensor is 16", tensor=16)
     refused("chat_format is 'chat'", chat_format="chat")

@@ -171,6 +171,7 @@ def test_bad_flags_are_one_sentence():
         (["--model=/nothing", "--json"], "--json is for one answer"),
         (["--model=/nothing", "--prompt=x", "--seed=-1"], "--seed is -1"),
         (["--model=/nothing", "--temprature=1"], "Unknown command line flag 'temprature'"),
+        (["--model=/nothing", "--prompt=x", "--top_p=2"], "top_p is 2.0; it must be above 0"),
         (["--prompt=x"], "Flag --model must have a value"),
     )
     with no_input():

@@ -62,7 +62,7 @@ class Running:
     def get(self, path, **options) -> httpx.Response:
         return self.http.get(path, **options)
 
-    def wait_until(self, condition, seconds=10.0) -> None:
+    def wait_until(self, condition, seconds=30.0) -> None:
         """Waits for something that another thread does."""
         end = time.monotonic() + seconds
         while not condition():

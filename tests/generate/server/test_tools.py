@@ -7,7 +7,7 @@ import pytest
 
 from qwen_jax.generate import hermes, react
 from qwen_jax.generate.template import ChatTemplate
-from qwen_jax.tokenizer.chatml import render
+from qwen_jax.tokenizer.chatml import build_context, render
 from tests.generate.fake_engine import FakeEngine
 from tests.generate.server.serving import BYTES, TAGGED, model, script, serve
 from tests.generate.test_template import TEMPLATE
@@ -172,6 +172,7 @@ def test_a_conversation_without_tools_is_chatml_as_trained(v1):
     v1.ask(v1.client, "x", *messages)
     expected = render(messages, BYTES, add_generation_prompt=True).ids.tolist()
     assert list(v1.engine.added[-1].prompt) == expected
+    assert expected == build_context("c", [(" a\n", "b ")], "S", BYTES).tolist()
 
 
 HERMES_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
