@@ -56,14 +56,13 @@ def quantise_folder(
     src, out = pathlib.Path(src), pathlib.Path(out)
     config = hf_folder.read_config_json(src)
     cfg = hf_config.config_from_hf(config)
-    packing = hf_folder.read_packing(src)
-    if packing is not None:
+    before, packing = hf_folder.read_packing(src), gptq.Packing(fmt)
+    if before is not None:
         raise UserError(
-            f"{src} is already quantised, to {packing.format.name}; give the unquantised release"
+            f"{src} is already quantised, to {before.format.name}; give the unquantised release"
         )
     infos = hf_folder.scan(src)
     hf_folder.check(infos, cfg, src)
-    packing = gptq.Packing(fmt)
     _check(cfg, packing)
     stored = _stored(infos, cfg, packing)
     files = plan_files(stored, max_shard_bytes)

@@ -160,6 +160,12 @@ def quantise_leaf(w: jax.Array, fmt: Format, inputs: int) -> QuantisedWeight:
                        bits=fmt.bits)  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnames=("fmt", "inputs"))
+def _quantise_stack(w: jax.Array, fmt: Format, inputs: int) -> QuantisedWeight:
+    """[L, *inputs, *outputs], one layer at a time, so that float32 copies are of one."""
+    return jax.lax.map(lambda layer: quantise_leaf(layer, fmt, inputs), w)
+
+
 def check_group(fmt: Format, inputs: int, shards: int = 1) -> None:
     """Refuses groups that do not divide a matrix's inputs on each of `shards` devices.
 
@@ -216,8 +222,8 @@ def quantise_params(
         if path not in wanted:
             return x
         how = format_of(path, fmt)
-        one = functools.partial(quantise_leaf, fmt=how, inputs=wanted[path])
-        out = jax.lax.map(one, x) if path[0] == "layers" else one(x)
+        run = _quantise_stack if path[0] == "layers" else quantise_leaf
+        out = run(x, how, wanted[path])
         if consume:
             jax.block_until_ready(out)
             x.delete()

@@ -44,7 +44,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def rows(params, windows):
-    found = compare(params, windows, CONFIG, formats=FORMATS, batch=2)
+    found = compare(params, windows, CONFIG, formats=FORMATS, batch=3)
     return {row.name: row for row in found}
 
 
@@ -65,7 +65,10 @@ def test_every_row_is_the_perplexity_of_its_weights(params, windows, rows):
 
 
 def test_the_cache_row_rounds_keys_and_values(params, windows, rows, monkeypatch):
-    """Against the plain forward pass with its attention wrapped."""
+    """Against the plain forward pass with its attention wrapped, on as many rows at once.
+
+    The largest number of a vector lies on a border of codes, so its code hangs on the last bit.
+    """
     plain = transformer.attention
 
     def rounded(q, k, v, **how):
@@ -78,7 +81,7 @@ def test_the_cache_row_rounds_keys_and_values(params, windows, rows, monkeypatch
     logprobs = jax.nn.log_softmax(logits)
     nll = -np.take_along_axis(np.asarray(logprobs), windows[:, 1:, None], axis=-1).mean()
     found = rows["float32, 8-bit KV cache"].perplexity
-    assert found == pytest.approx(np.exp(nll), rel=1e-5)
+    assert found == pytest.approx(np.exp(nll), rel=1e-4)
     assert found != pytest.approx(rows["float32"].perplexity, rel=1e-6)
 
 

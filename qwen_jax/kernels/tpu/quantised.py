@@ -130,13 +130,19 @@ def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> 
         # Numbers become float32 to be scaled; rows are put into their order here.
         sizes = dataclasses.replace(sizes, dtype=jnp.dtype(jnp.float32))
         x = _ordered(sizes, x)
+    height = -(-rows // 16) * 16
+    if not few:
+        height = min(height, max(128, _X_BYTES // (inputs * x.dtype.itemsize) // 128 * 128))
+    return _call(sizes, few, height, columns, x, weight)
+
+
+def _call(sizes: _Sizes, few: bool, height: int, columns: int, x, weight: GroupWeight):
+    """The kernel over all blocks of `height` rows and `columns` outputs."""
+    rows, inputs = x.shape
     stacked = [weight.codes, weight.scales] + [weight.zeros] * (not sizes.symmetric)
     if weight.codes.ndim == 2:
         stacked = [a[None] for a in stacked]
     layer = jnp.zeros((), jnp.int32) if weight.layer is None else weight.layer
-    height = -(-rows // 16) * 16
-    if not few:
-        height = min(height, max(128, _X_BYTES // (inputs * x.dtype.itemsize) // 128 * 128))
     blocks = pl.cdiv(weight.outputs, columns)
     cores = min(_cores(), blocks)
     each = pl.cdiv(blocks, cores)
@@ -164,7 +170,7 @@ def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> 
         out_specs=pl.BlockSpec((height, columns), lambda c, n, m, _: (m, block(c, n))),
         scratch_shapes=scratch if few else [pltpu.VMEM((inputs, columns), x.dtype)],
     )
-    moved = sum(_bytes(a) // a.shape[0] for a in stacked)
+    moved = sum(a.size * a.dtype.itemsize // a.shape[0] for a in stacked)
     moved += x.dtype.itemsize * rows * (inputs * (1 if few else blocks) + weight.outputs)
     return pl.pallas_call(
         functools.partial(_few if few else _many, sizes),
@@ -191,10 +197,6 @@ def _ordered(sizes: _Sizes, x: jax.Array) -> jax.Array:
     chunks = x.reshape(x.shape[0], -1, _CHUNK)
     exact = None if x.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     return jnp.einsum("MCK,KJ->MCJ", chunks, permutation, precision=exact).reshape(x.shape)
-
-
-def _bytes(a) -> int:
-    return a.size * a.dtype.itemsize
 
 
 def _cores() -> int:
