@@ -24,7 +24,7 @@ from absl import flags, logging
 
 from launch import program
 from launch.repl import SETTINGS, WORDS, Repl
-from launch.terminal import PlainLines, Terminal
+from launch.terminal import PlainLines, Terminal, printable
 from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.load import load
@@ -41,6 +41,7 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, "Vocabulary, where --model ha
 STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.")
 FORMAT = flags.DEFINE_enum("chat_format", None, ["chatml", "raw"], "Chat, or continue text.")
 DTYPE = flags.DEFINE_string("dtype", None, "float32 (CPU) or bfloat16 (elsewhere) by default.")
+WEIGHTS = flags.DEFINE_string("weights", None, "int8 or int4: quantise plain weights.")
 PROMPT = flags.DEFINE_string("prompt", None, "Answer this once, and end.")
 JSON = flags.DEFINE_bool("json", False, "Print one JSON object with text and numbers.")
 LINES = flags.DEFINE_bool("lines", False, "Text on a pipe is a conversation, line by line.")
@@ -53,7 +54,6 @@ HISTORY = flags.DEFINE_string(
     os.path.join(os.environ.get("XDG_STATE_HOME", "~/.local/state"), "qwen_jax", "chat_history"),
     "File that keeps what was typed; empty: none.",
 )
-COMPILED = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "qwen_jax", "compiled")
 TENSOR = flags.DEFINE_integer("tensor", None, "Devices that share the model.")
 SIZES = {
     "max_length": flags.DEFINE_integer("max_length", None, "Longest prompt and answer."),
@@ -74,13 +74,17 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     """The model that the flags name, with the settings they give."""
     place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
     how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": warm_up}
+    how["weights"] = WEIGHTS.value
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
+    given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
+    with_options(SamplingParams(), given)  # a bad value is better said before the weights are read
     with load(MODEL.value, **place, **how, rows=1, **sizes) as qwen:
-        given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
         session = qwen.session
         session.params = with_options(session.params, given)
         session.stop = (*session.stop, *STOP.value)
         if SYSTEM.value is not None:
+            if not session.chats:
+                raise UserError("--system is for chat models; this one only continues text.")
             session.system = SYSTEM.value or None
         yield qwen
 
@@ -99,8 +103,7 @@ def converse(qwen: Qwen) -> None:
     """A conversation in the terminal, or line by line from a pipe."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
-        history = pathlib.Path(HISTORY.value).expanduser() if HISTORY.value else None
-        lines = Terminal(history, WORDS)
+        lines = Terminal(history_file(), WORDS)
     else:
         lines = PlainLines(sys.stdin)
     about = facts(qwen)
@@ -113,17 +116,28 @@ def converse(qwen: Qwen) -> None:
     repl.run()
 
 
+def history_file() -> pathlib.Path | None:
+    """The file that keeps what was typed, in a folder for this user alone; None without a place."""
+    if not HISTORY.value:
+        return None
+    file = pathlib.Path(HISTORY.value).expanduser()
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return file if os.access(file if file.exists() else file.parent, os.W_OK) else None
+
+
 def answer_once(qwen: Qwen, prompt: str) -> None:
     """One answer on stdout, as text or as JSON."""
     session = qwen.session
     prompt = prompt.strip() if session.chats else prompt
     reply = session.ask(prompt, stream=not JSON.value, seed=SEED_FLAG.value)
     if not JSON.value:
+        shown = printable if sys.stdout.isatty() else str
         begun = not session.chats
         for piece in reply:
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
-            sys.stdout.write(piece)
+            sys.stdout.write(shown(piece))
             sys.stdout.flush()
         sys.stdout.write("\n")
         return
@@ -167,6 +181,8 @@ def main() -> int:
         logging.set_verbosity(logging.WARNING)
     if not 0 <= SEED_FLAG.value < 2**63:
         raise UserError(f"--seed is {SEED_FLAG.value}; it must be from 0 to 2^63 - 1.")
+    if sys.stdin is None:  # closed by whoever started this
+        sys.stdin = open(os.devnull)  # noqa: SIM115
     for stream in (sys.stdin, sys.stdout):  # odd bytes must end nothing
         stream.reconfigure(encoding="utf-8", errors="replace")
     prompt = read_prompt()
@@ -181,18 +197,12 @@ def main() -> int:
     except EngineFailed as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except BrokenPipeError:  # whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 
-def keep_compiled() -> None:
-    """Compiled programs are kept for the next start, where there is a place for them."""
-    with contextlib.suppress(OSError):
-        folder = os.path.expanduser(COMPILED)
-        os.makedirs(folder, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            flags.set_default(program.COMPILE_CACHE, folder)
-
-
 if __name__ == "__main__":
-    keep_compiled()
+    program.keep_compiled()
     program.run(main)

@@ -18,24 +18,22 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import flags, logging
 
 from launch import program
-from qwen_jax import interop
 from qwen_jax.artifact import write_text
-from qwen_jax.config import from_config_dict
 from qwen_jax.corpus.texts import read_texts
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate.long_context import MODES, Plan, measure
 from qwen_jax.evaluate.long_context_report import as_json, as_text, picture
-from qwen_jax.model import ForwardOptions, ModelConfig, Params, abstract_params
+from qwen_jax.generate.model import Source, find_model, load_weights
+from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, batch_devices, make_mesh
-from qwen_jax.tokenizer import Tokenizer, load_tokenizer
-from qwen_jax.train.checkpoint import read_identity, restore_params
+from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.train.step import check_mesh
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
@@ -57,90 +55,17 @@ CONTEXT = flags.DEFINE_integer("context", 1, "Devices that share a sequence.")
 TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share heads and vocabulary.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """config: the network; weights: which weights, for people and keys of results; load: reads them
-    onto a mesh in a dtype; tokenizer: where its vocabulary should be; sha256: which that is."""
-
-    config: ModelConfig
-    weights: dict[str, Any]
-    load: Callable[[jax.sharding.Mesh | None, str], Params]
-    tokenizer: pathlib.Path
-    sha256: str | None = None
-
-
-def open_model(path: str, step: int | None) -> Model:
-    """Says what is in a checkpoint folder of any kind, without reading its arrays.
-
-    Raises:
-      UserError: neither kind of checkpoint is there.
-    """
-    folder = pathlib.Path(path)
-    if (folder / "config.json").is_file():
-        if step is not None:
-            raise UserError(f"--step={step} goes with native checkpoints, not with {path}")
-        return _open_hf(folder)
-    inner = folder / "checkpoints"
-    return _open_native(inner if inner.is_dir() else folder, folder, step)
-
-
-def _open_hf(folder: pathlib.Path) -> Model:
-    config = interop.read_config(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    weights = {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-
-    def load(mesh, dtype):
-        return interop.load_params(folder, config, _in(dtype, abstract_params(config, mesh)))
-
-    return Model(config, {"folder": str(folder.resolve()), "files": weights}, load, folder)
-
-
-def _open_native(checkpoints: pathlib.Path, workdir: pathlib.Path, step: int | None) -> Model:
-    if not checkpoints.is_dir():
-        raise UserError(f"--checkpoint={workdir} does not exist; give a folder with a model")
-    facts = read_identity(str(checkpoints), step)
-    identity = facts["identity"]
-    if "model" not in identity:
-        raise UserError(f"{checkpoints} does not say which model it is of; give one of a training")
-    config = from_config_dict(ModelConfig, identity["model"], "model")
-
-    def load(mesh, dtype):
-        stored = facts["info"].get("param_dtype", "float32")
-        abstract = _in(stored, abstract_params(config, mesh))
-        params = restore_params(str(checkpoints), abstract, step=facts["step"])
-        return jax.jit(lambda p: jax.tree.map(lambda x: x.astype(dtype), p), donate_argnums=0)(
-            params
-        )
-
-    weights = {"folder": str(checkpoints.resolve()), "step": facts["step"], "identity": identity}
-    place = workdir / "tokenizer.tiktoken"
-    return Model(config, weights, load, place, identity.get("tokenizer_sha256"))
-
-
-def _in(dtype: str, abstract: Params) -> Params:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), abstract
-    )
-
-
-def find_tokenizer(model: Model, given: str | None) -> Tokenizer:
-    """The vocabulary of the model.
-
-    Raises:
-      UserError: there is none, or it is another model's.
-    """
-    place = pathlib.Path(given) if given else model.tokenizer
-    if not given and not place.exists():
-        raise UserError(f"{place} does not exist; say where the vocabulary is with --tokenizer")
-    tokenizer = load_tokenizer(place)
-    if model.sha256 not in (None, tokenizer.sha256):
-        raise UserError(f"{place} is not the vocabulary this model was trained with; give that one")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{place} has {tokenizer.vocab_size} ids but the model {model.config.vocab_size} rows; "
-            "give the vocabulary of this model"
-        )
-    return tokenizer
+def weights_of(source: Source) -> dict[str, Any]:
+    """What tells these weights from others, without reading them: files, sizes and times."""
+    if source.step is None:
+        files = source.folder.glob("*.safetensors")
+    else:
+        files = (source.folder / f"step_{source.step:08d}").rglob("*")
+    facts = [(str(f.relative_to(source.folder)), f.stat()) for f in files if f.is_file()]
+    return {
+        "folder": str(source.folder.resolve()),
+        "files": sorted([name, fact.st_size, fact.st_mtime_ns] for name, fact in facts),
+    }
 
 
 def long_documents(
@@ -225,16 +150,15 @@ def main() -> None:
         raise UserError("--corpus is missing: give text files, .jsonl files or held-out folders")
     if DOCUMENTS.value is not None and DOCUMENTS.value < 1:
         raise UserError(f"--documents is {DOCUMENTS.value}; it must be at least 1")
-    model = open_model(CHECKPOINT.value, STEP.value)
-    plan = make_plan(model.config)
-    tokenizer = find_tokenizer(model, TOKENIZER.value)
+    source = find_model(CHECKPOINT.value, tokenizer=TOKENIZER.value, step=STEP.value)
+    plan = make_plan(source.config)
     mesh = find_mesh(plan)
-    documents = long_documents(CORPUS.value, tokenizer, plan.longest, DOCUMENTS.value)
+    documents = long_documents(CORPUS.value, source.tokenizer, plan.longest, DOCUMENTS.value)
     out = pathlib.Path(OUT.value)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         table = measure(
-            *(plan, lambda: model.load(mesh, plan.options.dtype), documents),
-            *(tokenizer.token_lengths, out / "cells", model.weights),
+            *(plan, lambda: load_weights(source, plan.options.dtype), documents),
+            *(source.tokenizer.token_lengths, out / "cells", weights_of(source)),
         )
     if jax.process_index():
         return

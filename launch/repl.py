@@ -144,6 +144,8 @@ class Repl:
         self.say("\n".join([HELP, *(f"  {usage:{width}}  {text}" for usage, text in rows)]))
 
     def system(self, rest: str) -> None:  # noqa: D102
+        if not self.session.chats:
+            raise UserError("A base model has no system prompt; write it before your text.")
         if not rest:
             self.say(self.session.system or "There is no system prompt.")
             return
@@ -164,7 +166,7 @@ class Repl:
             self.say(f"> {said}")
             self._out.write(printable(answer) + "\n")
         if not self.session.history:
-            self.say("Nothing was said yet.")
+            self.say("Nothing was said yet." if self.session.chats else "A base model keeps none.")
 
     def set_seed(self, rest: str) -> None:  # noqa: D102
         if rest:
@@ -184,6 +186,11 @@ class Repl:
         elif name == "stop":
             self.session.stop = _stop_strings(value)
             self.say(f"stop = {json.dumps(self.session.stop, ensure_ascii=False)}")
+        elif name == "thinking" and self.session.thinks:
+            if value not in ("on", "off"):
+                raise UserError(f"thinking is {value!r}; it must be on or off.")
+            self.session.thinking = value == "on"
+            self.say(f"thinking = {value}")
         elif name not in SETTINGS:
             known = (*SETTINGS, "seed", "stop")
             raise UserError(f"There is no setting {name!r}{nearest(name, known)}; /set lists them.")
@@ -194,13 +201,14 @@ class Repl:
 
     def reset(self, rest: str) -> None:  # noqa: D102
         self.session.params, self.seed = self._first_params, self._first_seed
-        self.session.stop = self.session.defaults.stop
+        self.session.stop, self.session.thinking = self.session.defaults.stop, None
         self.say("All settings are those of the start.")
 
     def show(self, rest: str) -> None:  # noqa: D102
-        system = self.session.system if self.session.chats else None
-        turns = f"{len(self.session.history)} questions and answers in the conversation"
-        lines = [self._facts, *([f"system prompt: {system}"] if system else []), turns]
+        lines = [self._facts]
+        if self.session.chats:
+            lines.append(f"system prompt: {self.session.system or 'none'}")
+            lines.append(f"{len(self.session.history)} questions and answers so far")
         self.say("\n".join(lines + self._settings()))
 
     def save(self, rest: str) -> None:  # noqa: D102
@@ -254,6 +262,8 @@ class Repl:
             value, was = getattr(params, name), getattr(first, name)
             lines.append(f"{name} = {value}" + ("" if value == was else f" (was {was})"))
         stop = json.dumps(list(self.session.stop), ensure_ascii=False)
+        if self.session.thinks:
+            lines.append(f"thinking = {'off' if self.session.thinking is False else 'on'}")
         return [*lines, f"seed = {self.seed}", f"stop = {stop}"]
 
 

@@ -88,9 +88,16 @@ def limits() -> Limits:
     )
 
 
-def main() -> None:
-    """Loads, serves, drains."""
-    allowed = limits()
+def main() -> int:
+    """Loads, serves, drains; status 1 when the engine has failed on the way."""
+    try:
+        return serve(limits())
+    except KeyboardInterrupt:  # while loading; later it is a signal to drain
+        return 130
+
+
+def serve(allowed: Limits) -> int:
+    """Serves the model of the flags until a signal comes."""
     # First, so that an address that is taken is known before minutes of loading.
     listener = bind(HOST.value, PORT.value)
     if NAME.value is not None and not NAME.value.strip():
@@ -110,8 +117,11 @@ def main() -> None:
         server = Server(create_app(qwen.service, model, allowed))
         print(f"serving {model.name} at {url(listener)}", flush=True)
         server.run([listener])
+        failed = qwen.service.failed is not None
     print("ended", flush=True)
+    return int(failed)
 
 
 if __name__ == "__main__":
+    program.keep_compiled()
     program.run(main)

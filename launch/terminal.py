@@ -61,6 +61,7 @@ class Terminal:
         keys = KeyBindings()
 
         @keys.add("enter")
+        @keys.add("c-j")  # Enter, when it was typed before the prompt stood there
         def _(event) -> None:
             buffer = event.current_buffer
             if open_quotes(buffer.text):
@@ -69,7 +70,6 @@ class Terminal:
                 buffer.validate_and_handle()
 
         @keys.add("escape", "enter")
-        @keys.add("c-j")
         def _(event) -> None:
             event.current_buffer.insert_text("\n")
 
@@ -82,7 +82,6 @@ class Terminal:
 
         kept = InMemoryHistory()
         if history is not None:
-            history.parent.mkdir(parents=True, exist_ok=True)
             kept = FileHistory(str(history))
         words = WordCompleter(list(commands), sentence=True)
         self._session = prompt_toolkit.PromptSession(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import jinja2.sandbox
 from absl import logging
 
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.generate.request import SamplingParams
+from qwen_jax.generate.template import ChatTemplate, read_template
 from qwen_jax.interop.folder import read_json
 from qwen_jax.tokenizer.chatml import DEFAULT_MAX_WINDOW, DEFAULT_SYSTEM
 from qwen_jax.tokenizer.tokenizer import IM_END, IM_START, Tokenizer
@@ -30,6 +31,7 @@ class Defaults:
       stop: stop strings, from stop words of several tokens.
       system: the system prompt; None: conversations start with the user's turn (Qwen3).
       max_window: tokens of system prompt and history that a conversation keeps (`max_window_size`).
+      template: the folder's chat template (Qwen1.5 to Qwen3), Jinja; None where it has none.
     """
 
     chat_format: ChatFormat = "raw"
@@ -37,6 +39,7 @@ class Defaults:
     stop: tuple[str, ...] = ()
     system: str | None = DEFAULT_SYSTEM
     max_window: int = DEFAULT_MAX_WINDOW
+    template: str | None = None
 
 
 def read_defaults(
@@ -88,12 +91,15 @@ def read_defaults(
         )
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    template = read_template(folder)
     return Defaults(
         chat_format="chatml" if chat else "raw",
         params=params,
         stop=tuple(tokenizer.decode(word) for word in words if len(word) > 1),
-        system=_template_system(folder) if chat else None,
-        max_window=get("max_window_size", int, DEFAULT_MAX_WINDOW),
+        system=_template_system(template, folder) if chat else None,
+        # Only Qwen has windows; later chats keep what the engine has room for.
+        max_window=get("max_window_size", int, sys.maxsize if template else DEFAULT_MAX_WINDOW),
+        template=template,
     )
 
 
@@ -118,39 +124,16 @@ class _Reader:
         raise UserError(f"{self._file}: {name} has {value!r}; it must be ids of tokens.")
 
 
-def _template_system(folder: pathlib.Path | None) -> str | None:
-    """The system prompt that a folder's chat template sets by itself; None when it sets none."""
-    source = _template(folder)
+def _template_system(source: str | None, folder: pathlib.Path | None) -> str | None:
+    """The system prompt that a chat template sets by itself; None when it sets none."""
     if source is None:
         return DEFAULT_SYSTEM
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: ""
     try:
-        text = environment.from_string(source).render(
-            messages=[{"role": "user", "content": "-"}], tools=None, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is somebody's program: anything may go wrong in it
-        logging.warning("the chat template of %s cannot be rendered (%s)", folder, error)
+        text = ChatTemplate(source).text([{"role": "user", "content": "-"}])
+    except UserError as error:
+        logging.warning("%s: %s", folder, error)
         return DEFAULT_SYSTEM
     before, opened, rest = text.partition(f"{IM_START}system\n")
     if not opened or f"{IM_START}user" in before:
         return None
     return rest.partition(IM_END)[0]
-
-
-def _template(folder: pathlib.Path | None) -> str | None:
-    if folder is None:
-        return None
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    found = read_json(folder / "tokenizer_config.json").get("chat_template")
-    return found if isinstance(found, str) else None
-
-
-def _refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)

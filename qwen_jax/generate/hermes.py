@@ -163,12 +163,13 @@ class ThinkReader:
 
     Args:
       inner: reads what follows: an object with `push` and `finish`, or None to show it as it is.
+      thinking: the prompt has opened the block already.
     """
 
-    def __init__(self, inner: ReplyReader | None = None):
+    def __init__(self, inner: ReplyReader | None = None, thinking: bool = False):
         self._inner = inner
         self._text = ""
-        self._mode = "start"
+        self._mode = "gap" if thinking else "start"
         self._next = "thinking"  # after the gap of whitespace
 
     def push(self, text: str) -> list[Part]:

@@ -35,6 +35,7 @@ def load(
     step: int | None = None,
     chat_format: str | None = None,
     dtype: str | None = None,
+    weights: str | None = None,
     tensor: int | None = None,
     warm_up: bool = True,
     max_waiting: int = _MAX_WAITING,
@@ -50,6 +51,8 @@ def load(
       chat_format: "chatml" for a chat model, "raw" for one that only continues text; by default
         what its generation config says.
       dtype: of weights, activations and cache; "float32" on CPUs and "bfloat16" elsewhere.
+      weights: "int8" or "int4" quantises plain weights on the way in; a folder that holds
+        quantised ones (GPTQ, or of `launch.quantise`) needs nothing.
       tensor: devices that share the model, heads and vocabulary divided among them; on
         accelerators as many of this host's as divide the kv heads, on CPUs one.
       warm_up: compile everything now; otherwise each program when it is first needed.
@@ -62,11 +65,13 @@ def load(
     """
     sizes = _engine_options(engine)
     dtype = _dtype(dtype)
-    with StatusLine() as status, watch_log(status.show):
+    with StatusLine() as status:
         status.show(f"reading {path}")
-        source = find_model(path, tokenizer=tokenizer, step=step, chat_format=chat_format)
-        running = start_engine(source, dtype, sizes, tensor=tensor)
+        with watch_log(status.show):
+            source = find_model(path, tokenizer=tokenizer, step=step, chat_format=chat_format)
+            running = start_engine(source, dtype, sizes, weights=weights, tensor=tensor)
         if warm_up:
+            status.show("compiling the first program")
             running.warm_up(
                 lambda done, total, name: status.show(f"compiling: {done} of {total} ({name})")
             )
@@ -75,7 +80,12 @@ def load(
 
 
 def start_engine(
-    source: Source, dtype: str, sizes: EngineOptions, *, tensor: int | None = None
+    source: Source,
+    dtype: str,
+    sizes: EngineOptions,
+    *,
+    weights: str | None = None,
+    tensor: int | None = None,
 ) -> Engine:
     """Reads the weights and makes an engine of them; arguments as those of `load`.
 
@@ -89,7 +99,7 @@ def start_engine(
     with mesh:
         # Handed over at once: the engine may lay the weights out anew, and keeps no second copy.
         return Engine(
-            load_weights(source, dtype),
+            load_weights(source, dtype, weights),
             config,
             ForwardOptions(dtype=dtype),
             sizes,

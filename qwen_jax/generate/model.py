@@ -15,11 +15,15 @@ import jax
 
 from qwen_jax import interop
 from qwen_jax.config import from_config_dict
-from qwen_jax.errors import UserError
+from qwen_jax.errors import UserError, nearest
 from qwen_jax.generate.defaults import Defaults, read_defaults
 from qwen_jax.model import ModelConfig, Params, abstract_params
+from qwen_jax.model.quantised import Format, quantise_params
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from qwen_jax.train.checkpoint import read_identity, restore_params
+
+WEIGHTS = {"int8": Format(bits=8, group=None), "int4": Format(bits=4, group=128)}
+"""Ways to quantise plain weights on the way in: a scale per output channel, or per 128 inputs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +109,22 @@ def find_model(
     )
 
 
-def load_weights(source: Source, dtype: str) -> Params:
-    """The parameters in `dtype`, sharded over the mesh in force, or on the first device."""
+def load_weights(source: Source, dtype: str, weights: str | None = None) -> Params:
+    """The parameters in `dtype`, sharded over the mesh in force, or on the first device.
+
+    A GPTQ folder stays quantised. `weights`, a name in `WEIGHTS`, quantises plain ones.
+
+    Raises:
+      UserError: the files are incomplete or damaged; an unknown name; weights that are quantised
+        already, or cannot be; a checkpoint that is to be quantised and split over devices at once.
+    """
     mesh = None if jax.sharding.get_mesh().empty else jax.sharding.get_mesh()
+    if weights is not None and weights not in WEIGHTS:
+        raise UserError(
+            f"weights is {weights!r}{nearest(weights, WEIGHTS)}; it must be one of "
+            f"{', '.join(WEIGHTS)}."
+        )
+    fmt = WEIGHTS[weights] if weights else None
 
     def wanted(name: str) -> Any:
         return jax.tree.map(
@@ -116,17 +133,22 @@ def load_weights(source: Source, dtype: str) -> Params:
         )
 
     if source.step is None:
-        return interop.load_params(source.folder, source.config, wanted(dtype))
+        return interop.load_params(source.folder, source.config, wanted(dtype), quantise=fmt)
+    if fmt and mesh is not None and mesh.size > 1:
+        raise UserError(
+            f"{source.folder} is a checkpoint, which is quantised on one device only; write it as "
+            "a Hugging Face folder with launch.convert first."
+        )
     params = restore_params(str(source.folder), wanted(source.stored), step=source.step)
-    if source.stored == dtype:
-        return params
-    # One leaf at a time: the whole must not be there twice.
-    cast = jax.jit(lambda x: x.astype(dtype))
-    leaves, tree = jax.tree.flatten(params)
-    del params
-    for i in range(len(leaves)):
-        leaves[i] = jax.block_until_ready(cast(leaves[i]))
-    return tree.unflatten(leaves)
+    if source.stored != dtype:
+        # One leaf at a time: the whole must not be there twice.
+        cast = jax.jit(lambda x: x.astype(dtype))
+        leaves, tree = jax.tree.flatten(params)
+        del params
+        for i in range(len(leaves)):
+            leaves[i] = jax.block_until_ready(cast(leaves[i]))
+        params = tree.unflatten(leaves)
+    return quantise_params(params, fmt, consume=True) if fmt else params
 
 
 def _checkpoints(path: pathlib.Path, step: int | None) -> tuple[pathlib.Path, int | None]:

@@ -2,7 +2,8 @@
 
 Calling a compiled program never compiles anything: other shapes than it was made for are an error.
 On TPU the compiler chooses how parameters lie in memory (AUTO layouts); with a layout of ours, the
-loop over decoding steps would begin by copying all of them.
+loop over decoding steps would begin by copying all of them. On a CPU each layer's weights get
+arrays of their own, or every step would copy them out of the stack.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qwen_jax.generate.sampling import Drawn
 from qwen_jax.generate.steps import PrefillBatch, Rows, Shapes, State, empty_prefill, empty_rows
 from qwen_jax.kernels import PagedCache
 from qwen_jax.model import ForwardOptions, ModelConfig, Params
+from qwen_jax.model.transformer import unstack_layers
 from qwen_jax.parallel import on_mesh, platform
 
 
@@ -128,6 +130,8 @@ class Programs:
     def _lay_out(self) -> None:
         """Lets the program that runs most choose where parameters lie, and puts them there."""
         if platform()[0] != "tpu":
+            if platform()[0] == "cpu" and not on_mesh():
+                self.params = unstack_layers(self.params)
             self._formats = False
             return
         key = ("decode", self.shapes.rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -12,10 +14,9 @@ from qwen_jax.errors import UserError, nearest
 from qwen_jax.generate.defaults import Defaults
 from qwen_jax.generate.request import SamplingParams
 from qwen_jax.generate.service import Answer, Chunk, Service
+from qwen_jax.generate.template import ChatTemplate
 from qwen_jax.tokenizer.chatml import build_context
 from qwen_jax.tokenizer.tokenizer import Tokenizer
-
-_THINK_END = "</think>"
 
 
 def with_options(params: SamplingParams, options: Mapping[str, Any]) -> SamplingParams:
@@ -40,6 +41,10 @@ def with_options(params: SamplingParams, options: Mapping[str, Any]) -> Sampling
         ):
             kind = "a number" if isinstance(default, float) else "a whole number"
             raise UserError(f"{name} is {value!r}; it must be {kind}.")
+        if name == "stop_ids" and not all(isinstance(i, int) for i in value):
+            raise UserError(f"stop_ids is {value!r}; it must be a list of token ids.")
+    if "stop_ids" in options:
+        options = {**options, "stop_ids": tuple(options["stop_ids"])}
     return dataclasses.replace(params, **options)
 
 
@@ -54,14 +59,13 @@ def chat_prompt(
 
     Past pairs that do not fit in `max_window` tokens are dropped whole, oldest first; see
     `tokenizer.chatml.build_context`. With no system prompt the conversation starts with the user's
-    turn. What a model thought before an earlier answer is not shown to it again (Qwen3's template).
+    turn.
     """
-    pairs = [(said, answer.rpartition(_THINK_END)[2].lstrip("\n")) for said, answer in history]
     if system is not None:
-        return build_context(query, pairs, system, tokenizer, max_window)
+        return build_context(query, history, system, tokenizer, max_window)
     # An empty system turn and the newline after it, cut off again.
     empty = len(build_context("", [], "", tokenizer)) - len(_user_turn("", tokenizer))
-    return build_context(query, pairs, "", tokenizer, max_window + empty - 1)[empty:]
+    return build_context(query, history, "", tokenizer, max_window + empty - 1)[empty:]
 
 
 def _user_turn(query: str, tokenizer: Tokenizer) -> list[int]:
@@ -80,6 +84,8 @@ class Session:
       history: pairs (what the user said, the answer), oldest first.
       params: sampling of the next answers.
       stop: stop strings of the next answers.
+      thinking: whether the model is to think before it answers, where its chat template asks
+        (Qwen3); None leaves it to the template.
     """
 
     def __init__(self, service: Service, defaults: Defaults):
@@ -87,7 +93,18 @@ class Session:
         self.system = defaults.system
         self.history: list[tuple[str, str]] = []
         self.params, self.stop = defaults.params, defaults.stop
+        self.thinking: bool | None = None
         self._service = service
+        self._template = None
+        if defaults.template is not None:
+            with contextlib.suppress(UserError):  # broken, which the log has said: plain ChatML
+                self._template = ChatTemplate(defaults.template)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the chat template asks if the model is to think."""
+        asks = self._template is not None and "enable_thinking" in self.defaults.template
+        return asks and self.chats
 
     @property
     def chats(self) -> bool:
@@ -97,9 +114,10 @@ class Session:
     def prompt(self, query: str, params: SamplingParams | None = None) -> np.ndarray:
         """Token ids of the prompt that asks `query` now, int32 [T].
 
-        Of a conversation as much is kept as `max_window` allows and as leaves room in the engine
-        for the answer: `max_tokens`, or half of what it holds where that is less. A base model gets
-        the text alone.
+        The model's own chat template writes it (Qwen1.5 to Qwen3), else the release's
+        `make_context`. Of a conversation as much is kept as `max_window` allows and as leaves room
+        in the engine for the answer: `max_tokens`, or half of what it holds where that is less. A
+        base model gets the text alone.
 
         Raises:
           UserError: the text is empty.
@@ -111,9 +129,25 @@ class Session:
         if not self.chats:
             return np.asarray(tokenizer.encode(query), np.int32)
         longest = self._service.max_length
-        room = longest - min(params.max_tokens, longest // 2) - len(_user_turn(query, tokenizer))
-        window = min(self.defaults.max_window, room)
-        return chat_prompt(query, self.history, self.system, tokenizer, window)
+        room = longest - min(params.max_tokens, longest // 2)
+        turn = len(_user_turn(query, tokenizer))
+        window = min(self.defaults.max_window, room - turn)
+        if self._template is None:
+            return chat_prompt(query, self.history, self.system, tokenizer, window)
+
+        def fits(dropped: int) -> bool:
+            return len(self._templated(query, dropped)) - turn < window
+
+        # The fewest of the oldest pairs are dropped; a query that is too long alone is refused.
+        dropped = bisect.bisect_left(range(len(self.history)), True, key=fits)
+        return self._templated(query, dropped)
+
+    def _templated(self, query: str, dropped: int) -> np.ndarray:
+        """The prompt that the model's own chat template writes, without the oldest pairs."""
+        messages = [*self.messages(dropped), {"role": "user", "content": query}]
+        options = {} if self.thinking is None else {"enable_thinking": self.thinking}
+        ids = self._template.ids(self._service.tokenizer, messages, **options)
+        return np.asarray(ids, np.int32)
 
     def ask(self, query: str, *, stream: bool = True, **options: Any) -> Reply:
         """Asks for an answer; it joins the history when it has come to its end.
@@ -142,12 +176,12 @@ class Session:
             raise UserError("Nothing was said yet; there is nothing to take back.")
         return self.history.pop()
 
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation as role and content, the form that OpenAI's clients use."""
+    def messages(self, dropped: int = 0) -> list[dict[str, str]]:
+        """The conversation, but for the oldest pairs, as role and content, as OpenAI has it."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
         return system + [
             {"role": role, "content": content}
-            for pair in self.history
+            for pair in self.history[dropped:]
             for role, content in zip(("user", "assistant"), pair, strict=True)
         ]
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qwen_jax.errors import UserError
-from qwen_jax.interop.mapping import hf_tensors
+from qwen_jax.interop import gptq
 from qwen_jax.interop.safetensors_io import FLOAT_DTYPES, TensorInfo, read_header
 from qwen_jax.model.config import ModelConfig
 
@@ -17,7 +17,6 @@ from qwen_jax.model.config import ModelConfig
 _BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias|logn_tensor))$"
 )
-_PACKED = re.compile(r"\.(qweight|qzeros|scales|g_idx)$")
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -46,6 +45,21 @@ def read_config_json(folder: str | pathlib.Path) -> dict[str, Any]:
         what = "is a file" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}; give the folder of a downloaded Hugging Face model")
     return read_json(folder / "config.json")
+
+
+def read_packing(folder: str | pathlib.Path) -> gptq.Packing | None:
+    """How a folder's weights are packed, by its `config.json` or its `quantize_config.json`.
+
+    None for plain weights.
+
+    Raises:
+      UserError: as `read_config_json` and `gptq.read_packing`.
+    """
+    config = read_config_json(folder).get("quantization_config")
+    if config is None:
+        file = pathlib.Path(folder) / "quantize_config.json"
+        config = read_json(file) if file.is_file() else None
+    return None if config is None else gptq.read_packing(config)
 
 
 def scan(folder: str | pathlib.Path) -> dict[str, TensorInfo]:
@@ -111,21 +125,26 @@ def _nothing_to_read(folder: pathlib.Path) -> str:
     )
 
 
-def check(infos: Mapping[str, TensorInfo], cfg: ModelConfig, folder: str | pathlib.Path) -> None:
+def check(
+    infos: Mapping[str, TensorInfo],
+    cfg: ModelConfig,
+    folder: str | pathlib.Path,
+    packing: gptq.Packing | None = None,
+) -> None:
     """Compares the tensors found with the ones `cfg` needs, before any data is read.
 
     Constants that are recomputed here (rotary tables, causal masks) may be present; so may an
     `lm_head.weight` of the embedding's shape when the two are tied.
 
     Raises:
-      UserError: tensors are missing, too many, of another shape, or not floating point.
+      UserError: tensors are missing, too many, of another shape or dtype.
     """
-    wanted = hf_tensors(cfg)
-    packed = [name for name in infos if _PACKED.search(name)]
-    if packed:
+    wanted = gptq.expected(cfg, packing)
+    if packing is None and gptq.is_packed(infos):
         raise UserError(
-            f"{folder} holds quantised weights ({few(packed)}), which this loader does not read; "
-            "use the unquantised release"
+            f"{folder} holds quantised weights ({few(n for n in infos if n.endswith('.qweight'))}),"
+            " but neither its config.json nor a quantize_config.json says how they are packed; "
+            "download the folder again"
         )
     missing = [name for name in wanted if name not in infos]
     if missing:
@@ -136,25 +155,31 @@ def check(infos: Mapping[str, TensorInfo], cfg: ModelConfig, folder: str | pathl
             f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its config.json "
             f"describes: {few(missing)}{hint}; download the folder again or correct config.json"
         )
-    extra = [n for n in infos if n not in wanted and not _ignored(n, infos[n], cfg)]
+    beside = {} if packing is None else gptq.optional(cfg, packing)
+    extra = [
+        name
+        for name, info in infos.items()
+        if name not in wanted and beside.get(name) != info.shape and not _ignored(name, info, cfg)
+    ]
     if extra:
         raise UserError(
             f"{folder} holds {len(extra)} tensors that the model of its config.json has no place "
             f"for: {few(extra)}; correct config.json or remove them"
         )
-    wrong = [n for n, t in wanted.items() if infos[n].shape != t.shape]
+    wrong = [n for n, (shape, _) in wanted.items() if infos[n].shape != shape]
     if wrong:
         name = wrong[0]
         others = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UserError(
             f"{folder}: {name} has shape {list(infos[name].shape)}, but config.json asks for "
-            f"{list(wanted[name].shape)}{others}; correct config.json or download the folder again"
+            f"{list(wanted[name][0])}{others}; correct config.json or download the folder again"
         )
-    for name in wanted:
-        if infos[name].dtype not in FLOAT_DTYPES:
+    for name, (_, dtypes) in wanted.items():
+        if infos[name].dtype not in dtypes:
+            advice = ": use the unquantised release" if dtypes == tuple(FLOAT_DTYPES) else ""
             raise UserError(
                 f"{folder}: {name} is stored as {infos[name].dtype}; it must be one of "
-                f"{', '.join(FLOAT_DTYPES)}: use the unquantised release"
+                f"{', '.join(dtypes)}{advice}"
             )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qwen_jax.errors import UserError, nearest
+from qwen_jax.interop.gptq import read_packing
 from qwen_jax.model.config import ModelConfig, Yarn
 
 SUPPORTED = "qwen (Qwen v1), qwen2 (Qwen1.5, Qwen2, Qwen2.5) and qwen3 (dense)"
@@ -47,9 +48,9 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
       `trained_length` is v1's `seq_length`, else YaRN's original length or `max_length`.
 
     Raises:
-      UserError: another architecture (MoE, vision, unknown), quantised weights, a missing or
-        malformed key, or a setting this network does not have (output biases, other activations,
-        other RoPE scalings, chunked layers, ...).
+      UserError: another architecture (MoE, vision, unknown), weights quantised by another method
+        than GPTQ, a missing or malformed key, or a setting this network does not have (output
+        biases, other activations, other RoPE scalings, chunked layers, ...).
     """
     keys = _Keys(config)
     _refuse_other_architectures(config)
@@ -109,12 +110,8 @@ def _refuse_other_architectures(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if kind is None:
         raise UserError(f"config.json has no 'model_type'; it must be one of {SUPPORTED}")
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
-        raise UserError(
-            f"config.json has a quantization_config (quant_method {method!r}): these weights are "
-            "packed integers, which this loader does not read; use the unquantised release"
-        )
+    if config.get("quantization_config") is not None:
+        read_packing(config["quantization_config"])
     if kind in ("qwen", "qwen2", "qwen3"):
         if "visual" in config or "vision_config" in config:
             raise UserError(

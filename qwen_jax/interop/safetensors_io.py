@@ -23,18 +23,20 @@ import numpy as np
 
 from qwen_jax.errors import UserError
 
-# dtypes weights may have. Others (packed integers, fp8) are read as headers only.
+# dtypes weights may have. Others (fp8) are read as headers only.
 FLOAT_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+DTYPES = FLOAT_DTYPES | {"I32": np.dtype(np.int32)}
+"""dtypes that can be read and written: floats, and the words that weights are packed into."""
 _ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16,
               "I32": 32, "U32": 32, "I64": 64, "U64": 64} | {
     name: 8 * dtype.itemsize for name, dtype in FLOAT_DTYPES.items()
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ROWS = 256  # Few enough that the columns they are taken from stay in cache.
 _MAX_HEADER = 100_000_000  # The public reader's own limit, in bytes.
 
@@ -144,7 +146,7 @@ class TensorFiles:
         if info.file not in self._maps:
             with info.file.open("rb") as f:
                 self._maps[info.file] = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        dtype = FLOAT_DTYPES[info.dtype]
+        dtype = DTYPES[info.dtype]
         flat = np.frombuffer(self._maps[info.file], np.uint8, info.nbytes, info.start)
         return flat.view(dtype).reshape(info.shape)
 
@@ -154,16 +156,15 @@ class TensorFiles:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def header_bytes(tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
-    """The header, length included, of a file that stores `tensors` in their order in `dtype`.
+def header_bytes(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
+    """The header, length included, of a file that stores `tensors` in their order.
 
     Args:
-      tensors: name → shape.
-      dtype: one of `FLOAT_DTYPES`' values, for all of them.
+      tensors: name → (shape, dtype, one of `DTYPES`' values).
     """
     header: dict = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, shape in tensors.items():
+    for name, (shape, dtype) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
@@ -174,22 +175,21 @@ def header_bytes(tensors: Mapping[str, tuple[int, ...]], dtype: np.dtype) -> byt
 
 def write_file(
     file: pathlib.Path,
-    tensors: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
+    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
     blocks: Iterable[np.ndarray],
 ) -> Iterator[int]:
     """Writes one safetensors file from a stream of arrays; yields the bytes written by each.
 
     Args:
       file: where to write; the caller makes it visible atomically.
-      tensors: name → shape, in the order of the data.
-      dtype: dtype of every block.
-      blocks: the data of all tensors in that order, cut anywhere.
+      tensors: name → (shape, dtype), in the order of the data.
+      blocks: the data of all tensors in that order, cut anywhere inside a tensor.
     """
+    dtypes = {dtype for _, dtype in tensors.values()}
     with file.open("wb") as f:
-        f.write(header_bytes(tensors, dtype))
+        f.write(header_bytes(tensors))
         for block in blocks:
-            assert block.dtype == dtype, (block.dtype, dtype)
+            assert block.dtype in dtypes, (block.dtype, dtypes)
             nbytes = block.nbytes
             # A transposed block is straightened out a few rows at a time, never copied whole.
             rows = len(block) if block.flags.c_contiguous else _ROWS

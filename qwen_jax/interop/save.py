@@ -6,6 +6,7 @@ One layer of one leaf is in host memory at a time. The folder appears complete o
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -62,17 +63,17 @@ def save_hf(
     """
     folder = pathlib.Path(folder)
     config = _check(params, cfg, dtype, tokenizer_files, config_extra)
-    shards = _plan(cfg, DTYPES[dtype].itemsize, max_shard_bytes)
+    shards = _plan(cfg, DTYPES[dtype], max_shard_bytes)
     partial = folder.parent / f".{folder.name}.hf-export-partial"
-    on_first_process(lambda: _prepare(folder, partial, _total_bytes(cfg, dtype)))
+    on_first_process(lambda: prepare_folder(folder, partial, _total_bytes(cfg, dtype)))
     writes = jax.process_index() == 0
     try:
         if writes:
-            _write_json(partial / "config.json", config)
+            write_json(partial / "config.json", config)
             if generation_config is not None:
-                _write_json(partial / "generation_config.json", generation_config)
+                write_json(partial / "generation_config.json", generation_config)
             if len(shards) > 1:
-                _write_json(partial / "model.safetensors.index.json", _index(shards, dtype))
+                write_json(partial / "model.safetensors.index.json", _index(shards, dtype))
             for file in tokenizer_files:
                 shutil.copyfile(file, partial / pathlib.Path(file).name)
         _write_shards(partial if writes else None, params, shards, dtype)
@@ -94,8 +95,8 @@ def _write_shards(folder: pathlib.Path | None, params, shards: Mapping, dtype: s
             for _ in blocks:
                 pass
             continue
-        shapes = {n: t.shape for n, t in tensors.items()}
-        for nbytes in safetensors_io.write_file(folder / name, shapes, DTYPES[dtype], blocks):
+        stored = {n: (t.shape, DTYPES[dtype]) for n, t in tensors.items()}
+        for nbytes in safetensors_io.write_file(folder / name, stored, blocks):
             progress.add(nbytes)
 
 
@@ -131,8 +132,12 @@ def _check(params, cfg, dtype, tokenizer_files, config_extra) -> dict[str, Any]:
     return config
 
 
-def _prepare(folder: pathlib.Path, partial: pathlib.Path, need: int) -> None:
-    """Makes the hidden folder beside the target, empty even after a killed run."""
+def prepare_folder(folder: pathlib.Path, partial: pathlib.Path, need: int) -> None:
+    """Makes the hidden folder beside the target, empty even after a killed run.
+
+    Raises:
+      UserError: the target is not an empty folder, or `need` bytes don't fit beside it.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already exists and is not an empty folder; choose a new one")
     try:
@@ -152,24 +157,38 @@ def _prepare(folder: pathlib.Path, partial: pathlib.Path, need: int) -> None:
         )
 
 
-def _plan(cfg: ModelConfig, itemsize: int, max_bytes: int) -> dict[str, dict]:
-    """File name → its tensors: filled in model order, sorted by name inside a file."""
+def plan_files(
+    stored: Mapping[str, tuple[tuple[int, ...], np.dtype]], max_bytes: int
+) -> dict[str, list[str]]:
+    """File name → its tensors: filled in the order of `stored`, sorted by name inside a file.
+
+    Raises:
+      UserError: `max_bytes` below 1.
+    """
     if max_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_bytes}; it must be at least 1")
-    groups: list[dict[str, mapping.HFTensor]] = [{}]
+    groups: list[list[str]] = [[]]
     used = 0
-    for name, tensor in mapping.hf_tensors(cfg).items():
-        nbytes = tensor.size * itemsize
+    for name, (shape, dtype) in stored.items():
+        nbytes = math.prod(shape) * dtype.itemsize
         if groups[-1] and used + nbytes > max_bytes:
-            groups.append({})
+            groups.append([])
             used = 0
-        groups[-1][name] = tensor
+        groups[-1].append(name)
         used += nbytes
-    ordered = [dict(sorted(group.items())) for group in groups]
+    ordered = [sorted(group) for group in groups]
     if len(ordered) == 1:
         return {"model.safetensors": ordered[0]}
     total = len(ordered)
     return {f"model-{i + 1:05d}-of-{total:05d}.safetensors": g for i, g in enumerate(ordered)}
+
+
+def _plan(cfg: ModelConfig, dtype: np.dtype, max_bytes: int) -> dict[str, dict]:
+    """File name → its tensors by name."""
+    tensors = mapping.hf_tensors(cfg)
+    stored = {name: (tensor.shape, dtype) for name, tensor in tensors.items()}
+    files = plan_files(stored, max_bytes)
+    return {file: {name: tensors[name] for name in names} for file, names in files.items()}
 
 
 def _index(shards: Mapping[str, Mapping[str, mapping.HFTensor]], dtype: str) -> dict[str, Any]:
@@ -181,7 +200,8 @@ def _index(shards: Mapping[str, Mapping[str, mapping.HFTensor]], dtype: str) -> 
     }
 
 
-def _write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(file: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """One JSON object, indented."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

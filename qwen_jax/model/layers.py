@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.options import ForwardOptions
+from qwen_jax.model.quantised import is_quantised, quantised_product
 from qwen_jax.model.rope import apply_rope
 from qwen_jax.parallel import gather_weight, reshard, spec
 
@@ -87,7 +88,13 @@ class Layer(nn.Module):
         return gather_weight(value, axes, self.options.compute_dtype)
 
     def product(self, name, equation, x, shape, axes, init, *, out=None) -> jax.Array:
-        """The product `equation` of x and the weight `name`; `out` names the result's axes."""
+        """The product `equation` of x and the weight `name`; `out` names the result's axes.
+
+        The only place where matrices meet activations, so quantised ones are recognised here.
+        """
+        stored = self.get_variable("params", name)
+        if is_quantised(stored):
+            return quantised_product(equation, x, stored, shape, axes, out)
         w = self.weight(name, shape, axes, init)
         return jnp.einsum(equation, x, w, out_sharding=None if out is None else spec(*out))
 
@@ -124,15 +131,31 @@ def whole_gradient(x: jax.Array) -> jax.Array:
 whole_gradient.defvjp(lambda x: (x, None), lambda _, d: (jax.lax.optimization_barrier(d),))
 
 
+def mean_square(x: jax.Array) -> jax.Array:
+    """Mean of squares over the last axis, float32 [..., 1]."""
+    return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+
+
+@jax.custom_vjp
+def known_as(x: jax.Array, value: jax.Array) -> jax.Array:
+    """`value`, differentiated as `x`, which it equals: x is then computed for nothing, so not."""
+    del x
+    return value
+
+
+known_as.defvjp(lambda x, value: (value, None), lambda _, d: (d, jnp.zeros_like(d)))
+
+
 class RMSNorm(Layer):
     """x / rms(x) over the last axis: statistics in float32, scaled in x's dtype (as released)."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [..., C] -> the same shape and dtype."""
+    def __call__(self, x: jax.Array, variance: jax.Array | None = None) -> jax.Array:
+        """x [..., C] -> the same shape and dtype. variance: `mean_square(x)` if it is known."""
         scale = self.weight("scale", (x.shape[-1],), ("norm",), constant(1.0), decay=False)
         wide = x.astype(jnp.float32)
-        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        own = mean_square(x)
+        variance = own if variance is None else known_as(own, variance)
         return (wide * jax.lax.rsqrt(variance + self.config.norm_eps)).astype(x.dtype) * scale
 
 
@@ -150,7 +173,7 @@ class Attention(Layer):
         """x [B,T,D] -> ([B,T,D], what `attend` keeps); see `Block` for the arguments."""
         c = self.config
         heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
-        x = jax.lax.optimization_barrier(x)
+        x = whole(x)
         q = self._project(x, "q", heads, "heads")
         k = self._project(x, "k", kv_heads, "kv_heads")
         v = self._project(x, "v", kv_heads, "kv_heads")
@@ -189,7 +212,7 @@ class MLP(Layer):
         """x [B,T,D] -> [B,T,D]."""
         c = self.config
         inward = ((c.d_model, c.d_ff), ("embed", "ffn"), normal(c.init_std))
-        x = jax.lax.optimization_barrier(x)
+        x = whole(x)
         gate = whole_gradient(self.product("gate", "BTD,DF->BTF", x, *inward))
         up = whole_gradient(self.product("up", "BTD,DF->BTF", x, *inward))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
@@ -206,7 +229,7 @@ class Block(Layer):
     """Pre-norm block: h = x + Attention(norm(x)); y = h + MLP(norm(h))."""
 
     @nn.compact
-    def __call__(self, x, rope, logn, attend: Attend, dropout_key):
+    def __call__(self, x, rope, logn, attend: Attend, dropout_key, variance=None):
         """One layer.
 
         Args:
@@ -215,6 +238,7 @@ class Block(Layer):
           logn: float32 [B,T] or None.
           attend: attention proper, on rotated queries and keys.
           dropout_key: PRNG key or None for no dropout.
+          variance: `mean_square(x)`, float32 [B,T,1], where whoever made x has it already.
 
         Returns:
           ([B,T,D], what `attend` keeps).
@@ -222,7 +246,7 @@ class Block(Layer):
         c, o = self.config, self.options
         keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
         with jax.named_scope("attention"):
-            normed = RMSNorm(c, o, name="attn_norm")(x)
+            normed = RMSNorm(c, o, name="attn_norm")(x, variance)
             out, kept = Attention(c, o, name="attn")(normed, rope, logn, attend, keys[0])
             x = checkpoint_name(x + dropout(out, c.residual_dropout, keys[1]), "residual_mid")
         with jax.named_scope("mlp"):

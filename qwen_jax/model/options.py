@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,8 @@ class ForwardOptions:
     Attributes:
       dtype: compute dtype of matmuls and activations. Norm statistics, softmax, RoPE angles and the
         loss are float32 whatever it is.
-      remat: what the backward pass recomputes, a name in `REMAT`.
+      remat: what the backward pass recomputes, a name in `REMAT`; or several for one layer after
+        another, "full:15,out": the first 15 by one, those that are left by the other.
       attention: implementation, a name in `kernels.dispatch.IMPLEMENTATIONS`.
     """
 
@@ -76,7 +78,7 @@ class ForwardOptions:
     def __post_init__(self):
         choices = (
             ("dtype", self.dtype, DTYPES),
-            ("remat", self.remat, REMAT),
+            *(("remat", name, REMAT) for name, _ in self.remat_stages),
             ("attention", self.attention, IMPLEMENTATIONS),
         )
         for name, value, known in choices:
@@ -85,6 +87,21 @@ class ForwardOptions:
                     f"options.{name} is {value!r}{nearest(value, known)}; "
                     f"choose one of {', '.join(known)}"
                 )
+
+    @property
+    def remat_stages(self) -> tuple[tuple[str, int | None], ...]:
+        """(name in `REMAT`, number of layers) from the first layer on; None: all that are left."""
+        *firsts, last = self.remat.split(",")
+        stages = []
+        for stage in firsts:
+            name, _, count = stage.partition(":")
+            if not re.fullmatch("[1-9][0-9]*", count):
+                raise UserError(
+                    f"options.remat={self.remat!r} doesn't say for how many layers {name!r} holds; "
+                    'write NAME:LAYERS for all but the last, such as "full:15,out"'
+                )
+            stages.append((name, int(count)))
+        return (*stages, (last, None))
 
     @property
     def compute_dtype(self) -> jnp.dtype:

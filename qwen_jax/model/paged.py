@@ -118,4 +118,8 @@ def decode(
         ntk_alpha=None if ntk_alpha is None else ntk_alpha[:, None],
         logn=config.logn,
     )
-    return x[:, 0], append(cache, k, v, page_table, lengths, alive.astype(jnp.int32))
+    # What is written must follow from what the last layer read. Otherwise the compiler may put the
+    # write before that read, and a copy of the whole cache between them. So a row that diverged
+    # writes nothing.
+    ok = alive & jnp.isfinite(x[:, 0]).all(axis=-1)
+    return x[:, 0], append(cache, k, v, page_table, lengths, ok.astype(jnp.int32))

@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.dense_cache import KVCache, append, attend_cached, check_room
-from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight
+from qwen_jax.model.layers import Block, Embed, Head, RMSNorm, Weight, mean_square
 from qwen_jax.model.options import REMAT, ForwardOptions
+from qwen_jax.model.quantised import is_quantised, quantised_logits, scannable
 from qwen_jax.model.rope import logn_scale, rope_table
 from qwen_jax.parallel import (
     RULES,
@@ -158,7 +160,10 @@ def network(
     windows, uniform = _windows(config)
     layer_keys = None if keys[1] is None else jax.random.split(keys[1], config.n_layers)
 
-    def layer(x, scanned):
+    # Each layer hands on the mean square of what it gives, which its last product can make along
+    # with it: the next norm, and the backward pass, need not read all of x for one number a token.
+    def layer(carry, scanned):
+        x, variance = carry
         weights, window, table, layer_key, of_layer = scanned
         window = uniform if window is None else window
         here = rope if table is None else jax.tree.map(lambda t: t[table], rope)
@@ -167,17 +172,77 @@ def network(
             return attend(q, k, v, window, of_layer, key)
 
         block = Block(config, options)
-        return block.apply({"params": weights}, x, here, logn_factor, attend_here, layer_key)
+        x, kept = block.apply(
+            {"params": weights}, x, here, logn_factor, attend_here, layer_key, variance
+        )
+        return (x, jax.lax.stop_gradient(mean_square(x))), kept
 
-    layer = jax.checkpoint(layer, policy=REMAT[options.remat], prevent_cse=False)
     with jax.named_scope("embed"):
         x = Embed(config, options).apply({"params": params["embed"]}, tokens, keys[0])
     with jax.named_scope("layers"):
-        scanned = (params["layers"], windows, of_layer_window, layer_keys, per_layer)
-        x, kept = jax.lax.scan(layer, x, scanned)
+        carry = (x, jax.lax.stop_gradient(mean_square(x)))
+        others = (windows, of_layer_window, layer_keys, per_layer)
+        (x, variance), kept = _run_layers(layer, carry, params["layers"], others, config, options)
     with jax.named_scope("final_norm"):
-        x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x)
+        x = RMSNorm(config, options).apply({"params": params["final_norm"]}, x, variance)
     return x, kept
+
+
+def _run_layers(layer, carry, weights, others, config: ModelConfig, options: ForwardOptions):
+    """All layers in turn: `jax.lax.scan`, one loop for each stage of `options.remat`.
+
+    Layers that `unstack_layers` made are run one by one, without remat: they serve inference.
+
+    Args:
+      layer: (carry, (weights of one layer, one layer of `others`)) -> (carry, what to stack).
+      weights, others: leaves [L,…].
+
+    Raises:
+      UserError: the stages are of more layers than there are.
+    """
+    if isinstance(weights, tuple):
+        kept = []
+        for i, own in enumerate(weights):
+            carry, out = layer(carry, (own, *jax.tree.map(lambda a, i=i: a[i], others)))
+            kept.append(out)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *kept)
+
+    weights, complete = scannable(weights)
+
+    def one(carry, scanned):
+        return layer(carry, (complete(scanned[0]), *scanned[1:]))
+
+    stacked, first, per_layer = [], 0, (weights, *others)
+    for name, count in options.remat_stages:
+        after = config.n_layers if count is None else first + count
+        if after > config.n_layers or first == after:
+            raise UserError(
+                f"options.remat={options.remat!r} leaves no layer of {config.n_layers} for "
+                f"{name!r}; give the stages before it fewer"
+            )
+        part = per_layer
+        if after - first < config.n_layers:
+            part = jax.tree.map(lambda a, part=slice(first, after): a[part], per_layer)
+        kept = jax.checkpoint(one, policy=REMAT[name], prevent_cse=False)
+        carry, out = jax.lax.scan(kept, carry, part)
+        stacked.append(out)
+        first = after
+    if len(stacked) == 1:
+        return carry, stacked[0]
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacked)
+
+
+def unstack_layers(params: Params) -> Params:
+    """The same parameters with each layer's weights in arrays of their own, for `network`.
+
+    The layers are then compiled one by one instead of as a loop. XLA's CPU programs copy a layer's
+    weights out of the stack each time before they use them, which costs a decoding step more than
+    its products; elsewhere a stack is read in place, and so are group-quantised ones everywhere.
+    """
+    stack, complete = scannable(params["layers"])
+    leaves, tree = jax.tree.flatten(stack)
+    layers = zip(*([*leaf] for leaf in leaves), strict=True)
+    return {**params, "layers": tuple(complete(tree.unflatten(each)) for each in layers)}
 
 
 def hidden_states(
@@ -268,10 +333,14 @@ def _rope_tables(positions, config: ModelConfig, alpha):
 
 
 def output_kernel(params: Params, config: ModelConfig) -> jax.Array:
-    """The matrix from D to vocabulary logits, float32 [D,V], sharded (`embed`, `vocab`)."""
+    """The matrix from D to vocabulary logits, float32 [D,V], sharded (`embed`, `vocab`).
+
+    A quantised head is dequantised; `logits` multiplies by it as it is.
+    """
     if config.tie_embeddings:
         return reshard(params["embed"]["table"].T, "embed", "vocab")
-    return params["head"]["kernel"]
+    kernel = params["head"]["kernel"]
+    return kernel.codes * kernel.scales if is_quantised(kernel) else kernel
 
 
 def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
@@ -279,6 +348,9 @@ def logits(params: Params, hidden: jax.Array, config: ModelConfig) -> jax.Array:
 
     The product is taken in hidden's dtype with float32 accumulation, as the loss does.
     """
+    if not config.tie_embeddings and is_quantised(params["head"]["kernel"]):
+        with jax.named_scope("logits"):
+            return quantised_logits(hidden, params["head"]["kernel"])
     kernel = gather_weight(output_kernel(params, config), ("embed", "vocab"), hidden.dtype)
     with jax.named_scope("logits"):
         return jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)

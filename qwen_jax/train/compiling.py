@@ -20,15 +20,20 @@ from qwen_jax.train.step import Batch, TrainState, train_step
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
 _SPARSE_CORES = {
     # v5p:4x4x4: 37 ms of 730 that waited for the interconnect become 1.5; v6e:16x16: of 550, 42
-    # become 24. There, offloading gathers over two axes too (…_2d_all_gather) leaves no wait but
-    # slows the products: 1.98 s become 2.18 for the whole step.
+    # become 24.
     f"{_OFFLOAD}_all_gather": "true",
     f"{_OFFLOAD}_reduce_scatter": "true",
     f"{_OFFLOAD}_all_reduce": "true",
 }
-# Vector memory that one operation may use, of 128 MiB there are: larger tiles, and the products of
-# those layers take 424 ms where the default of 32 MiB takes 505.
-_V6E = {**_SPARSE_CORES, "xla_tpu_scoped_vmem_limit_kib": "98304"}
+_V6E = {
+    **_SPARSE_CORES,
+    # Gathers over both axes of a torus are offloaded only by this. v6e:16x16, 7B, 12 rows of 4,096:
+    # the layers wait for nothing, where 72 ms of 4,768 were waited for; products take as long.
+    f"{_OFFLOAD}_2d_all_gather": "true",
+    # Vector memory that one operation may use, of 128 MiB there are: larger tiles, and the products
+    # of those layers take 424 ms where the default of 32 MiB takes 505.
+    "xla_tpu_scoped_vmem_limit_kib": "98304",
+}
 
 # Options of XLA's TPU compiler, by `device_kind`.
 XLA_OPTIONS: dict[str, dict[str, str]] = {

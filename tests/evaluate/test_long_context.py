@@ -1,6 +1,7 @@
 """A table over lengths and modes: what a mode runs, what is kept, what is shown."""
 
 import dataclasses
+import functools
 import io
 import json
 
@@ -14,23 +15,21 @@ from qwen_jax.evaluate import long_context
 from qwen_jax.evaluate.long_context import MODES, Plan, Table, measure, switched
 from qwen_jax.evaluate.long_context_report import as_json, as_text, picture
 from qwen_jax.evaluate.perplexity import Perplexity, cut, perplexity
-from qwen_jax.model import ModelConfig, abstract_params
+from qwen_jax.model import abstract_params
 from qwen_jax.parallel import MeshConfig, make_mesh
 from tests import multiprocess
+from tests.model import naive
 from tests.model.families import FLOAT32, params
 
-S = 8
-CONFIG = ModelConfig(
-    family="qwen", vocab_size=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=8,
-    d_ff=48, max_length=64, trained_length=S, dynamic_ntk=True, logn=True,
-)  # fmt: skip
-PLAN = Plan(CONFIG, FLOAT32, lengths=(4, 8, 32), layers_per_window=1)
-BYTES = np.arange(64, dtype=np.int32) % 5
+CONFIG = dataclasses.replace(naive.CONFIG, windows=())
+WEIGHTS = functools.partial(params, naive.CONFIG)  # those of any windows
+PLAN = Plan(CONFIG, FLOAT32, lengths=(8, 32), layers_per_window=1)
+BYTES = np.arange(CONFIG.vocab_size, dtype=np.int32) % 5
 
 
 def documents(seed=0):
     rng = np.random.default_rng(seed)
-    return [rng.integers(0, 64, n).tolist() for n in (33, 20, 80, 32)]
+    return [rng.integers(0, CONFIG.vocab_size, n).tolist() for n in (33, 20, 80, 32)]
 
 
 class Weights:
@@ -41,7 +40,7 @@ class Weights:
 
     def __call__(self):
         self.loads += 1
-        return params(CONFIG)
+        return WEIGHTS()
 
 
 def fill(folder, plan=PLAN, weights=None, texts=None, which="a"):
@@ -60,7 +59,7 @@ def table(tmp_path_factory):
 def test_what_a_mode_runs():
     """Only what changes something is on, so that equal computations are done once."""
     for mode in MODES:
-        for length in (1, S):
+        for length in (1, naive.S):
             run = switched(CONFIG, mode, length, 1)
             assert (run.dynamic_ntk, run.logn, run.windows) == (False, False, ())
     runs = {mode: switched(CONFIG, mode, 32, 1) for mode in (*MODES, "window", "logn")}
@@ -68,13 +67,13 @@ def test_what_a_mode_runs():
         "none": (False, False, ()),
         "ntk": (True, False, ()),
         "ntk+logn": (True, True, ()),
-        "ntk+logn+window": (True, True, (8, 16, None)),
-        "window": (False, False, (8, 16, None)),
+        "ntk+logn+window": (True, True, (8, 16, None, None)),
+        "window": (False, False, (8, 16, None, None)),
         "logn": (False, True, ()),
     }
-    assert switched(CONFIG, "window", 33, 2).windows == (8, 8, 16)
-    own = dataclasses.replace(CONFIG, windows=(8, None, 16))
-    assert switched(own, "ntk", 16, 1).windows == (8, None, None)
+    assert switched(CONFIG, "window", 33, 2).windows == (8, 8, 16, 16)
+    own = dataclasses.replace(CONFIG, windows=(8, None, 16, None))
+    assert switched(own, "ntk", 16, 1).windows == (8, None, None, None)
     assert switched(own, "ntk", 8, 1).windows == ()
 
 
@@ -85,13 +84,13 @@ def test_cells_are_the_perplexities_of_the_same_tokens(table):
     targets = cut(kept, 32)[:, 1:]
     assert table.n_bytes == BYTES[targets].sum()
     with jax.default_matmul_precision("highest"):
-        for mode, length in ((MODES[3], 32), ("none", 4)):
+        for mode, length in ((MODES[3], 32), ("none", 8)):
             config = switched(CONFIG, mode, length, 1)
-            alone = perplexity(params(CONFIG), cut(kept, length, 32), config, FLOAT32)
+            alone = perplexity(WEIGHTS(), cut(kept, length, 32), config, FLOAT32)
             np.testing.assert_allclose(table.cells[mode, length].nll, alone.nll, rtol=1e-5)
     for length in PLAN.lengths:
         found = {table.cells[mode, length].nll for mode in MODES}
-        assert len(found) == (1 if length <= S else 4)
+        assert len(found) == (1 if length <= naive.S else 4)
 
 
 def test_killed_anywhere_it_goes_on(tmp_path, table, monkeypatch):
@@ -138,14 +137,14 @@ def test_other_weights_text_or_switches_are_computed_anew(tmp_path, table):
 def test_shown_as_text_and_json(table):
     text = as_text(table)
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.split("\n") if "|" in line]
-    assert lines[0] == ["perplexity", "4", "8", "32"]
+    assert lines[0] == ["perplexity", "8", "32"]
     assert [line[0] for line in lines[2:6]] == list(MODES)
-    assert float(lines[5][3]) == pytest.approx(table.cells[MODES[3], 32].perplexity, abs=0.01)
+    assert float(lines[5][2]) == pytest.approx(table.cells[MODES[3], 32].perplexity, abs=0.01)
     bits = table.cells["none", 32].nll / np.log(2) / table.n_bytes
-    assert lines[8][3] == f"{bits:.3f}"
+    assert lines[8][2] == f"{bits:.3f}"
     assert "96 tokens" in text and "2 documents" in text and "Trained at 8." in text
     stored = json.loads(json.dumps(as_json(table)))
-    assert len(stored["cells"]) == 12 and stored["tokens"] == 96
+    assert len(stored["cells"]) == 8 and stored["tokens"] == 96
     for cell in stored["cells"]:
         found = table.cells[cell["mode"], cell["length"]]
         assert np.log(cell["perplexity"]) == pytest.approx(found.loss)
@@ -174,7 +173,7 @@ def test_picture(table, worst):
         ({"lengths": (16, 16)}, "lengths has an entry twice: 16, 16"),
         ({"modes": ("ntk", "ntk")}, "modes has an entry twice"),
         ({"modes": ("ntk+lognn",)}, r"has 'lognn' \(did you mean 'logn'\?\)"),
-        ({"spread": 4}, "lengths has 4, which is no multiple of twice context=4"),
+        ({"spread": 8}, "lengths has 8, which is no multiple of twice context=8"),
         ({"batch_tokens": -1}, "batch_tokens=-1 must be at least 0"),
         ({"layers_per_window": 0}, "layers_per_window=0 at least 1"),
     ],
@@ -194,7 +193,7 @@ def never():
 
 
 def _on_a_mesh_of_two(folder: str) -> dict:
-    host = jax.tree.map(np.asarray, params(CONFIG))
+    host = jax.tree.map(np.asarray, WEIGHTS())
     mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))
 
     def weights():
@@ -203,7 +202,7 @@ def _on_a_mesh_of_two(folder: str) -> dict:
 
         return jax.tree.map(place, host, abstract_params(CONFIG, mesh))
 
-    plan = dataclasses.replace(PLAN, lengths=(8, 32), modes=("ntk+logn+window",))
+    plan = dataclasses.replace(PLAN, lengths=(32,), modes=("ntk+logn+window",))
     with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         cells = fill(folder, plan, weights).cells
         assert fill(folder, plan, never).cells == cells
@@ -216,8 +215,8 @@ def test_two_processes_agree(tmp_path, table):
     found = multiprocess.run(
         _on_a_mesh_of_two, processes=2, devices=4, folder=str(tmp_path / "cells")
     )
-    assert found[0] == found[1] and len(found[0]) == 2
+    assert found[0] == found[1] and len(found[0]) == 1
     for name, nll in found[0].items():
         mode, length = name.split()
         np.testing.assert_allclose(nll, table.cells[mode, int(length)].nll, rtol=1e-5)
-    assert len(list((tmp_path / "cells").iterdir())) == 2
+    assert len(list((tmp_path / "cells").iterdir())) == 1

@@ -12,15 +12,12 @@ from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate.perplexity import Perplexity, cut, perplexity, window_nll
-from qwen_jax.model import ForwardOptions, ModelConfig, abstract_params, forward, ntk_alphas
+from qwen_jax.model import ForwardOptions, abstract_params, forward, ntk_alphas
 from tests import toy
 from tests.model.families import FLOAT32, params
+from tests.model.naive import CONFIG
 
 T, ROWS = 32, 5
-CONFIG = ModelConfig(
-    family="qwen", vocab_size=128, d_model=32, n_layers=3, n_heads=4, n_kv_heads=4, head_dim=8,
-    d_ff=48, max_length=64, trained_length=8, dynamic_ntk=True, logn=True, windows=(8, 16, None),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,7 +36,7 @@ def plain(config) -> np.ndarray:
     rows = windows()
     alpha = np.tile(ntk_alphas(rows.shape[1] - 1, config), (len(rows), 1))
     run = jax.jit(lambda w, x: forward(w, x, config, FLOAT32, ntk_alpha=alpha, logn=config.logn)[0])
-    logits = np.asarray(run(params(config), jnp.asarray(rows[:, :-1], jnp.int32)), np.float64)
+    logits = np.asarray(run(params(CONFIG), jnp.asarray(rows[:, :-1], jnp.int32)), np.float64)
     highest = logits.max(-1, keepdims=True)
     lse = np.log(np.exp(logits - highest).sum(-1)) + highest[..., 0]
     return lse - np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
@@ -54,7 +51,7 @@ def test_is_that_of_all_the_logits(switches):
     nll = plain(config)
     seen = []
     found = perplexity(
-        params(config), rows, config, FLOAT32, batch=2, parts=4, chunk=12, on_batch=seen.append
+        params(CONFIG), rows, config, FLOAT32, batch=2, parts=4, chunk=12, on_batch=seen.append
     )
     assert found.tokens == nll.size and seen == [2 * T, 2 * T, T]
     by_part = nll.reshape(ROWS, 4, T // 4).sum((0, 2))
@@ -127,7 +124,7 @@ def test_refusals():
     cases = [
         ({}, rows[:0], r"windows have the shape \[0, 33\]"),
         ({}, rows[:, :1], r"windows have the shape \[5, 1\]"),
-        ({}, np.full((1, 5), 128), "windows hold the id 128; ids of this model are 0 to 127"),
+        ({}, np.full((1, 5), 96), "windows hold the id 96; ids of this model are 0 to 95"),
         ({}, np.full((1, 5), -1), "windows hold the id -1"),
         ({"parts": 5}, rows, "parts=5 .* divisor of the length 32"),
         ({"batch": 0}, rows, "batch=0 must be at least 1"),

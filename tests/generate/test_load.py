@@ -1,8 +1,11 @@
 """From a path to answers: every kind of folder, the same ids as the reference, and refusals."""
 
 import dataclasses
+import io
 import json
 import shutil
+import threading
+import time
 
 import jax
 import numpy as np
@@ -11,9 +14,13 @@ import pytest
 import qwen_jax
 from qwen_jax import load
 from qwen_jax.errors import UserError
+from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.model import find_model, load_weights
 from qwen_jax.generate.sampler import sample
+from qwen_jax.generate.status import StatusLine, watch_log
 from qwen_jax.model import ForwardOptions
+from qwen_jax.model.quantised import weight_bytes
+from qwen_jax.progress import Progress
 from qwen_jax.tokenizer.chatml import build_context
 from qwen_jax.train.checkpoint import Checkpoints
 from tests.generate import tiny
@@ -47,9 +54,9 @@ def qwen(folder):
         yield loaded
 
 
-def greedy(prompt, n):
+def greedy(prompt, n, params=None):
     return sample(
-        *(tiny.params(), [list(prompt)], tiny.CONFIG, ForwardOptions(dtype="float32")),
+        *(params or tiny.params(), [list(prompt)], tiny.CONFIG, ForwardOptions(dtype="float32")),
         max_new_tokens=n,
         vocab_size=tiny.TOKENIZER.vocab_size,
     )[0]
@@ -115,13 +122,63 @@ def test_a_working_folder_its_checkpoints_and_one_step_are_the_same_model(workdi
     assert not any(np.any(x) for x in jax.tree.leaves(half) if x.ndim > 2)
 
 
-def test_a_base_model_continues(workdir):
-    with load(workdir, warm_up=False, **tiny.ENGINE) as qwen:
-        assert "base model" in repr(qwen)
-        said = qwen.chat("def f(", temperature=0.0, max_tokens=8, stop_ids=())
-        ids = greedy(tiny.TOKENIZER.encode("def f("), 8)
-        assert said == tiny.TOKENIZER.decode(ids, skip_special_tokens=True)
-        assert qwen.history == []
+def test_a_base_model_continues(workdir, qwen):
+    """The same weights, with what a training's folder says of them."""
+    base = Qwen(qwen.service, tiny.CONFIG, find_model(workdir).defaults, "demo")
+    assert "base model" in repr(base) and "chat model" in repr(qwen)
+    said = base.chat("def f(", temperature=0.0, max_tokens=8)
+    ids = greedy(tiny.TOKENIZER.encode("def f("), 8)
+    assert said == tiny.TOKENIZER.decode(ids) and base.history == []
+
+
+def test_what_others_ask_changes_no_answer(qwen):
+    """48 requests of 4 threads on 2 rows, with stop strings, cancelled and dropped ones between."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(1, 90, 12)]
+    how = (tiny.params(), prompts, tiny.CONFIG, ForwardOptions(dtype="float32"))
+    alone = sample(*how, max_new_tokens=20, vocab_size=tiny.TOKENIZER.vocab_size)
+    wrong = []
+
+    def client(k):
+        for i, (prompt, ids) in enumerate(zip(prompts, alone, strict=True)):
+            text = tiny.TOKENIZER.decode(ids)
+            stop = [text[8:10]] if (i + k) % 3 == 0 else []
+            answer = qwen.submit(
+                *(prompt,), temperature=0.0, repetition_penalty=1.0, max_tokens=20, stop=stop,
+                stream=(i + k) % 2 == 0,
+            )  # fmt: skip
+            if (i + k) % 5 == 0:
+                answer.cancel()
+            elif (i + k) % 5 != 1:  # else nobody reads it
+                got = answer.result(timeout=120)
+                want = text[: text.find(stop[0])] if stop else text
+                if got.text != want or got.tokens.tolist() != ids[: len(got.tokens)]:
+                    wrong.append((i, stop, got, want))
+
+    threads = [threading.Thread(target=client, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(300)
+    assert not wrong and not any(thread.is_alive() for thread in threads)
+    while qwen.service.stats().running:  # what was dropped is freed
+        time.sleep(0.01)
+    stats = qwen.service.stats().engine
+    assert stats.pages_free == stats.pages_total and stats.waiting == 0
+
+
+@pytest.mark.slow
+def test_weights_are_quantised_on_the_way_in(folder, workdir):
+    """From both kinds of folder the same numbers, and the engine runs on them."""
+    source = find_model(folder)
+    quantised = load_weights(source, "float32", "int8")
+    assert weight_bytes(quantised["layers"]) < 0.4 * weight_bytes(tiny.params()["layers"])
+    from_training = load_weights(find_model(workdir), "float32", "int8")
+    jax.tree.map(np.testing.assert_array_equal, from_training, quantised)
+    with load(folder, weights="int8", warm_up=False, **tiny.ENGINE) as qwen:
+        prompt = list(b"some text")
+        answer = qwen.submit(prompt, temperature=0.0, repetition_penalty=1.0, max_tokens=16)
+        assert answer.result().tokens.tolist() == greedy(prompt, 16, quantised)
 
 
 @pytest.mark.slow
@@ -131,13 +188,20 @@ def test_two_devices_give_the_same_ids(folder, qwen):
         assert shared.generate("abc", **options) == qwen.generate("abc", **options)
 
 
-def test_progress_is_shown_in_terminals_only(folder, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    sizes = tiny.ENGINE | {"rows": 1, "max_length": 64}
-    load(folder, **sizes).close()
-    shown = capsys.readouterr().err
-    assert f"reading {folder}"[:60] in shown and "compiling: 1 of" in shown
-    assert shown.endswith("\r") and "\n" not in shown
+def test_progress_is_shown_where_somebody_sees_it():
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    shown, hidden = Screen(), io.StringIO()
+    for stream in (shown, hidden):
+        with StatusLine(stream) as status, watch_log(status.show):
+            status.show("reading a model")
+            Progress("load", 100, "B", every=0.0).add(50)
+    text = shown.getvalue()
+    assert "\rreading a model (0 s)" in text and "load: 5e-05 MB of 0.0001 MB (50 %)" in text
+    assert text.endswith("\r") and "\n" not in text and not text.split("\r")[-2].strip()
+    assert hidden.getvalue() == ""
 
 
 def test_refusals(folder, workdir, tmp_path):
@@ -153,6 +217,8 @@ def test_refusals(folder, workdir, tmp_path):
     refused("not step 1", workdir / "checkpoints" / "step_00000002", step=1)
     refused("did you mean 'float32'", dtype="float")
     refused("did you mean 'pages'", page=3)
+    refused("did you mean 'int8'", weights="in8")
+    refused("quantised on one device only", workdir, weights="int8", tensor=2)
     refused("tensor is 3; it must divide the 4 kv heads", tensor=3)
     refused("tensor is 16", tensor=16)
     refused("chat_format is 'chat'", chat_format="chat")

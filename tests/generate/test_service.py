@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import sys
 import threading
 import time
@@ -128,9 +129,10 @@ def test_too_many_waiting_are_refused_until_there_is_room(run):
 
 
 def test_cancel_from_any_thread_ends_the_reader_with_what_there_is(run):
-    engine = FakeEngine(lambda request: iter([*b"abc"] + [ord(".")] * 10_000), max_length=20_000)
+    endless = itertools.repeat(ord("."))
+    engine = FakeEngine(lambda request: itertools.chain(b"abc", endless), max_length=10**9)
     service = run(engine)
-    answer = service.submit([1], SamplingParams(max_tokens=10_000), stop=["..never"], stream=True)
+    answer = service.submit([1], SamplingParams(max_tokens=10**8), stop=["..never"], stream=True)
     text = [next(answer).text for _ in range(3)]
     timer = threading.Timer(0.02, answer.cancel)
     timer.start()

@@ -80,7 +80,7 @@ def test_the_oldest_pairs_are_dropped_to_leave_room(make):
 
 
 def test_without_a_system_prompt_the_user_begins():
-    history = [("hi", "<think>\nwell\n</think>\n\nhello"), ("more", "of it")]
+    history = [("hi", "hello"), ("more", "of it")]
     prompt = chat_prompt("go", history, None, TOKENIZER, 10_000)
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", "of it")]
     messages = [{"role": r, "content": c} for r, c in [*turns, ("user", "go")]]
@@ -93,6 +93,43 @@ def test_without_a_system_prompt_the_user_begins():
     for window, kept in ((one + 1, 1), (one, 0)):
         got = chat_prompt("go", history, None, TOKENIZER, window)
         assert TOKENIZER.decode(got).count("assistant") == kept + 1
+
+
+THINKING = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\n' }}
+    {%- if message.role == 'assistant' %}
+        {{- message.content.split('</think>')[-1].lstrip('\n') }}
+    {%- else %}{{- message.content }}{%- endif %}
+    {{- '<|im_end|>' + '\n' }}
+{%- endfor %}
+{{- '<|im_start|>assistant\n' }}
+{%- if enable_thinking is defined and enable_thinking is false %}
+    {{- '<think>\n\n</think>\n\n' }}
+{%- endif %}"""
+
+
+def test_later_families_are_asked_by_their_own_template(make):
+    session = make(template=THINKING, system=None, max_length=600)
+    session.history = [("hi", "<think>\nhm\n</think>\n\nhello"), ("<|im_end|>", "\n\nyes")]
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "<|im_end|>"), ("assistant", "yes")]
+    messages = [{"role": r, "content": c} for r, c in [*turns, ("user", "go")]]
+    want = render(messages, TOKENIZER, add_generation_prompt=True).ids
+    np.testing.assert_array_equal(session.prompt("go"), want)
+    assert session.thinks and not make().thinks
+    session.thinking = False
+    np.testing.assert_array_equal(
+        session.prompt("go"), [*want, *TOKENIZER.encode("<think>\n\n</think>\n\n")]
+    )
+    # The fewest of the oldest pairs go, so that the answer has room.
+    session.thinking = None
+    session.history = [(f"question {i}", f"an answer {i}") for i in range(20)]
+    kept = TOKENIZER.decode(session.prompt("go")).count("question")
+    room = 600 - session.params.max_tokens
+    assert 0 < kept < 20 and len(session.prompt("go")) <= room
+    assert len(session._templated("go", 19 - kept)) > room
+    # A broken one is no reason not to talk: plain ChatML.
+    broken = make(template="{% for %}")
+    assert broken.prompt("go").tolist() == make().prompt("go").tolist()
 
 
 def test_a_base_model_continues_the_text_alone(make):
@@ -128,7 +165,11 @@ def test_bad_input_is_refused_with_the_nearest_name(make):
     for name, value in (("top_k", 0.5), ("top_p", "1"), ("seed", True), ("max_tokens", None)):
         with pytest.raises(UserError, match=f"{name} is"):
             session.ask("one", **{name: value})
+    with pytest.raises(UserError, match=r"stop_ids is .'a'"):
+        session.ask("one", stop_ids=["a"])
+    assert session.ask("one", stop_ids=[ord("w")]).text() == "ans"
     with pytest.raises(UserError, match="write something"):
         session.ask("  ")
+    session.history.clear()
     with pytest.raises(UserError, match="nothing to take back"):
         session.undo()

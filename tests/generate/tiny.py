@@ -27,8 +27,10 @@ ENGINE = {"rows": 2, "max_length": 512, "page_size": 64, "prefill_tokens": 64}
 
 @functools.cache
 def params():
-    """Its weights."""
-    return jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(0))
+    """Its weights. Logits of control tokens are 0: the most probable token is never one."""
+    tree = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(0))
+    head = tree["head"]
+    return tree | {"head": jax.tree.map(lambda x: x.at[:, TOKENIZER.n_ranks :].set(0), head)}
 
 
 def write(folder: pathlib.Path, generation: dict | None = CHAT) -> pathlib.Path:

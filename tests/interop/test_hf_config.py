@@ -146,7 +146,7 @@ def test_yarn_mscale_becomes_an_attention_factor():
         (QWEN_7B, {"use_dynamic_ntk": None}, ["use_dynamic_ntk"]),
         (QWEN_7B, {"use_logn_attn": 1}, ["use_logn_attn", "true or false"]),
         (QWEN_7B, {"scale_attn_weights": False}, ["scale_attn_weights"]),
-        (QWEN_7B, {"quantization_config": {"quant_method": "gptq"}}, ["gptq", "unquantised"]),
+        (QWEN_7B, {"quantization_config": {"quant_method": "awq"}}, ["awq", "unquantised"]),
         (QWEN25_7B, {"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
         (QWEN25_7B, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["linear", "yarn"]),
         (QWEN25_7B, {"rope_scaling": {"type": "mrope"}}, ["mrope"]),

@@ -21,12 +21,12 @@ TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 class Talk:
     """A conversation over an engine that answers " <N>: <query> <seed>"."""
 
-    def __init__(self, chat_format="chatml", script=None):
+    def __init__(self, chat_format="chatml", script=None, **defaults):
         self.asked = []
         self.engine = FakeEngine(script or self._answer, max_length=10_000)
         self.service = Service(self.engine, TOKENIZER)
         params = SamplingParams(max_tokens=500, top_p=0.8)
-        self.session = Session(self.service, Defaults(chat_format=chat_format, params=params))
+        self.session = Session(self.service, Defaults(chat_format, params, **defaults))
         self.interrupt_at = None
 
     def _answer(self, request):
@@ -93,6 +93,19 @@ def test_settings_reach_the_engine_and_are_reset(make):
     assert (second.temperature, second.top_k, second.max_tokens, second.seed) == (1.0, 0, 500, 1234)
     assert "max_tokens = 9 (was 500)" in out and 'stop = ["z"]' in out and "a model" in out
     assert "cut at max_tokens" in out
+
+
+def test_thinking_is_a_setting_where_the_template_asks(make):
+    template = (
+        "<|im_start|>user\n{{ messages[-1].content }}<|im_end|>\n<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+    )
+    talk = make(template=template)
+    out = talk.run("one", "/set thinking off", "two", "/show", "/set thinking maybe", "/reset", "x")
+    ends = [TOKENIZER.decode(r.prompt).endswith("<think></think>") for _, r in talk.asked]
+    assert ends == [False, True, False]
+    assert out.count("thinking = off") == 2 and "must be on or off" in out
+    assert "no setting 'thinking'" in make().run("/set thinking off")
 
 
 def test_system_clear_undo_and_history(make):
@@ -169,6 +182,8 @@ def test_a_base_model_continues_text_and_keeps_nothing(make):
     talk = make("raw", lambda request: iter(b"  more"))
     assert talk.run("def f():", "x").splitlines()[::2] == ["  more", "  more"]
     assert talk.session.history == []
+    out = talk.run("/system Be brief.", "/history", "/show")
+    assert "has no system prompt" in out and "keeps none" in out and "questions" not in out
 
 
 def test_control_characters_are_shown_and_not_obeyed(make):

@@ -17,7 +17,7 @@ from qwen_jax.model import (
     init_params,
     ntk_alpha,
 )
-from qwen_jax.model.layers import RMSNorm
+from qwen_jax.model.layers import RMSNorm, mean_square
 from qwen_jax.model.rope import apply_rope, rope_table
 from tests.model.families import FLOAT32, MODELS, params
 
@@ -166,6 +166,25 @@ def test_norm_statistics_are_float32_in_bfloat16_models():
     wide = np.asarray(x, np.float64)
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + config.norm_eps)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8)
+
+
+def test_a_norm_given_the_mean_square_has_the_same_gradients():
+    """It uses the given number, and differentiates as if it had taken it itself."""
+    rng = np.random.default_rng(2)
+    x, scale, d = (rng.normal(size=s).astype(np.float32) for s in ((4, 96), (96,), (4, 96)))
+    layer = RMSNorm(MODELS["2: windows"], FLOAT32)
+
+    def objective(x, scale, known):
+        variance = mean_square(x) if known else None
+        return (layer.apply({"params": {"scale": scale}}, x, variance) * d).sum()
+
+    both = [jax.grad(objective, argnums=(0, 1))(x, scale, known) for known in (False, True)]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *both)
+    handed = jax.grad(lambda x, v: layer.apply({"params": {"scale": scale}}, x, v).sum(), (0, 1))
+    assert not np.asarray(handed(x, mean_square(x))[1]).any()
+    doubled = layer.apply({"params": {"scale": scale}}, x, 4 * mean_square(x))
+    own = layer.apply({"params": {"scale": scale}}, x)
+    np.testing.assert_allclose(doubled, own / 2, rtol=1e-5)
 
 
 def test_bfloat16_forward_is_near_float32():

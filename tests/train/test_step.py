@@ -113,7 +113,7 @@ def test_size_one_axes_in_array_types_change_nothing():
         jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
 
 
-@pytest.mark.parametrize("remat", sorted(set(REMAT) - {"none"}))
+@pytest.mark.parametrize("remat", [*sorted(set(REMAT) - {"none"}), "full:1,out"])
 def test_remat_changes_memory_only(remat):
     config = dataclasses.replace(toy.STEP, options=ForwardOptions(dtype="float32", remat=remat))
     with toy.use("4 fsdp × 2 tensor") as mesh:

@@ -81,6 +81,10 @@ class Front:
         Raises:
           ApiError, UserError, Overloaded, Closed, EngineFailed: before anything was sent.
         """
+        wanted, most = sum(ask.n for ask in asks), self.service.max_waiting
+        if wanted > most:  # to be told to try again would be no help
+            message = f"The request asks for {wanted} answers; this server takes {most} at once."
+            raise ApiError(400, message, param="n", code="invalid_value")
         job = Job(self.service, asks)
         self._jobs.add(job)
 

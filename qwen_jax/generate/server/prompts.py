@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from qwen_jax.generate import hermes, react
 from qwen_jax.generate.reply import Call, Part, Text, Tool
@@ -56,16 +58,19 @@ class ChatPrompt:
     """A conversation ready to be continued.
 
     Attributes:
-      turns: the closed turns; None: no chat at all, `opening` is the whole prompt.
+      turns: the closed turns; None: `head` and `opening` are the whole prompt.
+      head: token ids that a chat template made.
       opening: what the assistant's open turn has already.
       tags: as in `Turn`, of `opening`.
       stop: strings that end the reply beside the request's own.
       names: the tools that may be called. begun: what of `opening` belongs to the new reply.
-      react: the reply is in ReAct's form. thinks: it may begin with a `<think>` block.
+      react: the reply is in ReAct's form. thinks: it may begin with a `<think>` block, which is
+      open already with thinking.
       parallel: more than one call may come.
     """
 
     turns: tuple[Turn, ...] | None
+    head: tuple[int, ...] = ()
     opening: str = ""
     tags: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
@@ -73,6 +78,7 @@ class ChatPrompt:
     begun: str = ""
     react: bool = False
     thinks: bool = False
+    thinking: bool = False
     parallel: bool = True
 
     def ids(self, tokenizer: Tokenizer) -> list[int]:
@@ -84,7 +90,7 @@ class ChatPrompt:
             return tokenizer.encode(text, allowed_special=known)
 
         if self.turns is None:
-            return encode(self.opening, ()) or [tokenizer.eod_id]
+            return [*self.head, *encode(self.opening, self.tags)] or [tokenizer.eod_id]
         ids: list[int] = []
         for turn in self.turns:
             ids += [tokenizer.im_start_id, *tokenizer.encode(turn.role), *newline]
@@ -100,7 +106,7 @@ class ChatPrompt:
         if self.names:
             inner = hermes.ReplyReader(self.names, self.begun, self.parallel)
         if self.thinks:
-            return hermes.ThinkReader(inner)
+            return hermes.ThinkReader(inner, self.thinking)
         return inner or PlainReader()
 
 
@@ -124,9 +130,11 @@ def chat_prompt(request: schema.ChatRequest, model: ServedModel) -> ChatPrompt:
     messages = [m for m in request.messages if m.role not in ("system", "developer")]
     if model.react:
         return _react_prompt(messages, results, system, offer)
-    thinks = hermes.THINK_OPEN in model.tokenizer.special_tokens
     options = request.chat_template_kwargs
     silent = options is not None and options.enable_thinking is False
+    if model.template is not None:
+        return _template_prompt(request, model, offer, silent)
+    thinks = hermes.THINK_OPEN in model.tokenizer.special_tokens
     return _hermes_prompt(messages, system, offer, thinks, silent)
 
 
@@ -298,3 +306,45 @@ def _hermes_prompt(
         parallel=offer.parallel,
         stop=() if offer.parallel or not offer.names else (hermes.CLOSE,),
     )
+
+
+def _template_prompt(
+    request: schema.ChatRequest, model: ServedModel, offer: _Offer, silent: bool
+) -> ChatPrompt:
+    """The model's own template writes everything but the beginning of a call that is forced."""
+    begun = "" if offer.forced is None else hermes.opening(offer.forced or None)
+    options = {"enable_thinking": False} if silent or begun else {}
+    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    messages = [_as_template_wants(message) for message in request.messages]
+    tools = tools if offer.tools else None
+    head = model.template.ids(model.tokenizer, messages, tools, **options)
+    # Templates of models that always think open the block themselves.
+    thinking = model.tokenizer.decode(head[-8:]).rstrip().endswith(hermes.THINK_OPEN)
+    closed = f"\n{hermes.THINK_CLOSE}\n\n" if thinking and begun else ""
+    return ChatPrompt(
+        turns=None,
+        head=tuple(head),
+        opening=closed + begun,
+        tags=hermes.CALL_TAGS,
+        begun=begun,
+        names=offer.names,
+        thinks=thinking or hermes.THINK_OPEN in model.tokenizer.special_tokens,
+        thinking=thinking and not begun,
+        parallel=offer.parallel,
+        stop=() if offer.parallel or not offer.names else (hermes.CLOSE,),
+    )
+
+
+def _as_template_wants(message: schema.Message) -> dict[str, Any]:
+    """A message as chat templates know it: calls with arguments as objects."""
+    role = "system" if message.role == "developer" else message.role
+    told: dict[str, Any] = {"role": role, "content": message.text}
+    if message.reasoning_content is not None:
+        told["reasoning_content"] = message.reasoning_content
+    if message.tool_call_id is not None:
+        told["tool_call_id"] = message.tool_call_id
+    calls = [call.model_dump(exclude_none=True) for call in message.tool_calls or ()]
+    for call in calls:
+        with contextlib.suppress(ValueError, RecursionError):
+            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return told | ({"tool_calls": calls} if calls else {})

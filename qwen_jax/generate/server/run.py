@@ -18,6 +18,10 @@ from qwen_jax.generate.server.front import Front
 # After answers were cut at the end of the drain: time for their last words to be sent.
 _LAST_WORDS_S = 2.0
 
+# How long an idle connection is kept. Longer than clients keep theirs (the official one: 5 s), for
+# whoever sends on a connection that is just being closed gets an error.
+_IDLE_S = 75
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes any free one.
@@ -66,6 +70,7 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                timeout_keep_alive=_IDLE_S,
                 timeout_graceful_shutdown=_LAST_WORDS_S,
                 lifespan="off",
             )

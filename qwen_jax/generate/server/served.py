@@ -7,6 +7,7 @@ import dataclasses
 from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.request import SamplingParams
+from qwen_jax.generate.template import ChatTemplate
 from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -25,6 +26,7 @@ class ServedModel:
       stop: strings that end answers of both kinds.
       chats: it knows ChatML; otherwise a chat is text without roles, which is continued.
       default_system: the system turn of a chat without one; None: no such turn.
+      template: writes chats, as the model's folder has it; None, and always for Qwen v1: we do.
       created: when the server was started, seconds since 1970.
     """
 
@@ -36,6 +38,7 @@ class ServedModel:
     stop: tuple[str, ...] = ()
     chats: bool = True
     default_system: str | None = None
+    template: ChatTemplate | None = None
     created: int = 0
 
     @property
@@ -56,6 +59,7 @@ def served_model(qwen: Qwen, name: str | None, created: int) -> ServedModel:
         stop=defaults.stop,
         chats=defaults.chat_format == "chatml",
         default_system=defaults.system,
+        template=ChatTemplate(defaults.template) if defaults.template else None,
         created=created,
     )
 

@@ -48,9 +48,8 @@ def script(text, tokenizer=BYTES):
 class Running:
     """A server that runs: its address, clients for it, and its insides."""
 
-    def __init__(self, url, server, service, engine, front):
-        self.url, self.server, self.service = url, server, service
-        self.engine, self.front = engine, front
+    def __init__(self, url, server, service, front):
+        self.url, self.server, self.service, self.front = url, server, service, front
         self.http = httpx.Client(base_url=url, timeout=30)
 
     def client(self, **options) -> openai.OpenAI:
@@ -63,7 +62,7 @@ class Running:
     def get(self, path, **options) -> httpx.Response:
         return self.http.get(path, **options)
 
-    def wait_until(self, condition, seconds=10.0) -> None:
+    def wait_until(self, condition, seconds=30.0) -> None:
         """Waits for something that another thread does."""
         end = time.monotonic() + seconds
         while not condition():
@@ -73,22 +72,31 @@ class Running:
 
 @contextlib.contextmanager
 def serve(engine, served=None, limits=Limits(), *, max_waiting=1024):
-    """Serves until the end of the block."""
+    """Serves an engine until the end of the block."""
     served = served or model()
-    with Service(engine, served.tokenizer, max_waiting=max_waiting) as service:
-        app = create_app(service, served, limits)
-        listener = bind("127.0.0.1", 0)
-        server = Server(app)
-        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.005)
-        url = address(listener)
-        running = Running(url, server, service, engine, app.state.front)
-        try:
-            yield running
-        finally:
-            running.http.close()
-            server.drain(0.0)
-            thread.join(20)
-            assert not thread.is_alive()
+    with (
+        Service(engine, served.tokenizer, max_waiting=max_waiting) as service,
+        running(service, served, limits) as server,
+    ):
+        server.engine = engine
+        yield server
+
+
+@contextlib.contextmanager
+def running(service, served, limits):
+    """Serves a service until the end of the block."""
+    app = create_app(service, served, limits)
+    listener = bind("127.0.0.1", 0)
+    server = Server(app)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    found = Running(address(listener), server, service, app.state.front)
+    try:
+        yield found
+    finally:
+        found.http.close()
+        server.drain(0.0)
+        thread.join(20)
+        assert not thread.is_alive()

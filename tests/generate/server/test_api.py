@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from qwen_jax.generate.request import SamplingParams
+from qwen_jax.generate.server.job import finite
 from qwen_jax.tokenizer.chatml import render
 from tests.generate.fake_engine import FakeEngine, default_answer, logprob_of
 from tests.generate.server.serving import BYTES, model, script, serve
@@ -331,3 +332,9 @@ def test_a_base_model_continues_the_text_of_a_chat():
         tool = {"type": "function", "function": {"name": "f"}}
         with pytest.raises(openai.BadRequestError, match="base model"):
             client.chat.completions.create(model="toy", messages=HI, tools=[tool])
+
+
+def test_what_was_ruled_out_has_a_logprob_that_json_can_say():
+    values = [finite(x) for x in (float("-inf"), float("nan"), -1e30, -0.5)]
+    assert values == [-9999.0, -9999.0, -9999.0, -0.5]
+    assert json.loads(json.dumps(values, allow_nan=False)) == values

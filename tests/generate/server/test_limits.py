@@ -29,7 +29,7 @@ KEY = "sesame-open-1234"
 def raw(server, body, path=CHAT):
     """A request on a socket of its own, which can be closed in the middle of the answer."""
     host = server.url.removeprefix("http://")
-    connection = http.client.HTTPConnection(host, timeout=20)
+    connection = http.client.HTTPConnection(host, timeout=60)
     headers = {"content-type": "application/json"}
     connection.request("POST", path, json.dumps(body).encode(), headers)
     try:
@@ -123,6 +123,9 @@ def test_too_many_waiting_for_the_engine():
             # Of two choices none is kept when one finds no place.
             answer = server.post(CHAT, json={**BODY, "n": 2})
             assert answer.status_code == 429 and int(answer.headers["retry-after"]) >= 1
+            # Of more than can ever wait, no part is taken, now or later.
+            answer = server.post(CHAT, json={**BODY, "n": 3})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "n")
             with pytest.raises(openai.RateLimitError):
                 server.client().chat.completions.create(model="toy", messages=HI)
             engine.release()
@@ -171,7 +174,7 @@ def test_clients_that_go_away_at_any_moment():
                 for _ in range(2 + 3 * i):
                     response.readline()
                 hang_up(connection)
-            server.wait_until(lambda: server.service.stats().running == 0, 5)
+            server.wait_until(lambda: server.service.stats().running == 0)
         assert len(engine.cancelled) == 25 and server.front.gate.active == 0
 
 
@@ -259,7 +262,7 @@ def test_draining_cuts_what_takes_too_long(slow):
             last = second.getresponse().read().split(b"\n\n")[-2]
             assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "draining"
             server.wait_until(lambda: not is_up(server))
-            assert 0.2 < time.monotonic() - started < 5
+            assert 0.2 < time.monotonic() - started < 20
     assert len(slow.cancelled) == 2
 
 

@@ -25,6 +25,7 @@ def browser():
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
     )
     assert path, "no chromium: apt-get install chromium"
+    expect.set_options(timeout=30_000)  # a machine may be busy
     flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:
         started = playwright.chromium.launch(executable_path=path, args=flags)
@@ -40,7 +41,7 @@ def open_page(browser):
     def make(server, **options):
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(30_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("dialog", lambda dialog: (wrong.append("a dialog opened"), dialog.dismiss()))
         page.goto(server.url)
@@ -58,7 +59,7 @@ def ask(page, text="Hi"):
 
 
 def done(page):
-    expect(page.locator("#regenerate")).to_be_enabled(timeout=10_000)
+    expect(page.locator("#regenerate")).to_be_enabled()
 
 
 def slowly(text, seconds=0.005):

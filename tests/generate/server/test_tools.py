@@ -1,13 +1,16 @@
 """Tools, in both forms: what the model is shown, what is made of its reply, streamed or not."""
 
+import dataclasses
 import json
 
 import pytest
 
 from qwen_jax.generate import hermes, react
-from qwen_jax.tokenizer.chatml import render
+from qwen_jax.generate.template import ChatTemplate
+from qwen_jax.tokenizer.chatml import build_context, render
 from tests.generate.fake_engine import FakeEngine
 from tests.generate.server.serving import BYTES, TAGGED, model, script, serve
+from tests.generate.test_template import TEMPLATE
 
 USER = {"role": "user", "content": "\nWill it rain? "}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"a": 1}'}}
@@ -169,6 +172,7 @@ def test_a_conversation_without_tools_is_chatml_as_trained(v1):
     v1.ask(v1.client, "x", *messages)
     expected = render(messages, BYTES, add_generation_prompt=True).ids.tolist()
     assert list(v1.engine.added[-1].prompt) == expected
+    assert expected == build_context("c", [(" a\n", "b ")], "S", BYTES).tolist()
 
 
 HERMES_CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
@@ -263,3 +267,25 @@ def test_logprobs_cover_what_is_hidden(v1):
     logprobs = [event.choices[0].logprobs for event in answer]
     told = [entry for part in logprobs if part for entry in part.content]
     assert "".join(t.token for t in told) == v1.says
+
+
+def test_a_models_own_template_writes_its_prompts():
+    """Also of one whose template opens the thought itself."""
+    end = TEMPLATE.index("    {%- if enable_thinking")
+    always = TEMPLATE[:end] + "    {{- '<think>\\n' }}\n{%- endif %}"
+    for template, begins in ((TEMPLATE, ""), (always, "<think>\n")):
+        fake = Model("qwen3", TAGGED)
+        fake.served = dataclasses.replace(fake.served, template=ChatTemplate(template))
+        with serve(fake.engine, fake.served) as server:
+            said = [USER, ASKED, RESULT]
+            thought = "Hm.\n</think>\n\n" if begins else "<think>\nHm.\n</think>\n\n"
+            told = fake.ask(server.client(), thought + HERMES_CALL, *said, tools=TOOLS)
+            assert told == ("", [("weather", '{"city": "Köln"}')], "Hm.", "tool_calls")
+            parsed = {**CALL, "function": {"name": "weather", "arguments": {"a": 1}}}
+            asked = {**ASKED, "tool_calls": [parsed]}
+            text = ChatTemplate(template).text([USER, asked, RESULT], TOOLS)
+            assert fake.prompt == text and text.endswith(begins)
+            answer = fake.ask(server.client(), "{}}", tools=TOOLS[:1], tool_choice="required")
+            assert answer[:3] == ("", [("weather", "{}")], "")
+            assert fake.prompt.endswith("\n</think>\n\n" + hermes.opening("weather"))
+            assert fake.prompt.count("<think>") == fake.prompt.count("</think>") == 1
