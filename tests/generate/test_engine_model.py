@@ -291,10 +291,11 @@ def test_preempted_requests_go_on_exactly_and_nothing_compiles_after_warm_up():
 
 
 @pytest.mark.slow
-def test_windows_change_nothing_of_this(compiled_quickly):
-    """Only one prompt of a call may have a past then; the others wait."""
-    config = MODELS["2: windows"]
-    check(Shared(TIGHT, config), [*range(12)], answers_alone(config, TIGHT))
+@pytest.mark.parametrize("name, kv_dtype", [("2: windows", "auto"), ("v1: NTK, LogN", "uint8")])
+def test_windows_and_an_8_bit_cache_change_nothing_of_this(compiled_quickly, name, kv_dtype):
+    """With windows only one prompt of a call may have a past; the others wait."""
+    config, sizes = MODELS[name], dataclasses.replace(TIGHT, kv_dtype=kv_dtype)
+    check(Shared(sizes, config), [*range(12)], answers_alone(config, sizes))
 
 
 @pytest.mark.slow
