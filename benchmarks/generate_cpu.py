@@ -38,12 +38,6 @@ BATCHES = (1, 8)
 TARGETS = {1: 1.5, 8: 1.0}
 """Decoding speed over that of `transformers` which is wanted, by requests at once."""
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed rounds, both sides taking turns in each.")
-_THREADS = flags.DEFINE_integer("threads", 0, "Threads of PyTorch; 0: as many as there are cores.")
-_NEW = flags.DEFINE_integer("new", NEW, "New tokens.")
-_VOCAB = flags.DEFINE_multi_integer("vocab", list(VOCABULARIES), "Rows of the vocabulary.")
-_OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
-
 
 def make_folder(folder: str, vocab: int) -> None:
     """A Hugging Face folder with random weights."""
@@ -159,20 +153,28 @@ def measure(sides: dict, prompts: np.ndarray, new: int, rounds: int) -> dict:
     }
 
 
+def _define_flags() -> None:  # not on import: tests import this beside other benchmarks
+    flags.DEFINE_integer("rounds", 5, "Timed rounds, both sides taking turns in each.")
+    flags.DEFINE_integer("threads", 0, "Threads of PyTorch; 0: as many as there are cores.")
+    flags.DEFINE_integer("new", NEW, "New tokens.")
+    flags.DEFINE_multi_integer("vocab", list(VOCABULARIES), "Rows of the vocabulary.")
+    flags.DEFINE_string("out", "", "Also write the JSON here.")
+
+
 def main(_):
-    torch.set_num_threads(_THREADS.value or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(flags.FLAGS.threads or len(os.sched_getaffinity(0)))
     results = []
-    for vocab in _VOCAB.value:
+    for vocab in flags.FLAGS.vocab:
         with tempfile.TemporaryDirectory() as folder:
             make_folder(f"{folder}/model", vocab)
             sides = {
-                "qwen_jax": Ours.load(f"{folder}/model", _NEW.value),
+                "qwen_jax": Ours.load(f"{folder}/model", flags.FLAGS.new),
                 "transformers": Theirs.load(f"{folder}/model"),
             }
         for batch in BATCHES:
             prompts = np.random.default_rng(batch).integers(0, vocab, (batch, PROMPT))
             row = {"vocabulary": vocab, "batch": batch, "target": TARGETS[batch]}
-            row |= measure(sides, prompts, _NEW.value, _ROUNDS.value)
+            row |= measure(sides, prompts, flags.FLAGS.new, flags.FLAGS.rounds)
             results.append(row)
             print(
                 f"V {vocab:>7,}  batch {batch}  "
@@ -191,11 +193,12 @@ def main(_):
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "prompt": PROMPT,
-        "new": _NEW.value,
+        "new": flags.FLAGS.new,
         "results": results,
     }
-    emit(report, _OUT.value)
+    emit(report, flags.FLAGS.out)
 
 
 if __name__ == "__main__":
+    _define_flags()
     app.run(main)

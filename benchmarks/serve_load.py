@@ -41,12 +41,6 @@ from qwen_jax import interop
 from qwen_jax.model import ModelConfig, init_params
 from qwen_jax.tokenizer import Tokenizer
 
-MODEL = flags.DEFINE_string("model", "", "Folder to serve; by default a tiny random model.")
-REQUESTS = flags.DEFINE_integer("requests", 2000, "Requests to send.", 1)
-CLIENTS = flags.DEFINE_integer("clients", 64, "Clients that send them.", 1)
-SEED = flags.DEFINE_integer("seed", 0, "Of the draws.")
-OUT = flags.DEFINE_string("out", "", "Write the report here.")
-
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 KINDS = {"whole": 40, "stream": 24, "stream given up": 12, "whole given up": 8, "bad": 16}
 _FLAT_MB = 32
@@ -369,10 +363,10 @@ def measure(model: str, folder: pathlib.Path) -> dict[str, Any]:
     process, url = start_server(model, log)
     try:
         name = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
-        made = asks(name, 48, SEED.value)
+        made = asks(name, 48, flags.FLAGS.seed)
         expected = asyncio.run(alone(url, made))
         samples = [memory_mb(process.pid)]
-        step = max(1, REQUESTS.value // 20)
+        step = max(1, flags.FLAGS.requests // 20)
 
         def sample(number: int) -> None:
             if number % step == step - 1:
@@ -381,9 +375,9 @@ def measure(model: str, folder: pathlib.Path) -> dict[str, Any]:
         load = asyncio.run(
             run_load(
                 *(url, made, expected),
-                requests=REQUESTS.value,
-                clients=CLIENTS.value,
-                seed=SEED.value,
+                requests=flags.FLAGS.requests,
+                clients=flags.FLAGS.clients,
+                seed=flags.FLAGS.seed,
                 on_progress=sample,
             )
         )
@@ -401,7 +395,7 @@ def measure(model: str, folder: pathlib.Path) -> dict[str, Any]:
         process.wait()
     return {
         "requests": sum(load.counts.values()),
-        "clients": CLIENTS.value,
+        "clients": flags.FLAGS.clients,
         "kinds": dict(load.counts),
         "sent_again_after_429": load.refused,
         "seconds": round(load.seconds, 1),
@@ -416,18 +410,27 @@ def measure(model: str, folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
+def _define_flags() -> None:  # not on import: tests import this beside other benchmarks
+    flags.DEFINE_string("model", "", "Folder to serve; by default a tiny random model.")
+    flags.DEFINE_integer("requests", 2000, "Requests to send.", 1)
+    flags.DEFINE_integer("clients", 64, "Clients that send them.", 1)
+    flags.DEFINE_integer("seed", 0, "Of the draws.")
+    flags.DEFINE_string("out", "", "Write the report here.")
+
+
 def main(argv: list[str]) -> None:
     """Runs the load and reports."""
     del argv
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        model = MODEL.value or str(make_model(folder / "tiny"))
+        model = flags.FLAGS.model or str(make_model(folder / "tiny"))
         found = measure(model, folder)
-    report.emit(found, OUT.value)
-    if found["wrong"] or found["requests"] != REQUESTS.value:
+    report.emit(found, flags.FLAGS.out)
+    if found["wrong"] or found["requests"] != flags.FLAGS.requests:
         sys.exit(1)
 
 
 if __name__ == "__main__":
+    _define_flags()
     app.run(main)

@@ -54,7 +54,9 @@ HISTORY = flags.DEFINE_string(
     os.path.join(os.environ.get("XDG_STATE_HOME", "~/.local/state"), "qwen_jax", "chat_history"),
     "File that keeps what was typed; empty: none.",
 )
-COMPILED = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "qwen_jax", "compiled")
+LAYER_WINDOWS = flags.DEFINE_bool(
+    "layer_windows", False, "Qwen v1: lower layers see less far back; for texts beyond its length."
+)
 TENSOR = flags.DEFINE_integer("tensor", None, "Devices that share the model.")
 SIZES = {
     "max_length": flags.DEFINE_integer("max_length", None, "Longest prompt and answer."),
@@ -75,7 +77,7 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     """The model that the flags name, with the settings they give."""
     place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
     how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": warm_up}
-    how["weights"] = WEIGHTS.value
+    how |= {"weights": WEIGHTS.value, "layer_windows": LAYER_WINDOWS.value}
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
     given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
     with_options(SamplingParams(), given)  # a bad value is better said before the weights are read
@@ -204,15 +206,6 @@ def main() -> int:
     return 0
 
 
-def keep_compiled() -> None:
-    """Compiled programs are kept for the next start, where there is a place for them."""
-    with contextlib.suppress(OSError):
-        folder = os.path.expanduser(COMPILED)
-        os.makedirs(folder, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            flags.set_default(program.COMPILE_CACHE, folder)
-
-
 if __name__ == "__main__":
-    keep_compiled()
+    program.keep_compiled()
     program.run(main)

@@ -28,6 +28,8 @@ START_TIMEOUT = flags.DEFINE_float(
 COMPILE_CACHE = flags.DEFINE_string(
     "compile_cache", None, "Folder that keeps compiled programs for the next start; gs:// too."
 )
+COMPILED = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "qwen_jax", "compiled")
+"""Where `keep_compiled` keeps programs."""
 
 # Libraries whose INFO lines go through absl too and say nothing to the user of a program.
 _CHATTY = re.compile(r"[/\\](orbax|grain|array_record|etils|jax|jaxlib)[/\\]")
@@ -124,6 +126,18 @@ def _fail(sentence: str) -> NoReturn:
     """One sentence, status 2. Of several processes, this may be the only one that fails."""
     print(f"error: {sentence}", file=sys.stderr)
     end_process(2)
+
+
+def keep_compiled() -> None:
+    """Has compiled programs kept for the next start even if no flag says so, where there is room.
+
+    For programs that people start again and again; call it before `run`.
+    """
+    with contextlib.suppress(OSError):
+        folder = os.path.expanduser(COMPILED)
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            flags.set_default(COMPILE_CACHE, folder)
 
 
 def run(

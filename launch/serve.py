@@ -32,6 +32,10 @@ TOKENIZER = flags.DEFINE_string("tokenizer", None, "Vocabulary, where --model ha
 STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.")
 FORMAT = flags.DEFINE_enum("chat_format", None, ["chatml", "raw"], "Instead of the model's own.")
 DTYPE = flags.DEFINE_string("dtype", None, "float32 (CPU) or bfloat16 (elsewhere) by default.")
+WEIGHTS = flags.DEFINE_string("weights", None, "int8 or int4: quantise plain weights.")
+LAYER_WINDOWS = flags.DEFINE_bool(
+    "layer_windows", False, "Qwen v1: lower layers see less far back; for texts beyond its length."
+)
 TENSOR = flags.DEFINE_integer("tensor", None, "Devices that share the model.")
 WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile everything before the first request.")
 SIZES = {
@@ -109,6 +113,7 @@ def serve(allowed: Limits) -> int:
         )  # fmt: skip
     place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
     how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": WARM_UP.value}
+    how |= {"weights": WEIGHTS.value, "layer_windows": LAYER_WINDOWS.value}
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
     with load(MODEL.value, **place, **how, max_waiting=MAX_WAITING.value, **sizes) as qwen:
         model = served_model(qwen, NAME.value, created=int(time.time()))
@@ -123,4 +128,5 @@ def serve(allowed: Limits) -> int:
 
 
 if __name__ == "__main__":
+    program.keep_compiled()
     program.run(main)

@@ -2,7 +2,8 @@
 
 Floors, imports go down only::
 
-    generate -> train -> data -> corpus -> interop -> model -> kernels -> parallel -> tokenizer
+    evaluate -> generate -> train -> data -> corpus -> interop -> model -> kernels -> parallel
+    -> tokenizer
 
 From a path to an answer::
 

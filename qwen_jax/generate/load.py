@@ -8,6 +8,7 @@ print(qwen.chat("Hello!"))
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from typing import Any
 
@@ -21,6 +22,7 @@ from qwen_jax.generate.options import EngineOptions
 from qwen_jax.generate.service import Service
 from qwen_jax.generate.status import StatusLine, watch_log
 from qwen_jax.model import ForwardOptions
+from qwen_jax.model import layer_windows as windows_of_layers
 from qwen_jax.model.options import DTYPES
 from qwen_jax.parallel import MeshConfig, make_mesh
 
@@ -36,6 +38,7 @@ def load(
     chat_format: str | None = None,
     dtype: str | None = None,
     weights: str | None = None,
+    layer_windows: bool = False,
     tensor: int | None = None,
     warm_up: bool = True,
     max_waiting: int = _MAX_WAITING,
@@ -53,6 +56,8 @@ def load(
       dtype: of weights, activations and cache; "float32" on CPUs and "bfloat16" elsewhere.
       weights: "int8" or "int4" quantises plain weights on the way in; a folder that holds
         quantised ones (GPTQ, or of `launch.quantise`) needs nothing.
+      layer_windows: Qwen v1 beyond its trained length: lower layers see less far back, as the
+        report has it and the release has not (docs/long_context.md).
       tensor: devices that share the model, heads and vocabulary divided among them; on
         accelerators as many of this host's as divide the kv heads, on CPUs one.
       warm_up: compile everything now; otherwise each program when it is first needed.
@@ -69,6 +74,8 @@ def load(
         status.show(f"reading {path}")
         with watch_log(status.show):
             source = find_model(path, tokenizer=tokenizer, step=step, chat_format=chat_format)
+            if layer_windows:
+                source = with_layer_windows(source)
             running = start_engine(source, dtype, sizes, weights=weights, tensor=tensor)
         if warm_up:
             status.show("compiling the first program")
@@ -105,6 +112,22 @@ def start_engine(
             sizes,
             vocab_size=min(source.tokenizer.vocab_size, config.vocab_size),
         )
+
+
+def with_layer_windows(source: Source) -> Source:
+    """The same model with the report's layer-wise windows (`model.layer_windows`).
+
+    Raises:
+      UserError: it is not one of Qwen v1 that extends its context, or has windows already.
+    """
+    config = source.config
+    if not config.dynamic_ntk or config.windows:
+        raise UserError(
+            f"layer_windows extend models of Qwen v1 with dynamic NTK, and {source.name} is none; "
+            "leave them out."
+        )
+    windows = windows_of_layers(config.n_layers, config.trained_length, longest=config.max_length)
+    return dataclasses.replace(source, config=dataclasses.replace(config, windows=windows))
 
 
 def _devices(kv_heads: int, tensor: int | None) -> list[jax.Device]:

@@ -345,3 +345,18 @@ def test_a_mesh_may_divide_heads_only():
         DoubleEngine(SMALL)
     with pytest.raises(UserError, match="vocab_size is 51; the model has 50 rows"):
         Engine(None, CONFIG, vocab_size=51)
+
+
+def test_pages_found_idle_are_not_room_for_others_too():
+    """Ten pages: four idle ones that the newcomer will use, five held, one free; it lacks four."""
+    engine = DoubleEngine(dataclasses.replace(SMALL, pages=10))
+    answers = Answers(engine)
+    engine.add(request("before", range(17), max_tokens=1))
+    answers.run()
+    engine.add(request("big", [9] * 19, max_tokens=2))
+    engine.add(request("next", [*range(16), *[8] * 16], max_tokens=1))
+    answers.step()
+    answers.step()
+    assert engine.stats().running == 1 and engine.stats().waiting == 1
+    answers.run()
+    assert answers.cached["next"] == 16

@@ -15,6 +15,7 @@ import qwen_jax
 from qwen_jax import load
 from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
+from qwen_jax.generate.load import with_layer_windows
 from qwen_jax.generate.model import find_model, load_weights
 from qwen_jax.generate.sampler import sample
 from qwen_jax.generate.status import StatusLine, watch_log
@@ -54,9 +55,9 @@ def qwen(folder):
         yield loaded
 
 
-def greedy(prompt, n, params=None):
+def greedy(prompt, n, params=None, config=tiny.CONFIG):
     return sample(
-        *(params or tiny.params(), [list(prompt)], tiny.CONFIG, ForwardOptions(dtype="float32")),
+        *(params or tiny.params(), [list(prompt)], config, ForwardOptions(dtype="float32")),
         max_new_tokens=n,
         vocab_size=tiny.TOKENIZER.vocab_size,
     )[0]
@@ -70,6 +71,24 @@ def test_greedy_ids_are_those_of_the_plain_sampler(qwen):
             prompt, temperature=0.0, repetition_penalty=1.0, stop_ids=(), max_tokens=24
         )
         assert answer.result().tokens.tolist() == greedy(prompt, 24)
+
+
+def test_layer_windows_act_past_the_trained_length(folder):
+    """Both layers of a small model see 256 tokens; a prompt of 300 shows it."""
+    prompt = np.random.default_rng(300).integers(0, 256, 300).tolist()
+    windowed = dataclasses.replace(tiny.CONFIG, windows=(256, 256))
+    with load(folder, warm_up=False, layer_windows=True, **tiny.ENGINE) as loaded:
+        answer = loaded.submit(
+            prompt, temperature=0.0, repetition_penalty=1.0, stop_ids=(), max_tokens=24
+        )
+        assert answer.result().tokens.tolist() == greedy(prompt, 24, config=windowed)
+    assert greedy(prompt, 24, config=windowed) != greedy(prompt, 24)
+    source = find_model(folder)
+    without = dataclasses.replace(
+        source, config=dataclasses.replace(tiny.CONFIG, dynamic_ntk=False)
+    )
+    with pytest.raises(UserError, match="extend models of Qwen v1 with dynamic NTK"):
+        with_layer_windows(without)
 
 
 def test_chat_asks_in_the_format_of_the_release(qwen):
