@@ -19,8 +19,9 @@ OPTIONS = ForwardOptions(dtype="float32")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fmt", [Format(8, None, head=True), Format(4, 16)])
-def test_answers_are_those_of_the_forward_pass(fmt):
+def test_answers_are_those_of_the_forward_pass():
+    """Groups in the layers and an int8 head."""
+    fmt = Format(4, 16, head=True)
     dense = jax.jit(lambda key: init_params(CONFIG, key))(jax.random.key(0))
     params = quantise_params(dense, fmt)
     prompts = [np.arange(5) + 3, (np.arange(17) * 7) % 90]
