@@ -35,7 +35,8 @@ class SamplingParams:
       max_tokens: most new tokens.
       temperature: divides the logits; 0 takes the most probable token.
       top_k: draw among so many most probable tokens only (ties with the last one stay); 0: all.
-      top_p: draw among the fewest tokens whose probabilities reach this sum; 1: all.
+      top_p: draw among the fewest tokens whose probabilities reach this sum (tokens equal to the
+        last one stay); 1: all.
       min_p: draw among tokens at least this share as probable as the most probable; 0: all.
       repetition_penalty: logits of tokens that the prompt or the answer has are divided by this
         where positive, multiplied where negative (arXiv:1909.05858 §4.1); 1: none.
