@@ -100,7 +100,7 @@ def test_the_real_step_of_a_toy_compiles_for_every_chip(reports, number):
     assert 0 < predicted["mfu"] < 1
     assert predicted["step_seconds"] >= predicted["compute_seconds"]
     rate = 8 * 64 / 4 / predicted["step_seconds"]
-    assert predicted["tokens_per_second_per_chip"] == pytest.approx(rate, rel=1e-3)
+    assert predicted["tokens_per_second_per_chip"] == pytest.approx(rate, rel=2e-3)
     assert (folder / f"{number}.gz").stat().st_size > 1000
 
 
