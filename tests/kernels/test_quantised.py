@@ -1,11 +1,6 @@
 """Group-quantised matmul: packing, the reference and the interpreted TPU kernel against float64."""
 
 import dataclasses
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.kernels import quantised
 from qwen_jax.kernels.quantised import GroupWeight, dequantise, group_matmul, pack, unpack
 from qwen_jax.kernels.tpu import quantised as tpu_quantised
+from tests.tpu import compiled, needs_libtpu
 
 
 @dataclasses.dataclass
@@ -159,27 +155,11 @@ def test_the_tpu_takes_what_its_kernel_can_and_names_the_rest(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install -r requirements/tpu.txt",
-)
+@needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_chips_without_unpacking_in_memory(chip):
     """Layers of a network in a scan, their weights stacked, on one chip and split over four."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_quantised", chip],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = compiled("tests.kernels.compile_quantised", chip)
     assert len(results) == 6
     for result in results:
         assert result["kernels"] == result["wanted_kernels"], result

@@ -1,11 +1,6 @@
 """TPU decode kernels: interpreted against float64, races, and compiled for real chips on a CPU."""
 
 import functools
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +14,7 @@ from qwen_jax.kernels.cache import PagedCache
 from qwen_jax.kernels.paged import append, paged_attention
 from qwen_jax.kernels.tpu import decode as tpu_decode
 from tests.kernels.paged_cases import NO_WINDOW, check, make_case
+from tests.tpu import compiled, needs_libtpu
 
 CASES = {
     "page borders": {"lengths": (0, 1, 31, 32, 33, 128, 0)},
@@ -140,27 +136,11 @@ def test_append_is_the_scatter(name, dtype, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install -r requirements/tpu.txt",
-)
+@needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for_chips_without_copying_the_cache(chip):
     """Attention alone, and whole decoding loops over all layers, donated, also split over chips."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_decode", chip],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads(done.stdout.splitlines()[-1])
+    results = compiled("tests.kernels.compile_decode", chip)
     assert len(results) == 9
     for result in results:
         assert result["kernels"] >= 1, result
