@@ -1,4 +1,4 @@
-"""Compiling for TPUs that are not there, in a process of its own: libtpu reads its settings once."""
+"""Compiling for TPUs that are not there, in a process of its own: libtpu reads settings once."""
 
 from __future__ import annotations
 
