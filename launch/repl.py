@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from launch.terminal import Lines, printable, unquote
@@ -28,6 +31,23 @@ HELP = """\
 Write something and press Enter. Several lines: Alt-Enter, paste them, or put them between \"\"\".
 Ctrl-C stops an answer, which is then not part of the conversation.
 Commands, which may begin with : as well:"""
+
+
+@contextlib.contextmanager
+def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `stop` in this block instead of raising KeyboardInterrupt wherever the code is.
+
+    An exception may be raised, and lost, in a callback of the interpreter. Threads other than the
+    main one get no signals: there it does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda number, frame: stop())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.default_int_handler)
 
 
 class Repl:
@@ -102,8 +122,9 @@ class Repl:
         """Asks and prints; True when it came to its end, False when Ctrl-C stopped it."""
         reply = self.session.ask(text, seed=(self.seed + self._tries) % 2**63)
         try:
-            self._print(reply)
-            stopped = False
+            with on_interrupt(reply.cancel):
+                self._print(reply)
+            stopped = reply.finish == "cancelled"
         except KeyboardInterrupt:
             reply.cancel()
             stopped = True
