@@ -50,6 +50,11 @@ class SamplingRows:
     n_logprobs: jax.Array | np.ndarray
     raw: jax.Array | np.ndarray
 
+    @property
+    def penalised(self) -> jax.Array | np.ndarray:
+        """bool [R], whether any penalty changes the logits."""
+        return (self.repetition != 1) | (self.presence != 0) | (self.frequency != 0)
+
 
 _IDLE = SamplingParams(temperature=0.0, seed=0)
 
@@ -218,7 +223,7 @@ def _wishes(rows: SamplingRows, seen: TokenCounts | None) -> dict[str, jax.Array
     Over all devices, so that all take the same branches and meet in the same collectives.
     """
     drawn = jnp.asarray(rows.temperature) > 0
-    penalised = (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
+    penalised = rows.penalised
     wishes = {
         "drawn": drawn,
         "penalised": jnp.zeros_like(drawn) if seen is None else penalised,

@@ -232,12 +232,8 @@ def prefill_step(
 
     new_rows = jax.tree.map(put, rows, started)
     first = put(jnp.zeros_like(rows.alive), jnp.ones_like(goes_on))
-    seen = count_tokens(seen, new_rows.token, first & _penalised(new_rows.sampling))
+    seen = count_tokens(seen, new_rows.token, first & new_rows.sampling.penalised)
     return State(cache, new_rows, seen), drawn
-
-
-def _penalised(rows: SamplingRows) -> jax.Array:
-    return (rows.repetition != 1) | (rows.presence != 0) | (rows.frequency != 0)
 
 
 def decode_steps(
@@ -267,7 +263,6 @@ def decode_steps(
     seen = TokenCounts(state.seen.counts[:count])
     fixed = (rows.alpha if config.dynamic_ntk else None, rows.stop_ids, rows.sampling)
     alpha, stop_ids, sampling = fixed
-    penalised = _penalised(sampling)
 
     def more(carry):
         step, _, moving, *_ = carry
@@ -282,7 +277,7 @@ def decode_steps(
         drawn = sample_rows(scores, sampling, length + 1, seen, vocab_size)
         given = dataclasses.replace(drawn, tokens=jnp.where(alive, drawn.tokens, -1))
         out = jax.tree.map(lambda all, new: all.at[step].set(new), out, given)
-        seen = count_tokens(seen, drawn.tokens, alive & penalised)
+        seen = count_tokens(seen, drawn.tokens, alive & sampling.penalised)
         token = jnp.where(alive, drawn.tokens, token)
         length, budget = length + alive, budget - alive
         alive &= (budget > 0) & ~_stopped(token, stop_ids)

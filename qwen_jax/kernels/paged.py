@@ -7,34 +7,26 @@ import importlib
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
-from qwen_jax.errors import UserError, nearest
+from qwen_jax.errors import UserError
 from qwen_jax.kernels.cache import AXES, PagedCache, quantise
+from qwen_jax.kernels.choose import announce, choose
 from qwen_jax.kernels.flash import merge
 from qwen_jax.kernels.mask import MASKED
 from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, platform, spec
 
-IMPLEMENTATIONS = ("auto", "reference", "pallas_tpu", "pallas_gpu")
-
 MAX_QUERIES = 8
 """Most query tokens a request for the kernels: one, or a few when a draft is verified."""
 
-_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 _MODULES = {
-    "pallas_tpu": ("tpu", "qwen_jax.kernels.tpu.decode"),
-    "pallas_gpu": ("gpu", "qwen_jax.kernels.gpu.decode"),
+    "pallas_tpu": "qwen_jax.kernels.tpu.decode",
+    "pallas_gpu": "qwen_jax.kernels.gpu.decode",
 }
 _BLOCK = 128
 """Tokens of each request that the plain form looks at in one go."""
 
 _NO_WINDOW = 2**30
 """A window that no cache fills, so that one kernel serves layers with and without."""
-
-
-@functools.cache
-def _announce(requested: str, chosen: str, why: str) -> None:
-    logging.info("paged attention: %s (requested %s; %s)", chosen, requested, why)
 
 
 def choose_paged_attention(
@@ -48,31 +40,11 @@ def choose_paged_attention(
       UserError: unknown name, a kernel on another platform than its own, or a request that the
         kernel can't serve, with the reason.
     """
-    if requested not in IMPLEMENTATIONS:
-        raise UserError(
-            f"paged attention implementation {requested!r} is unknown"
-            f"{nearest(requested, IMPLEMENTATIONS)}; choose one of {', '.join(IMPLEMENTATIONS)}"
-        )
-    here, _ = platform()
-    chosen = _KERNELS.get(here, "reference") if requested == "auto" else requested
-    why = "as requested"
-    if chosen != "reference":
-        home, module = _MODULES[chosen]
-        if home != here:
-            raise UserError(
-                f"paged attention implementation {chosen!r} runs on {home} only and this is {here};"
-                " choose 'auto' or 'reference'"
-            )
-        refuse = importlib.import_module(module).refusal
-        refusal = refuse(cache, q_len=q_len, heads=heads, entries=entries)
-        if refusal is not None:
-            if requested != "auto":
-                raise UserError(f"paged attention implementation {chosen!r} can't run: {refusal}")
-            chosen, why = "reference", refusal
-    if requested == "auto" and why == "as requested":
-        why = f"on {here}"
-    _announce(requested, chosen, why)
-    return chosen
+
+    def refusal(module):
+        return module.refusal(cache, q_len=q_len, heads=heads, entries=entries)
+
+    return choose("paged attention", requested, platform()[0], _MODULES, refusal)
 
 
 def paged_attention(
@@ -106,7 +78,7 @@ def paged_attention(
         as they are, also beside an 8-bit cache.
       window: a query sees at most this many slots, its own included; None: all. May be traced.
       scale: factor on q·k, 1/√H by default.
-      implementation: one of `IMPLEMENTATIONS`.
+      implementation: one of `choose.IMPLEMENTATIONS`.
 
     Returns:
       (out [R,T,N,H] in q's dtype, lse float32 [R,N,T], natural log). A query that sees no key has
@@ -173,7 +145,7 @@ def _local(q, cache, page_table, lengths, layer, window, k_new, v_new, *, scale,
     start = lengths if k_new is not None else lengths - q.shape[1]
     kernel = _reference
     if chosen != "reference":
-        kernel = importlib.import_module(_MODULES[chosen][1]).decode
+        kernel = importlib.import_module(_MODULES[chosen]).decode
     with jax.named_scope("paged_attention"):
         operands = (q, cache.pages.reshape(flat), scales, table, lengths, start, window)
         out, lse = kernel(*operands, scale=scale)
@@ -325,7 +297,12 @@ def append(
         kernel = importlib.import_module("qwen_jax.kernels.tpu.append")
         refusal = kernel.refusal(cache)
         write = _scatter if refusal else kernel.write
-        _announce("auto", "append by " + ("scatter" if refusal else "kernel"), refusal or "on tpu")
+        announce(
+            "paged attention",
+            "auto",
+            "append by " + ("scatter" if refusal else "kernel"),
+            refusal or "on tpu",
+        )
 
     def local(cache, k_new, v_new, page_table, lengths, counts):
         counts = jnp.minimum(counts, page_table.shape[1] * cache.page_size - lengths)

@@ -12,23 +12,19 @@ before the sum. Weights never exist in memory in any other form than the packed 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib
 import math
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
-from qwen_jax.errors import UserError, nearest
+from qwen_jax.errors import UserError
+from qwen_jax.kernels.choose import choose
 from qwen_jax.parallel import platform
 
-IMPLEMENTATIONS = ("auto", "reference", "pallas_tpu", "pallas_gpu")
-
-_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 _MODULES = {
-    "pallas_tpu": ("tpu", "qwen_jax.kernels.tpu.quantised"),
-    "pallas_gpu": ("gpu", "qwen_jax.kernels.gpu.quantised"),
+    "pallas_tpu": "qwen_jax.kernels.tpu.quantised",
+    "pallas_gpu": "qwen_jax.kernels.gpu.quantised",
 }
 
 
@@ -107,11 +103,6 @@ def dequantise(weight: GroupWeight, dtype=jnp.float32) -> jax.Array:
     return out.reshape(codes.shape).astype(dtype)
 
 
-@functools.cache
-def _announce(requested: str, chosen: str, why: str) -> None:
-    logging.info("group matmul: %s (requested %s; %s)", chosen, requested, why)
-
-
 def choose_group_matmul(requested: str, weight: GroupWeight, rows: int, dtype) -> str:
     """Resolves `auto` and refuses what can't run; logs each choice once.
 
@@ -121,28 +112,11 @@ def choose_group_matmul(requested: str, weight: GroupWeight, rows: int, dtype) -
       UserError: unknown name, a kernel on another platform than its own, or a weight that the
         kernel can't multiply by, with the reason.
     """
-    if requested not in IMPLEMENTATIONS:
-        raise UserError(
-            f"group matmul implementation {requested!r} is unknown"
-            f"{nearest(requested, IMPLEMENTATIONS)}; choose one of {', '.join(IMPLEMENTATIONS)}"
-        )
-    here, _ = platform()
-    chosen = _KERNELS.get(here, "reference") if requested == "auto" else requested
-    why = "as requested" if requested != "auto" else f"on {here}"
-    if chosen != "reference":
-        home, module = _MODULES[chosen]
-        if home != here:
-            raise UserError(
-                f"group matmul implementation {chosen!r} runs on {home} only and this is {here}; "
-                "choose 'auto' or 'reference'"
-            )
-        refusal = importlib.import_module(module).refusal(weight, rows=rows, dtype=dtype)
-        if refusal is not None:
-            if requested != "auto":
-                raise UserError(f"group matmul implementation {chosen!r} can't run: {refusal}")
-            chosen, why = "reference", refusal
-    _announce(requested, chosen, why)
-    return chosen
+
+    def refusal(module):
+        return module.refusal(weight, rows=rows, dtype=dtype)
+
+    return choose("group matmul", requested, platform()[0], _MODULES, refusal)
 
 
 def group_matmul(x: jax.Array, weight: GroupWeight, *, implementation: str = "auto") -> jax.Array:
@@ -151,8 +125,8 @@ def group_matmul(x: jax.Array, weight: GroupWeight, *, implementation: str = "au
     Args:
       x: [..., K], a float dtype.
       weight: K inputs, O outputs; of a stack, `layer` says which.
-      implementation: one of `IMPLEMENTATIONS`. The reference dequantises the matrix a block of
-        inputs at a time and multiplies.
+      implementation: one of `choose.IMPLEMENTATIONS`. The reference dequantises the matrix a block
+        of inputs at a time and multiplies.
 
     Returns:
       [..., O] in x's dtype, accumulated in float32.
@@ -168,7 +142,7 @@ def group_matmul(x: jax.Array, weight: GroupWeight, *, implementation: str = "au
     chosen = choose_group_matmul(implementation, weight, rows, x.dtype)
     run = _reference
     if chosen != "reference":
-        run = importlib.import_module(_MODULES[chosen][1]).matmul
+        run = importlib.import_module(_MODULES[chosen]).matmul
     with jax.named_scope("group_matmul"):
         out = run(x.reshape(rows, weight.inputs), weight)
     return out.reshape(*x.shape[:-1], weight.outputs)

@@ -1,6 +1,5 @@
 """Real compilations for chips that aren't there: closed forms, whole reports, and refusals."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,11 +11,7 @@ from qwen_jax.aot.compile import needed_bytes
 from qwen_jax.errors import UserError
 from tests import programs
 from tests.aot import compiled
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="compiles for TPUs: libtpu is not installed (pip install libtpu)",
-)
+from tests.tpu import needs_libtpu
 
 TOY = (
     "launch.aot",

@@ -1,10 +1,6 @@
 """What compilers make of sampling: branches stay branches, nothing is sorted or copied."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +8,7 @@ import pytest
 
 from qwen_jax.generate.sampling import init_counts, sampling_rows
 from tests.generate.compile_sampling import burst
+from tests.tpu import compiled, needs_libtpu
 
 
 def test_a_burst_on_a_cpu_copies_nothing_and_keeps_its_branches():
@@ -22,26 +19,20 @@ def test_a_burst_on_a_cpu_copies_nothing_and_keeps_its_branches():
         jnp.zeros(rows, jnp.int32),
         init_counts(rows, vocab),
     )
-    compiled = jax.jit(burst, static_argnames="vocab", donate_argnums=3).lower(
+    lowered = jax.jit(burst, static_argnames="vocab", donate_argnums=3).lower(
         *operands, vocab=vocab
     )
-    text = compiled.compile().as_text()
+    text = lowered.compile().as_text()
     assert len(re.findall(r" conditional\(", text)) >= 6
     assert not re.findall(rf"= \w+\[{rows},{vocab}\]\S* copy\(", text)
     assert not re.findall(r" sort\(|TopK", text)
 
 
 @pytest.mark.slow
+@needs_libtpu
 def test_bursts_compile_for_tpus_without_a_sort():
     """151,936 logits of 8 rows: counts stay in place, temporaries are about one array of logits."""
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.generate.compile_sampling", "v6e:2x2", "burst"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    for found in json.loads(run.stdout):
+    for found in compiled("tests.generate.compile_sampling", "v6e:2x2", "burst"):
         assert found["sorts"] == 0 and found["count_copies"] == 0, found
         assert found["conditionals"] >= 6, found
         assert found["alias"] >= found["counts"], found

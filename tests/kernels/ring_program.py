@@ -1,19 +1,11 @@
 """Compiles ring attention for a TPU slice and prints, for each exchange, the kernels it spans.
 
-A process of its own: libtpu reads its environment once, and the tests' process has CPU devices.
+For a process of its own, with the environment of `tests.tpu`.
 """
 
 import json
-import os
 import re
 import sys
-
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
 
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,6 @@
 """The TPU attention kernel, interpreted, against float64; and that it compiles for each chip."""
 
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ from qwen_jax.kernels.tpu import backward, forward
 from qwen_jax.kernels.tpu.flash import KERNEL, tpu_kernel, why_not
 from qwen_jax.kernels.tpu.layout import make_layout
 from qwen_jax.kernels.tpu.tiles import CHIPS, MIB, Chip, Tiles
+from tests.tpu import needs_libtpu
 
 SCALE = 0.11
 # Several blocks of each kind at lengths that interpret quickly: blocks of 256 queries and 128 keys,
@@ -405,10 +405,7 @@ COMPILED = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="compiling for TPUs needs libtpu: pip install -r requirements/tpu.txt",
-)
+@needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for(topology):
     """Mosaic accepts the kernels under shard_map, inside the chip's vector memory."""
