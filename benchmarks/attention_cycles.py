@@ -22,18 +22,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
 import pathlib
 import re
-import subprocess
-import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import cycle_profile
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.tpu.layout import key_ranges, make_layout
 from qwen_jax.kernels.tpu.tiles import CHIPS
@@ -133,42 +130,16 @@ def measure(case: dict) -> dict:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         jax.jit(run).lower(*args).compile()
     wanted = "forward|fwd" if case["phase"] == "forward" else "backward|dq|dkv"
-    row = re.compile(
-        r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)\s+num_equivalent_hlos: (\d+)'
-    )
-    found = {}
-    for path in pathlib.Path(case["dump"]).glob("*.textproto"):
-        for name, cycles, times in row.findall(path.read_text(errors="replace")):
-            if re.search(wanted, name):
-                found[name] = int(cycles) * int(times)
-    return found
+    found = cycle_profile.cycles(case["dump"])
+    return {name: count for name, count in found if re.search(wanted, name)}
 
 
 def child(case: dict) -> dict:
     """The case with its result, from a process of its own."""
-    with tempfile.TemporaryDirectory() as dump:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            # On v5e the profile can't walk prefetched scalars that lie in VMEM.
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={dump} "
-            + ("--xla_vf_vmem_memory_space_assignment=false" if case["chip"] == "v5e" else ""),
-        }
-        case = case | {"dump": dump, "length": _LENGTH.value, "width": _WIDTH.value}
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.attention_cycles",
-            f"--case={json.dumps(case)}",
-        ]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    case.pop("dump")
-    if done.returncode:
-        reasons = re.findall(r"Check failed.*|\w*Error: .*", done.stderr)
-        return case | {"error": (reasons or ["no reason given"])[0][:120]}
-    kernels = json.loads(done.stdout.splitlines()[-1])
+    case = case | {"length": _LENGTH.value, "width": _WIDTH.value}
+    kernels = cycle_profile.child("benchmarks.attention_cycles", case)
+    if "error" in kernels:
+        return case | kernels
     return case | {"kernels": kernels, "cycles": sum(kernels.values())}
 
 

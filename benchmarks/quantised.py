@@ -16,13 +16,7 @@ measurements; the larger of estimate and bandwidth time is what to expect at bes
 from __future__ import annotations
 
 import json
-import os
-import pathlib
-import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 
 import jax
@@ -30,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import cycle_profile
 from benchmarks.report import emit
 from qwen_jax.kernels.quantised import GroupWeight, group_matmul
 from qwen_jax.model.quantised import Format, quantise_leaf, quantised_product
@@ -99,13 +94,7 @@ def estimate(case: dict) -> dict:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = jax.jit(lambda x, w: group_matmul(x, w, implementation="pallas_tpu"))
         compiled = run.lower(arg(case["rows"], inputs, dtype=jnp.bfloat16), weight).compile()
-    row = re.compile(
-        r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)\s+num_equivalent_hlos: (\d+)'
-    )
-    cycles = 0
-    for path in pathlib.Path(case["dump"]).glob("*.textproto"):
-        for _, each, times in row.findall(path.read_text(errors="replace")):
-            cycles += int(each) * int(times)
+    cycles = sum(count for _, count in cycle_profile.cycles(case["dump"]))
     packed = (codes.size * 4 + scales.size * 4) / layers
     return {
         "estimated_us": 1e6 * cycles / CLOCK[case["chip"]],
@@ -113,27 +102,6 @@ def estimate(case: dict) -> dict:
         "bf16_at_bandwidth_us": 2e6 * inputs * outputs / BANDWIDTH[case["chip"]],
         "extra_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
-
-
-def child(case: dict) -> dict:
-    """The case with its estimate, from a process of its own."""
-    with tempfile.TemporaryDirectory() as dump:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            # On v5e the profile can't walk prefetched scalars that lie in VMEM.
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={dump} "
-            + ("--xla_vf_vmem_memory_space_assignment=false" if case["chip"] == "v5e" else ""),
-        }
-        command = [sys.executable, "-m", "benchmarks.quantised"]
-        command.append(f"--case={json.dumps(case | {'dump': dump})}")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reasons = re.findall(r"Check failed.*|\w*Error: .*", done.stderr)
-        return case | {"error": (reasons or ["no reason given"])[0][:120]}
-    return case | json.loads(done.stdout.splitlines()[-1])
 
 
 def main(_):
@@ -151,7 +119,8 @@ def main(_):
             for bits in (4, 8)
             for n in rows
         ]
-        emit({"estimates": [child(case) for case in cases]}, _OUT.value)
+        found = [case | cycle_profile.child("benchmarks.quantised", case) for case in cases]
+        emit({"estimates": found}, _OUT.value)
         return
     found = [measure(n, repeats=_REPEATS.value, **sizes) for n in rows]
     emit({"device": jax.devices()[0].device_kind, **sizes, "measured": found}, _OUT.value)
