@@ -1,13 +1,15 @@
-"""Compiles a recipe's train step for a TPU pod on this CPU host, and predicts what it will cost.
+"""Compiles a recipe's train step for TPUs or GPUs on this CPU host, and says what it will cost.
 
     python -m launch.aot --config=configs/pretrain.py:7b --topology=v5e:16x16 \\
         --seq_len=2048 --per_device_batch=4
+    python -m launch.aot --config=configs/pods.py:7b,h100-8 --topology=h100:8
 
-No TPU is needed, only the package libtpu; a small slice takes half a minute, hundreds of chips
-minutes. The step is the one `launch.pretrain` runs. One JSON object goes to stdout: memory per
-device and whether it fits, collectives, FLOPs, and under "prediction" what a static model of the
-chip makes of the compiler's schedule; no number of it was measured on hardware. Progress goes to
-stderr. Exit status: 0 it fits, 1 it does not, 2 bad input.
+No TPU is needed, only the package libtpu, and no GPU, only requirements/aot-gpu.txt; a small slice
+takes half a minute, hundreds of chips minutes. The step is the one `launch.pretrain` runs. One JSON
+object goes to stdout: memory per device and whether it fits, collectives, FLOPs, and under
+"prediction" what a static model of the chip makes of the compiler's schedule (for GPUs nothing, but
+a "roofline"); no number of it was measured on hardware. Progress goes to stderr. Exit status: 0 it
+fits, 1 it does not, 2 bad input.
 
 With --search it looks for the per-device batch and the remat policy with the best predicted rate,
 about ten compilations; --search_log=FILE keeps them, and the same command goes on after a kill. The
@@ -26,7 +28,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import program
-from qwen_jax.aot import topology
+from qwen_jax.aot import nodes, topology
 from qwen_jax.aot.compile import CompiledStep, compile_for
 from qwen_jax.aot.report import report
 from qwen_jax.aot.search import Log, search
@@ -34,8 +36,9 @@ from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
 from qwen_jax.train.job import PretrainJob
 
+Pod = topology.Pod | nodes.Nodes
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, configs/pretrain.py:SIZE.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Pod slice, such as v5e:16x16 or v5p:4x4x8.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, such as v5e:16x16 or h100:8.")
 SEQ_LEN = flags.DEFINE_integer("seq_len", None, "Tokens per row, instead of the recipe's.")
 PER_DEVICE_BATCH = flags.DEFINE_float(
     "per_device_batch", None, "Rows per chip and step, instead of the recipe's global batch."
@@ -85,14 +88,14 @@ def _write(path: str, text: str) -> None:
     os.replace(partial, path)
 
 
-def _compile(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
+def _compile(job: PretrainJob, pod: Pod) -> dict[str, Any]:
     result = compile_for(job, pod, _xla())
     if DUMP_HLO.value and isinstance(result, CompiledStep):
         _write(DUMP_HLO.value, result.hlo)
     return report(job, pod, result)
 
 
-def _search(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
+def _search(job: PretrainJob, pod: Pod) -> dict[str, Any]:
     """The report of the best try; each is told on stderr as it is made."""
 
     def measure(batch: int, remat: str) -> dict[str, Any]:
@@ -103,9 +106,10 @@ def _search(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
         return _compile(dataclasses.replace(job, data=data, train=train, options=options), pod)
 
     log = Log(SEARCH_LOG.value)
+    kind = "at the roofline" if isinstance(pod, nodes.Nodes) else "predicted"
     try:
         for made in search(measure, log):
-            rate = f"{made.rate:.0f} tokens/s per chip predicted" if made.fits else "does not fit"
+            rate = f"{made.rate:.0f} tokens/s per chip {kind}" if made.fits else "does not fit"
             print(f"batch {made.batch}, remat {made.remat}: {rate}", file=sys.stderr)
     except KeyboardInterrupt:
         print("interrupted; the best so far", file=sys.stderr)
@@ -120,9 +124,9 @@ def _search(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
 def main() -> int:
     """Parses, compiles, reports."""
     if not TOPOLOGY.value:
-        raise UserError("--topology is missing: give a pod slice, such as v5e:16x16")
-    jax.config.update("jax_platforms", "cpu")
-    pod = topology.describe(TOPOLOGY.value)
+        raise UserError("--topology is missing: give a slice, such as v5e:16x16 or h100:8")
+    describe = nodes.describe if nodes.is_gpu(TOPOLOGY.value) else topology.describe
+    pod = describe(TOPOLOGY.value)
     job = _job(len(pod.devices))
     made = _search(job, pod) if SEARCH.value else _compile(job, pod)
     json.dump(made, sys.stdout, indent=2)
@@ -131,4 +135,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # First of all: looking for other devices, jax's CUDA plugin would ask for CUDA's libraries too.
+    jax.config.update("jax_platforms", "cpu")
     program.run(main)

@@ -1,8 +1,8 @@
 """Collectives in HLO: which devices take part, how many bytes, and how long the torus needs.
 
-Times are bandwidth alone, of the best algorithm on the links that the group spans: each device has
-two links along an axis that is a ring and, at the ends, one along a line ("How to Scale Your
-Model", jax-ml.github.io/scaling-book/sharding).
+Times are bandwidth alone, of the best algorithm on the links that the group spans. On a TPU's torus
+each device has two links along an axis that is a ring and, at the ends, one along a line ("How to
+Scale Your Model", jax-ml.github.io/scaling-book/sharding); for GPUs see `nodes.Nodes`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import numpy as np
 
 from qwen_jax.aot.hlo import Instruction, Shape
+from qwen_jax.aot.nodes import Nodes
 from qwen_jax.aot.topology import Pod
 
 KINDS = (
@@ -137,16 +138,23 @@ def _hops(pod: Pod, a: np.ndarray, b: np.ndarray) -> int:
     return total
 
 
-def measure(pod: Pod, places: np.ndarray, i: Instruction, result: tuple[Shape, ...]) -> Collective:
+def measure(
+    pod: Pod | Nodes, places: np.ndarray, i: Instruction, result: tuple[Shape, ...]
+) -> Collective:
     """Bytes and seconds of one collective.
 
     Args:
-      places: torus coordinates [devices, axes] of the mesh's devices, row-major.
+      places: coordinates [devices, axes] of the mesh's devices, row-major.
       i: the collective, or its start. result: what it returns (for a start, what its done returns).
     """
     kind = kind_of(i.opcode)
     taking_part = groups(i, len(places))
     size = sum(s.bytes for s in result)
+    if isinstance(pod, Nodes):
+        # Of a permute the farthest pair counts: two nodes, if any pair has two.
+        group = max(taking_part, key=lambda g: len(np.unique(places[g][:, 1])))
+        size *= len(group) if kind == "reduce-scatter" else 1
+        return Collective(kind, size, pod.transfer_seconds(kind, size, places[group]))
     if kind in ("collective-permute", "collective-broadcast"):
         pairs = [g for g in taking_part if len(g) > 1]
         hops = [_hops(pod, places[a], places[b]) for g in pairs for a, b in itertools.pairwise(g)]
@@ -157,7 +165,7 @@ def measure(pod: Pod, places: np.ndarray, i: Instruction, result: tuple[Shape, .
     return Collective(kind, size, _seconds(pod, kind, size, places[members]))
 
 
-def coordinates(pod: Pod, mesh) -> np.ndarray:
-    """Torus coordinates [devices, axes] of a mesh's devices in the order programs number them."""
+def coordinates(pod: Pod | Nodes, mesh) -> np.ndarray:
+    """Coordinates [devices, axes] of a mesh's devices in the order programs number them."""
     axes = len(pod.shape)
     return np.array([device.coords[:axes] for device in mesh.devices.flat])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.aot.nodes import DEVICELESS_OPTIONS, Nodes
 from qwen_jax.aot.topology import Pod
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import make_mesh, named_sharding
@@ -114,7 +115,7 @@ def _scheduled_hlo(folder: str, compiled: jax.stages.Compiled) -> str:
 
 
 def compile_for(
-    job: PretrainJob, pod: Pod, extra_options: dict[str, str] | None = None
+    job: PretrainJob, pod: Pod | Nodes, extra_options: dict[str, str] | None = None
 ) -> CompiledStep | TooLarge:
     """Traces and compiles the job's step for the pod; minutes for hundreds of chips.
 
@@ -133,11 +134,13 @@ def compile_for(
         microbatches=job.train.microbatches,
         seq_len=job.data.seq_len,
     )
-    options = xla_options(pod.chip.kind) | (extra_options or {})
+    on_gpu = isinstance(pod, Nodes)
+    options = xla_options(pod.chip.kind) | (DEVICELESS_OPTIONS if on_gpu else {})
+    options |= extra_options or {}
     abstract = abstract_state(job.step_config, mesh)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        dump = {} if on_gpu else {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             with jax.set_mesh(mesh), _elapsed(f"compiling for {pod.name}"):
                 lowered = lower_step(job, abstract, abstract_batch(job, mesh))

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from qwen_jax.aot import hlo, timeline
+from qwen_jax.aot import hlo, nodes, timeline
 from qwen_jax.aot.compile import CompiledStep, TooLarge
+from qwen_jax.aot.nodes import Nodes
 from qwen_jax.aot.topology import Pod
 from qwen_jax.model import count_params
 from qwen_jax.train.flops import train_flops_per_token
@@ -20,8 +21,21 @@ _ASSUMED = (
     "link bandwidth; no latencies, no input, no checkpoints"
 )
 
+_ROOFLINE = (
+    "no prediction, the least that this schedule can take: products and kernels at the data "
+    "sheet's peak, the rest at full HBM bandwidth with nothing found in the L2 cache, collectives "
+    "at full NVLink and network bandwidth; no latencies, no launches, no input, no checkpoints; "
+    "real steps are slower"
+)
 
-def _asked(job: PretrainJob, pod: Pod, mesh) -> dict[str, Any]:
+
+def _versions(pod: Pod | Nodes) -> dict[str, str]:
+    if isinstance(pod, Nodes):
+        return {"jax": jax.__version__} | nodes.versions()
+    return {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+
+
+def _asked(job: PretrainJob, pod: Pod | Nodes, mesh) -> dict[str, Any]:
     """What was compiled."""
     rows, devices = job.data.global_batch, mesh.size
     return {
@@ -37,10 +51,7 @@ def _asked(job: PretrainJob, pod: Pod, mesh) -> dict[str, Any]:
         "dtype": job.options.dtype,
         "remat": job.options.remat,
         "attention": job.options.attention,
-        "versions": {
-            "jax": jax.__version__,
-            "libtpu": importlib.metadata.version("libtpu"),
-        },
+        "versions": _versions(pod),
     }
 
 
@@ -51,8 +62,29 @@ def _collectives(cost: timeline.Cost) -> dict[str, Any]:
     }
 
 
-def report(job: PretrainJob, pod: Pod, result: CompiledStep | TooLarge) -> dict[str, Any]:
+def _times(job: PretrainJob, pod: Pod | Nodes, cost: timeline.Cost, model_flops: float):
+    """What the schedule makes of time."""
+    chip, devices = pod.chip, len(pod.devices)
+    tokens = job.data.global_batch * job.data.seq_len
+    return {
+        "step_seconds": round(cost.seconds, 6),
+        "tokens_per_second_per_chip": round(tokens / devices / cost.seconds, 1),
+        "mfu": round(model_flops / devices / cost.seconds / chip.peak_flops, 4),
+        "compute_seconds": round(cost.compute, 6),
+        "waiting_seconds": {k: round(v, 6) for k, v in sorted(cost.waiting.items())},
+        "collective_seconds": {k: round(v, 6) for k, v in sorted(cost.busy.items())},
+        "host_transfer_bytes": cost.host_bytes,
+        "pallas_calls_without_estimate": cost.unpriced_kernels,
+        "kernel_efficiency": round(chip.kernel_efficiency, 3),
+        "assumptions": _ROOFLINE if isinstance(pod, Nodes) else _ASSUMED,
+    }
+
+
+def report(job: PretrainJob, pod: Pod | Nodes, result: CompiledStep | TooLarge) -> dict[str, Any]:
     """The report of one compilation; everything that is not a fact is under "prediction".
+
+    For GPUs that is null: there is nothing to predict from, and "roofline" says what the schedule
+    takes at the very least.
 
     Bytes are per device. `flops.model` counts as `train.flops` does, `flops.executed` what the
     program multiplies, recomputation included; both are of one step on all devices. Collectives'
@@ -71,6 +103,8 @@ def report(job: PretrainJob, pod: Pod, result: CompiledStep | TooLarge) -> dict[
     model_flops = train_flops_per_token(job.model, job.data.seq_len) * tokens
     executed = cost.flops * devices
     memory = result.memory
+    times = _times(job, pod, cost, model_flops)
+    on_gpu = isinstance(pod, Nodes)
     return made | {
         "memory": {
             "fits": memory.peak <= chip.hbm_bytes,
@@ -87,16 +121,5 @@ def report(job: PretrainJob, pod: Pod, result: CompiledStep | TooLarge) -> dict[
             "executed_over_model": round(executed / model_flops, 4),
             "pallas": cost.kernel_flops * devices,
         },
-        "prediction": {
-            "step_seconds": round(cost.seconds, 6),
-            "tokens_per_second_per_chip": round(tokens / devices / cost.seconds, 1),
-            "mfu": round(model_flops / devices / cost.seconds / chip.peak_flops, 4),
-            "compute_seconds": round(cost.compute, 6),
-            "waiting_seconds": {k: round(v, 6) for k, v in sorted(cost.waiting.items())},
-            "collective_seconds": {k: round(v, 6) for k, v in sorted(cost.busy.items())},
-            "host_transfer_bytes": cost.host_bytes,
-            "pallas_calls_without_estimate": cost.unpriced_kernels,
-            "kernel_efficiency": round(chip.kernel_efficiency, 3),
-            "assumptions": _ASSUMED,
-        },
+        **({"prediction": None, "roofline": times} if on_gpu else {"prediction": times}),
     }

@@ -21,7 +21,10 @@ Report = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Try:
-    """One compilation: what was asked, whether it fits, its predicted tokens/s per chip (0: no)."""
+    """One compilation: what was asked, whether it fits, its tokens/s per chip (0: it does not).
+
+    The rate is the prediction's or, for GPUs, the roofline's.
+    """
 
     batch: int
     remat: str
@@ -33,7 +36,10 @@ class Try:
     def of(cls, batch: int, remat: str, report: Report) -> Try:
         """From the report of that compilation."""
         fits = report["memory"]["fits"]
-        rate = report["prediction"]["tokens_per_second_per_chip"] if fits else 0.0
+        rate = 0.0
+        if fits:
+            times = report["prediction"] or report["roofline"]
+            rate = times["tokens_per_second_per_chip"]
         return cls(batch, remat, fits, rate, report)
 
 

@@ -7,6 +7,9 @@ bandwidth; a Pallas call, which the compiler doesn't estimate, its declared FLOP
 resource (interconnect, host link, DMA, SparseCore), and hold the schedule up only where it waits
 for one that is not done. A loop is its body's time, times its trips.
 
+For GPUs there is neither an estimate of the compiler nor a kernel that was timed: what comes out is
+the roofline, the least that the schedule can take.
+
 Nothing here was measured on hardware: latencies, launch overheads, contention between HBM traffic
 and DMA, and input are left out.
 """
@@ -22,6 +25,7 @@ import numpy as np
 
 from qwen_jax.aot import collectives, work
 from qwen_jax.aot.hlo import HOST, Computation, Instruction, Module, trip_count
+from qwen_jax.aot.nodes import Nodes
 from qwen_jax.aot.topology import Pod
 
 
@@ -64,7 +68,7 @@ _ASYNC_FUSION = re.compile(r"AsyncCollective(Start|Done)")
 class Timeline:
     """Costs the computations of one module for one pod and mesh."""
 
-    def __init__(self, module: Module, pod: Pod, mesh):
+    def __init__(self, module: Module, pod: Pod | Nodes, mesh):
         self.module, self.pod = module, pod
         self.places = collectives.coordinates(pod, mesh)
         self._costs: dict[str, Cost] = {}
@@ -169,10 +173,10 @@ class _Run:
             flops / self.chip.peak_flops,
             moved / self.chip.hbm_bandwidth,
         )
-        if i.text("custom_call_target") == "tpu_custom_call":
+        if work.is_kernel(i):
             seconds = max(seconds, flops / self.chip.peak_flops / self.chip.kernel_efficiency)
             self.total.kernel_flops += flops
-            self.total.unpriced_kernels += work.kernel_estimate(i) is None
+            self.total.unpriced_kernels += work.kernel_flops(self.scope, i) is None
         self.total.flops += flops
         self.total.compute += seconds
         self.total.by_name[i.text("op_name") or i.name] += seconds
@@ -200,6 +204,8 @@ class _Run:
     def _start(self, i: Instruction) -> None:
         if collectives.kind_of(i.opcode):
             self._transfer(i, self._result(i), i.name)
+            if '"is_sync":true' in i.attributes:  # XLA's GPU compiler: not beside anything
+                self._until(*self.pending[i.name])
         elif i.opcode == "async-start" and not i.operands:
             self.armed[i.name] = i
         else:
@@ -262,6 +268,6 @@ class _Run:
             self._until("interconnect", self.free["interconnect"])
 
 
-def predict(module: Module, pod: Pod, mesh: np.ndarray) -> Cost:
+def predict(module: Module, pod: Pod | Nodes, mesh: np.ndarray) -> Cost:
     """The whole step's cost on one device of `mesh` over `pod`."""
     return Timeline(module, pod, mesh).entry()

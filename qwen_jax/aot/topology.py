@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 from jax.experimental import topologies
 
+from qwen_jax.aot.nodes import GPUS
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.train.flops import PEAK_FLOPS
 
@@ -128,8 +129,9 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
     kind, _, lengths = name.partition(":")
     if kind not in CHIPS:
         raise UserError(
-            f"topology {name!r} is of no known TPU{nearest(kind, CHIPS)}; give one of "
-            f"{', '.join(CHIPS)}, then the slice, such as v5e:16x16 or v5p:4x4x4"
+            f"topology {name!r} is of no known TPU or GPU{nearest(kind, [*CHIPS, *GPUS])}; give "
+            f"one of {', '.join(CHIPS)}, then the slice, such as v5e:16x16 or v5p:4x4x4, or one of "
+            f"{', '.join(GPUS)}, then the number of GPUs, such as h100:8"
         )
     chip = CHIPS[kind]
     example = "x".join(["4"] * chip.torus_axes)

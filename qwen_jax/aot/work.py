@@ -1,9 +1,11 @@
 """What one operation computes and moves: FLOPs and HBM bytes, from the shapes in the HLO.
 
-FLOPs are those of convolutions and dots (on TPU every matrix product is a convolution) and what
-Pallas kernels declare; elementwise work is left to the compiler's cycle estimates. The counting
-rules are those of XLA's HloCostAnalysis, with two additions it needs for memory: an operand that is
-only sliced counts by its slices, and an update in place by the update.
+FLOPs are those of convolutions and dots (on TPU every matrix product is a convolution, on GPUs most
+are calls of cuBLAS) and of Pallas kernels: what those for TPUs declare, and for those of Hopper,
+whose calls have no place for it, what their operands tell. Elementwise work is left to the
+compiler's cycle estimates. The counting rules are those of XLA's HloCostAnalysis, with two
+additions it needs for memory: an operand that is only sliced counts by its slices, and an update in
+place by the update.
 """
 
 from __future__ import annotations
@@ -19,6 +21,13 @@ _FREE = {
     *("partition-id", "replica-id", "opt-barrier", "domain", "add-dependency"),
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
+_CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
+_KERNELS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")
+
+# Products over the head dimension for each pair of query and key, of the kernels in kernels/gpu:
+# scores and output; scores, d_out·v, dk and dv; scores, d_out·v and dq.
+_HOPPER_PRODUCTS = {"flash_forward": 2, "flash_backward_keys": 4, "flash_backward_queries": 3}
+_HOPPER_TILE = 128
 
 
 def is_free(i: Instruction) -> bool:
@@ -96,14 +105,52 @@ def kernel_estimate(i: Instruction) -> dict[str, float] | None:
     return {k: float(v) for k, v in json.loads(match[1]).items()} if match else None
 
 
+def _cublas_flops(scope: Computation, i: Instruction) -> float:
+    lhs = scope.by_name[i.operands[0]].shapes[0]
+    contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
+    dims = [int(d) for d in re.findall(r"\d+", contracted[1])]
+    return 2.0 * i.shapes[0].elements * math.prod(lhs.dims[d] for d in dims)
+
+
+def _hopper_flops(scope: Computation, i: Instruction) -> float | None:
+    """FLOPs of our attention kernels for Hopper: causal, without what segments or a window save.
+
+    Tiles of 128 queries and keys are done whole. Keys of another number than the queries are a
+    ring's or a cache's, and counted as seen by all.
+    """
+    parts = (i.text("op_name") or "").split("/")
+    products = next((n for name, n in _HOPPER_PRODUCTS.items() if name in parts), None)
+    if products is None:
+        return None
+    queries, keys = (scope.by_name[name].shapes[0].dims for name in i.operands[:2])
+    batch, length, heads, width = queries
+    seen = (length + _HOPPER_TILE) / 2 if length == keys[1] else keys[1]
+    return 2.0 * products * batch * heads * width * length * seen
+
+
+def is_kernel(i: Instruction) -> bool:
+    """Whether an operation is a Pallas call."""
+    return i.opcode == "custom-call" and i.text("custom_call_target") in _KERNELS
+
+
+def kernel_flops(scope: Computation, i: Instruction) -> float | None:
+    """FLOPs of a Pallas call; None if it doesn't say."""
+    if i.text("custom_call_target") != "tpu_custom_call":
+        return _hopper_flops(scope, i)
+    estimate = kernel_estimate(i)
+    return None if estimate is None else estimate["flops"]
+
+
 def flops(module: Module, scope: Computation, i: Instruction) -> float:
     """FLOPs of one operation with what it calls (but not a loop's body)."""
+    if is_kernel(i):
+        return kernel_flops(scope, i) or 0.0
     if i.opcode == "convolution":
         return _convolution_flops(scope, i)
     if i.opcode == "dot":
         return _dot_flops(scope, i)
-    if i.opcode == "custom-call":
-        return (kernel_estimate(i) or {}).get("flops", 0.0)
+    if i.opcode == "custom-call" and i.text("custom_call_target") in _CUBLAS:
+        return _cublas_flops(scope, i)
     if i.opcode == "fusion":
         inner = module.computations[i.called("calls")]
         return sum(flops(module, inner, j) for j in inner.instructions)
@@ -156,6 +203,8 @@ def hbm_bytes(module: Module, scope: Computation, i: Instruction) -> int:
     operands = [scope.by_name[name] for name in i.operands if name in scope.by_name]
     if i.opcode == "custom-call" and (estimate := kernel_estimate(i)):
         return int(estimate["bytes_accessed"])
+    if i.opcode == "custom-call" and i.text("custom_call_target") in _CUBLAS:  # not its workspace
+        return _in_hbm(i.shapes[:1]) + sum(_in_hbm(o.shapes[:1]) for o in operands)
     if i.opcode in _SLICES:
         return 2 * _in_hbm(i.shapes)
     if i.opcode == "dynamic-update-slice":

@@ -1,0 +1,255 @@
+"""Nodes of GPUs by name (`h100:8`), described without any hardware, and what their GPUs can do."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+
+from qwen_jax.errors import UserError
+from qwen_jax.train.flops import PEAK_FLOPS
+
+GPUS_PER_NODE = 8
+"""More of them do not share one NVLink switch (HGX and DGX, H100 and H200)."""
+
+MEMORY_FRACTION = 0.9
+"""Share of a GPU's memory that XLA may take: what NVIDIA sets (docs.nvidia.com/jax-toolbox, GPU
+performance). The rest is for the CUDA context, NCCL's buffers and code. JAX itself takes 0.75
+where XLA_CLIENT_MEM_FRACTION (XLA_PYTHON_CLIENT_MEM_FRACTION) says nothing else."""
+
+DEVICELESS_OPTIONS = {
+    # With a GPU at hand the compiler times cuBLAS against its own Triton kernels for each product
+    # and takes the better. Without one it takes Triton with its smallest tiles.
+    "xla_gpu_enable_triton_gemm": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One GPU. Bandwidths in bytes/s, of the data sheets (H100 and H200 SXM, DGX H100).
+
+    Attributes:
+      kind: JAX's `device_kind`. peak_flops: dense bf16 FLOP/s. clock: highest, in Hz.
+      memory_bytes: what the driver reports; XLA has `hbm_bytes` of it.
+      link_bandwidth: of all NVLinks in one direction. network_bandwidth: of its network card in one
+        direction (one of 400 Gbit/s each). host_bandwidth: of PCIe in one direction.
+      kernel_efficiency: share of the peak at which Pallas calls are taken to run: no GPU was timed,
+        so all of it.
+    """
+
+    name: str
+    kind: str
+    peak_flops: float
+    memory_bytes: int
+    hbm_bandwidth: float
+    clock: float = 1.98e9
+    link_bandwidth: float = 4.5e11
+    network_bandwidth: float = 5e10
+    host_bandwidth: float = 6.4e10
+    kernel_efficiency: float = 1.0
+
+    @property
+    def hbm_bytes(self) -> int:
+        """What a program may use."""
+        return int(self.memory_bytes * MEMORY_FRACTION)
+
+
+# Memory and its bandwidth as their drivers report them: openxla/xla,
+# xla/backends/gpu/target_config/specs, h100_sxm.txtpb and h200.txtpb.
+GPUS = {
+    "h100": Gpu(
+        name="h100",
+        kind="NVIDIA H100 80GB HBM3",
+        peak_flops=PEAK_FLOPS["H100"],
+        memory_bytes=84_942_979_072,
+        hbm_bandwidth=3_352_320_000_000,
+    ),
+    "h200": Gpu(
+        name="h200",
+        kind="NVIDIA H200",
+        peak_flops=PEAK_FLOPS["H200"],
+        memory_bytes=151_397_597_184,
+        hbm_bandwidth=4_800_000_000_000,
+    ),
+}
+"""GPUs that can be compiled for, by the first part of a topology's name."""
+
+# The rest of what the compiler asks of a GPU, the same for both; from the files above.
+_HOPPER = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49152,
+    "shared_memory_per_block_optin": 232448,
+    "shared_memory_per_core": 233472,
+    "threads_per_core_limit": 2048,
+    "core_count": 132,
+    "fpus_per_core": 128,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+    "device_address_bits": 64,
+    "l2_cache_size": 52_428_800,
+    "device_vendor": '"NVIDIA Corporation"',
+    "dnn_version": '"9.12.0"',
+    "platform_version": '"Compute Capability 9.0a"',
+    "driver_version": '"13.0.0"',
+    "runtime_version": '"13.0.0"',
+    "compile_time_toolkit_version": '"13.0.0"',
+}
+
+
+def target_config(gpu: Gpu) -> str:
+    """What the compiler has to know of the GPU, as a text proto (GpuTargetConfigProto of XLA)."""
+    numbers = _HOPPER | {
+        "name": f'"{gpu.kind}"',
+        "clock_rate_ghz": gpu.clock / 1e9,
+        "memory_bandwidth": int(gpu.hbm_bandwidth),
+        "device_memory_size": gpu.memory_bytes,
+    }
+    fields = [f"{name}: {value}" for name, value in numbers.items()]
+    # The extension selects sm_90a, where wgmma is.
+    fields.append("cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }")
+    return (
+        f'gpu_device_info {{ {" ".join(fields)} }} platform_name: "CUDA" '
+        "dnn_version_info { major: 9 minor: 12 patch: 0 } "
+        f'device_description_str: "{gpu.kind}"'
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Nodes:
+    """Nodes of one kind of GPU, with a switch each and a network between them.
+
+    shape: (1, nodes, GPUs of a node), the axes of a device's `coords`.
+    """
+
+    name: str
+    chip: Gpu
+    shape: tuple[int, int, int]
+    devices: Sequence[jax.Device]
+
+    def transfer_seconds(self, kind: str, size: int, coordinates: np.ndarray) -> float:
+        """The least time of a collective: its bytes at full bandwidth, switch and network at once.
+
+        All-reduces are taken to be summed in the switch (NVLink SHARP), which halves what a ring
+        sends; between nodes they are not.
+
+        Args:
+          kind: as in `collectives.KINDS`. size: as in `collectives.Collective`.
+          coordinates: [members, 3] of the devices that take part.
+        """
+        members = len(coordinates)
+        if members < 2:
+            return 0.0
+        nodes = len(np.unique(coordinates[:, 1]))
+        here = members // nodes  # members of a node, each with a network card
+        link, network = self.chip.link_bandwidth, self.chip.network_bandwidth
+        if kind in ("collective-permute", "collective-broadcast"):
+            return size / (network if nodes > 1 else link)
+        sent = size if kind == "all-reduce" else size * (members - 1) / members
+        inside = sent / link if here > 1 else 0.0
+        if kind in ("all-to-all", "ragged-all-to-all"):
+            return max(inside, size * (members - here) / members / network)
+        outside = size * (nodes - 1) / nodes / (here * network)
+        return max(inside, 2 * outside if kind == "all-reduce" else outside)
+
+
+def is_gpu(name: str) -> bool:
+    """Whether a topology's name is meant for GPUs, known or not."""
+    return name.partition(":")[0] in GPUS
+
+
+def parse(name: str) -> tuple[Gpu, tuple[int, int, int]]:
+    """`h100:8` as its GPU and (1, 1, 8), `h200:2x8` as (1, 2, 8).
+
+    Raises:
+      UserError: numbers of another form, or more GPUs than a node has.
+    """
+    kind, _, sizes = name.partition(":")
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", sizes)
+    if not found:
+        raise UserError(
+            f"topology {name!r} needs the number of GPUs after the colon, such as {kind}:8 for a "
+            f"node or {kind}:2x8 for two"
+        )
+    nodes, gpus = int(found[1] or 1), int(found[2])
+    if gpus > GPUS_PER_NODE:
+        raise UserError(
+            f"topology {name!r} has {gpus} GPUs in a node, which holds {GPUS_PER_NODE}; write "
+            f"NODESxGPUS, such as {kind}:2x8"
+        )
+    return GPUS[kind], (1, nodes, gpus)
+
+
+def _missing() -> UserError:
+    return UserError(
+        "compiling for a GPU needs jax's CUDA plugin and NVIDIA's assembler, which are not "
+        "installed; pip install -r requirements/aot-gpu.txt"
+    )
+
+
+def _find_assembler() -> None:
+    """Puts NVIDIA's programs on the PATH, where XLA looks for them.
+
+    Raises:
+      UserError: there is none.
+    """
+    # Of the wheels nvidia-cuda-nvcc installs.
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        programs = pathlib.Path(folder, "cu13", "bin")
+        if (programs / "ptxas").exists():
+            os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
+    if shutil.which("ptxas") is None:
+        raise _missing()
+
+
+def describe(name: str) -> Nodes:
+    """The nodes of this name, their devices made up by jax's CUDA plugin; no GPU is needed.
+
+    Raises:
+      UserError: the plugin or the assembler is not installed, or the plugin refuses.
+    """
+    gpu, shape = parse(name)
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise _missing()
+    _find_assembler()
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            topology="x".join(map(str, shape)),
+            target_config=target_config(gpu),
+        )
+    except Exception as error:  # jaxlib raises several types, all with the reason as text
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"jax's CUDA plugin can't describe {name} ({reason}); its version and jax's have to be "
+            "the same: pip install -r requirements/aot-gpu.txt"
+        ) from error
+    return Nodes(name, gpu, shape, found.devices)
+
+
+def versions() -> dict[str, str]:
+    """Of what compiles for GPUs; a name is left out where it came another way than as a wheel."""
+    made = {}
+    for name in ("jax-cuda13-plugin", "nvidia-cuda-nvcc"):
+        try:
+            made[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return made
