@@ -3,10 +3,9 @@
     python -m benchmarks.gpu_spills                     # table; fails above the limits below
     python -m benchmarks.gpu_spills --width 128 --json spills.json
 
-Needs no GPU. It needs the CUDA plugin of the installed jax and NVIDIA's assembler (1.3 GB):
+Needs no GPU. It needs the CUDA plugin of the installed jax and NVIDIA's programs:
 
-    pip install --no-deps jax-cuda13-plugin==$JAX jax-cuda13-pjrt==$JAX \
-        nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
+    pip install -r requirements/aot-gpu.txt nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump
 
 What it proves: the kernels build, and how many bytes their threads keep in local memory. It says
 nothing about results or speed.
@@ -22,44 +21,12 @@ import os
 import pathlib
 import re
 import sys
-import sysconfig
 import tempfile
+
+from qwen_jax.errors import UserError
 
 LIMITS = {"flash_forward": 0, "flash_backward_keys": 64, "flash_backward_queries": 96}
 """Bytes of spill stores allowed. The backward kernels' few lie outside the loops without a mask."""
-
-# Numbers of the device as its driver reports them, in the form openxla/xla keeps its reference
-# specifications in (xla/backends/gpu/target_config/specs).
-_H200 = {
-    "threads_per_block_limit": 1024,
-    "threads_per_warp": 32,
-    "shared_memory_per_block": 49152,
-    "shared_memory_per_block_optin": 232448,
-    "shared_memory_per_core": 233472,
-    "threads_per_core_limit": 2048,
-    "core_count": 132,
-    "fpus_per_core": 128,
-    "registers_per_core_limit": 65536,
-    "registers_per_block_limit": 65536,
-    "block_dim_limit_x": 2**31 - 1,
-    "block_dim_limit_y": 65535,
-    "block_dim_limit_z": 65535,
-    "thread_dim_limit_x": 1024,
-    "thread_dim_limit_y": 1024,
-    "thread_dim_limit_z": 64,
-    "device_address_bits": 64,
-    "clock_rate_ghz": 1.98,
-    "memory_bandwidth": 4_800_000_000_000,
-    "l2_cache_size": 52_428_800,
-    "device_memory_size": 151_397_597_184,
-    "device_vendor": '"NVIDIA Corporation"',
-    "name": '"NVIDIA H200"',
-    "dnn_version": '"9.12.0"',
-    "platform_version": '"Compute Capability 9.0a"',
-    "driver_version": '"13.0.0"',
-    "runtime_version": '"13.0.0"',
-    "compile_time_toolkit_version": '"13.0.0"',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +50,6 @@ class Report:
     spill_loads: int
     wgmma: int
     warnings: tuple[str, ...]
-
-
-def _target_config() -> str:
-    fields = [f"{name}: {value}" for name, value in _H200.items()]
-    # The extension selects sm_90a, where wgmma is.
-    fields.append("cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }")
-    return (
-        f'gpu_device_info {{ {" ".join(fields)} }} platform_name: "CUDA" '
-        "dnn_version_info { major: 9 minor: 12 patch: 0 } "
-        'device_description_str: "NVIDIA H200"'
-    )
 
 
 def _compile(case: Case, mesh) -> None:
@@ -146,25 +102,16 @@ def _read(folder: pathlib.Path, case: Case) -> list[Report]:
 
 
 def measure(cases: list[Case]) -> list[Report]:
-    """Compiles each case; one report a kernel. Raises RuntimeError without the CUDA plugin."""
+    """Compiles each case; one report a kernel. Raises UserError without the CUDA plugin."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="gpu_spills_"))
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ["MOSAIC_GPU_DUMP_TO"] = str(folder)
-    tools = pathlib.Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13", "bin")
-    os.environ["PATH"] = f"{tools}{os.pathsep}{os.environ['PATH']}"
     import jax
     import numpy as np
-    from jax.experimental import topologies
 
-    try:
-        device = topologies.get_topology_desc(
-            platform="cuda", topology_name="", topology="1x1x1", target_config=_target_config()
-        ).devices[0]
-    except Exception as error:
-        raise RuntimeError(
-            "jax's CUDA plugin is not installed here; see the top of benchmarks/gpu_spills.py"
-        ) from error
-    mesh = jax.sharding.Mesh(np.array([device]), ("x",))
+    from qwen_jax.aot.nodes import describe
+
+    mesh = jax.sharding.Mesh(np.array(describe("h200:1").devices), ("x",))
     reports = []
     for case in cases:
         _compile(case, mesh)
@@ -189,8 +136,8 @@ def main() -> int:
     ]
     try:
         reports = measure(cases)
-    except RuntimeError as error:
-        print(error, file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 2
     import jax
 

@@ -47,24 +47,29 @@ def _iota_groups(text: str) -> np.ndarray | None:
 
 
 def _mesh_groups(text: str) -> np.ndarray | None:
-    """`mesh['a'=64,'b'=4] {'b'}`: groups along the named axes of a mesh of devices 0, 1, …"""
-    match = re.match(r"mesh\[([^\]]*)\](, device_ids=\([^)]*\))?\s*\{([^}]*)\}", text)
-    if not match or match[2]:
+    """`mesh['a'=64,'b'=4] {'b'}`: groups along the named axes of a mesh of devices 0, 1, …
+
+    Its devices may lie in another order: `mesh[…], device_ids=([4,2]T(1,0)) {'b'}` is 0, 1, …,
+    laid out as [4,2], transposed.
+    """
+    ids = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    match = re.match(rf"mesh\[([^\]]*)\]{ids}\s*\{{([^}}]*)\}}", text)
+    if not match:
         return None
     axes = dict((name, int(n)) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1]))
-    chosen = re.findall(r"'(\w+)'", match[3])
-    if re.search(r"'\w+':\(", match[3]) or not chosen:
+    chosen = re.findall(r"'(\w+)'", match[4])
+    if re.search(r"'\w+':\(", match[4]) or not chosen:
         return None
+    devices = np.arange(math.prod(axes.values()))
+    if match[2]:
+        devices = devices.reshape([int(n) for n in match[2].split(",")])
+        order = [int(n) for n in match[3].split(",")] if match[3] else None
+        devices = devices.transpose(order) if order else devices
     names = list(axes)
     rest = [names.index(a) for a in names if a not in chosen]
     order = rest + [names.index(a) for a in chosen]
     members = math.prod(axes[a] for a in chosen)
-    return (
-        np.arange(math.prod(axes.values()))
-        .reshape(list(axes.values()))
-        .transpose(order)
-        .reshape(-1, members)
-    )
+    return devices.reshape(list(axes.values())).transpose(order).reshape(-1, members)
 
 
 def groups(i: Instruction, n_devices: int) -> list[list[int]]:

@@ -160,12 +160,13 @@ class Nodes:
         link, network = self.chip.link_bandwidth, self.chip.network_bandwidth
         if kind in ("collective-permute", "collective-broadcast"):
             return size / (network if nodes > 1 else link)
-        sent = size if kind == "all-reduce" else size * (members - 1) / members
-        inside = sent / link if here > 1 else 0.0
         if kind in ("all-to-all", "ragged-all-to-all"):
-            return max(inside, size * (members - here) / members / network)
-        outside = size * (nodes - 1) / nodes / (here * network)
-        return max(inside, 2 * outside if kind == "all-reduce" else outside)
+            inside, outside = size * (here - 1) / members, size * (members - here) / members
+        else:
+            inside, outside = size * (here - 1) / here, size * (nodes - 1) / nodes / here
+        if kind == "all-reduce":
+            inside, outside = size * (here > 1), 2 * outside
+        return max(inside / link, outside / network)
 
 
 def is_gpu(name: str) -> bool:

@@ -55,11 +55,13 @@ def _asked(job: PretrainJob, pod: Pod | Nodes, mesh) -> dict[str, Any]:
     }
 
 
-def _collectives(cost: timeline.Cost) -> dict[str, Any]:
-    return {
-        kind: {"count": count, "bytes": cost.bytes[kind]}
-        for kind, count in sorted(cost.counts.items())
-    }
+def _collectives(cost: timeline.Cost, on_gpu: bool) -> dict[str, Any]:
+    made = {}
+    for kind, count in sorted(cost.counts.items()):
+        made[kind] = {"count": count, "bytes": cost.bytes[kind]}
+        if on_gpu:
+            made[kind]["synchronous"] = cost.synchronous[kind]
+    return made
 
 
 def _times(job: PretrainJob, pod: Pod | Nodes, cost: timeline.Cost, model_flops: float):
@@ -88,7 +90,8 @@ def report(job: PretrainJob, pod: Pod | Nodes, result: CompiledStep | TooLarge) 
 
     Bytes are per device. `flops.model` counts as `train.flops` does, `flops.executed` what the
     program multiplies, recomputation included; both are of one step on all devices. Collectives'
-    bytes are of the whole array over its group (see `collectives.Collective`).
+    bytes are of the whole array over its group (see `collectives.Collective`); of those of GPUs
+    "synchronous" says how many run beside nothing.
     """
     made = _asked(job, pod, result.mesh) | {
         "xla_options": result.options,
@@ -114,7 +117,7 @@ def report(job: PretrainJob, pod: Pod | Nodes, result: CompiledStep | TooLarge) 
             "hbm_bytes": chip.hbm_bytes,
             "host_temp_bytes": memory.host,
         },
-        "collectives": _collectives(cost),
+        "collectives": _collectives(cost, on_gpu),
         "flops": {
             "model": model_flops,
             "executed": executed,

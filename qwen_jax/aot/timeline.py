@@ -36,7 +36,8 @@ class Cost:
     Attributes:
       seconds: until its last operation is done. compute: seconds of operations on the cores.
       waiting: seconds held up, by resource. flops: executed. kernel_flops: those of Pallas calls.
-      counts, bytes, busy: of collectives, by kind; busy in seconds.
+      counts, bytes, busy: of collectives, by kind; busy in seconds. synchronous: how many of them
+        GPUs wait for on the spot, by kind.
       by_name: seconds on the cores by op_name, for finding what is slow.
     """
 
@@ -49,6 +50,7 @@ class Cost:
     counts: Counter = dataclasses.field(default_factory=Counter)
     bytes: Counter = dataclasses.field(default_factory=Counter)
     busy: Counter = dataclasses.field(default_factory=Counter)
+    synchronous: Counter = dataclasses.field(default_factory=Counter)
     host_bytes: int = 0
     by_name: Counter = dataclasses.field(default_factory=Counter)
 
@@ -56,7 +58,7 @@ class Cost:
         """Adds everything of `other` but its seconds, `times` over."""
         for name in ("compute", "flops", "kernel_flops", "unpriced_kernels", "host_bytes"):
             setattr(self, name, getattr(self, name) + times * getattr(other, name))
-        for name in ("waiting", "counts", "bytes", "busy", "by_name"):
+        for name in ("waiting", "counts", "bytes", "busy", "synchronous", "by_name"):
             mine = getattr(self, name)
             for key, value in getattr(other, name).items():
                 mine[key] += times * value
@@ -205,6 +207,7 @@ class _Run:
         if collectives.kind_of(i.opcode):
             self._transfer(i, self._result(i), i.name)
             if '"is_sync":true' in i.attributes:  # XLA's GPU compiler: not beside anything
+                self.total.synchronous[collectives.kind_of(i.opcode)] += 1
                 self._until(*self.pending[i.name])
         elif i.opcode == "async-start" and not i.operands:
             self.armed[i.name] = i

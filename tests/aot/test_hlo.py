@@ -117,6 +117,18 @@ def test_a_loop_of_another_form_is_refused():
         ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
         ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
         ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'c','a'}", [[0, 4, 1, 5], [2, 6, 3, 7]]),
+        (
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}",
+            [[0, 2, 4, 6], [1, 3, 5, 7]],
+        ),
+        (
+            "replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
+        (
+            "replica_groups=mesh['a'=4,'b'=2], device_ids=([8]) {'b'}",
+            [[0, 1], [2, 3], [4, 5], [6, 7]],
+        ),
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
     ],
 )

@@ -13,7 +13,7 @@ from tests import toy
 def test_each_kind_gets_its_own_options_and_others_none():
     assert xla_options("TPU v5") == XLA_OPTIONS["TPU v5"]
     assert xla_options("TPU v5 lite") == {}  # v5e has no SparseCores
-    assert xla_options("cpu") == {} and xla_options("NVIDIA H200") == {}
+    assert xla_options("cpu") == {} and xla_options("NVIDIA A100-SXM4-80GB") == {}
     found = xla_options("TPU v6 lite")
     found["more"] = "true"
     assert "more" not in xla_options("TPU v6 lite")

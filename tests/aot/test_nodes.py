@@ -1,0 +1,323 @@
+"""Nodes of GPUs: names, transfer times in closed form, what their programs' operations cost."""
+
+import dataclasses
+import importlib.util
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pods
+from qwen_jax.aot import collectives, hlo, nodes, timeline, topology, work
+from qwen_jax.aot.compile import CompiledStep, Memory
+from qwen_jax.aot.report import report
+from qwen_jax.config import from_config_dict
+from qwen_jax.errors import UserError
+from qwen_jax.kernels.mask import live_blocks, make_mask
+from qwen_jax.train.job import PretrainJob
+from tests import programs
+from tests.aot.pods import Device
+
+LINK, NETWORK, PEAK = 4.5e11, 5e10, 989e12
+MIB2 = 2 * 2**20  # bytes of bf16[1024,1024]
+
+
+def made_up(name: str) -> nodes.Nodes:
+    """The nodes of this name without jax's CUDA plugin."""
+    gpu, shape = nodes.parse(name)
+    devices = [Device((0, node, n)) for node in range(shape[1]) for n in range(shape[2])]
+    return nodes.Nodes(name, gpu, shape, devices)
+
+
+def mesh(place: nodes.Nodes):
+    return types.SimpleNamespace(
+        devices=np.array(place.devices, dtype=object), size=len(place.devices), shape={}
+    )
+
+
+def module(entry: str, *others: str) -> hlo.Module:
+    main = "ENTRY %main (p: f32[1]) -> f32[1] {\n" + entry + "\n}"
+    return hlo.parse("\n\n".join([*others, main]))
+
+
+def played(place: nodes.Nodes, *lines: str) -> timeline.Cost:
+    return timeline.predict(module("\n".join(lines)), place, mesh(place))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("h100:8", (1, 1, 8)), ("h200:2x8", (1, 2, 8)), ("h100:1", (1, 1, 1))]
+)
+def test_a_name_is_nodes_and_gpus(name, shape):
+    gpu, found = nodes.parse(name)
+    assert found == shape and gpu.name == name[:4]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("h100:", "needs the number of GPUs after the colon, such as h100:8 for a node"),
+        ("h200:0", "needs the number of GPUs"),
+        ("h100:x8", "needs the number of GPUs"),
+        ("h100:2x2x8", "needs the number of GPUs"),
+        ("h100:16", "has 16 GPUs in a node, which holds 8; write NODESxGPUS, such as h100:2x8"),
+    ],
+)
+def test_other_names_are_refused(name, sentence):
+    assert nodes.is_gpu(name)
+    with pytest.raises(UserError) as refused:
+        nodes.parse(name)
+    assert sentence in str(refused.value)
+
+
+def test_an_unknown_gpu_is_refused_with_the_known_ones():
+    assert not nodes.is_gpu("h300:8")
+    with pytest.raises(UserError, match=r"no known TPU or GPU .*h[12]00.*such as h100:8"):
+        topology.parse("h300:8")
+
+
+def test_a_missing_plugin_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(nodes.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -r requirements/aot-gpu\.txt"):
+        nodes.describe("h100:8")
+
+
+def test_a_missing_assembler_is_one_sentence(monkeypatch, tmp_path):
+    (tmp_path / "cu13" / "bin").mkdir(parents=True)
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(nodes.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="NVIDIA's assembler, which are not installed"):
+        nodes.describe("h100:8")
+
+
+def transfer(name: str, kind: str, groups: str) -> collectives.Collective:
+    place = made_up(name)
+    key = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
+    i = hlo.parse_instruction(f"  %c = bf16[1024,1024] {kind}(%x), {key}={groups}")
+    return collectives.measure(place, collectives.coordinates(place, mesh(place)), i, i.shapes)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "groups", "size", "seconds"),
+    [
+        ("h100:8", "all-gather", "[1,8]<=[8]", MIB2, MIB2 * 7 / 8 / LINK),
+        ("h100:8", "all-gather", "[4,2]<=[8]", MIB2, MIB2 / 2 / LINK),
+        ("h100:8", "all-reduce", "[1,8]<=[8]", MIB2, MIB2 / LINK),  # summed in the switch
+        ("h100:8", "reduce-scatter", "[1,8]<=[8]", 8 * MIB2, 7 * MIB2 / LINK),
+        ("h100:8", "all-to-all", "[2,4]<=[8]", MIB2, MIB2 * 3 / 4 / LINK),
+        ("h100:8", "all-gather", "[8,1]<=[8]", MIB2, 0),  # nobody to hear from
+        # Two nodes: half of the array comes over all network cards, an eighth or a fourth each.
+        ("h200:2x8", "all-gather", "[1,16]<=[16]", MIB2, MIB2 * 7 / 8 / LINK),
+        ("h200:2x4", "all-gather", "[1,8]<=[8]", MIB2, MIB2 / 2 / (4 * NETWORK)),
+        ("h200:2x8", "all-gather", "[8,2]<=[2,8]T(1,0)", MIB2, MIB2 / 2 / NETWORK),
+        ("h200:2x8", "all-reduce", "[1,16]<=[16]", MIB2, MIB2 / (8 * NETWORK)),
+        ("h200:2x8", "all-to-all", "[1,16]<=[16]", MIB2, MIB2 / 2 / NETWORK),
+        ("h200:2x8", "all-gather", "[2,8]<=[16]", MIB2, MIB2 * 7 / 8 / LINK),  # each in its node
+        ("h200:2x8", "collective-permute", "{{0,1},{1,0}}", MIB2, MIB2 / LINK),
+        ("h200:2x8", "collective-permute", "{{0,1},{7,8}}", MIB2, MIB2 / NETWORK),
+    ],
+)
+def test_a_transfer_takes_its_bytes_over_switch_and_network(name, kind, groups, size, seconds):
+    found = transfer(name, kind, groups)
+    assert (found.kind, found.bytes) == (kind, size)
+    assert found.seconds == pytest.approx(seconds)
+
+
+def test_what_is_synchronous_is_waited_for():
+    gather = (
+        "  %s = (bf16[128,1024], bf16[1024,1024]) all-gather-start(%x), "
+        'replica_groups=[1,8]<=[8], backend_config={{"is_sync":{0}}}'
+    )
+    product = (
+        "  %d = (bf16[4096,4096], s8[4194304]) custom-call(%a, %b), "
+        'custom_call_target="__cublas$lt$matmul", '
+        'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
+    )
+    operands = [f"  %{name} = bf16[4096,4096] parameter({n})" for n, name in enumerate("ab")]
+    done = "  %g = bf16[1024,1024] all-gather-done(%s)"
+    wire, flops = MIB2 * 7 / 8 / LINK, 2 * 4096**3
+    for is_sync, waiting in (("false", 0.0), ("true", wire)):
+        cost = played(made_up("h100:8"), *operands, gather.format(is_sync), product, done)
+        assert cost.waiting["interconnect"] == pytest.approx(waiting)
+        assert cost.counts == {"all-gather": 1}
+        assert cost.synchronous["all-gather"] == (is_sync == "true")
+        assert cost.flops == flops
+        assert cost.seconds == pytest.approx(flops / PEAK + waiting)
+
+
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_a_call_of_cublas_counts_its_product_and_not_its_workspace(target):
+    m = module(
+        "  %a = bf16[3,16,8] parameter(0)\n  %b = bf16[3,16,4] parameter(1)\n"
+        f'  ROOT %d = (f32[3,8,4], s8[999]) custom-call(%a, %b), custom_call_target="{target}", '
+        'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{'
+        '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],'
+        '"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}'
+    )
+    scope = m.computations[m.entry]
+    assert work.flops(m, scope, scope.root) == 2 * 3 * 8 * 4 * 16
+    assert work.hbm_bytes(m, scope, scope.root) == 2 * 3 * 16 * (8 + 4) + 4 * 3 * 8 * 4
+
+
+def hopper_call(name: str, length: int, keys: int) -> hlo.Module:
+    return module(
+        f"  %q = bf16[2,{length},16,128] parameter(0)\n  %k = bf16[2,{keys},4,128] parameter(1)\n"
+        f"  ROOT %o = bf16[2,{length},16,128] custom-call(%q, %k, %k), "
+        f'custom_call_target="mosaic_gpu_v2", metadata={{op_name="jit(f)/{name}/mpmd_map"}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "products"),
+    [("flash_forward", 2), ("flash_backward_keys", 4), ("flash_backward_queries", 3)],
+)
+def test_our_attention_on_hopper_counts_the_blocks_it_visits(name, products):
+    length, block = 1024, 128
+    live = int(live_blocks(make_mask(None, None, None, None), length, length, block, block).sum())
+    m = hopper_call(name, length, length)
+    scope = m.computations[m.entry]
+    pairs = 2 * 16 * live * block * block
+    assert work.is_kernel(scope.root)
+    assert work.flops(m, scope, scope.root) == 2 * products * 128 * pairs
+    # Keys of another length come from a ring or a cache: all of them may be seen.
+    m = hopper_call(name, length, 3 * length)
+    scope = m.computations[m.entry]
+    assert work.flops(m, scope, scope.root) == 2 * products * 128 * 2 * 16 * length * 3 * length
+
+
+def test_a_kernel_that_is_not_known_is_counted_as_such():
+    m = hopper_call("another", 256, 256)
+    cost = timeline.predict(m, made_up("h100:8"), mesh(made_up("h100:8")))
+    assert cost.unpriced_kernels == 1 and cost.flops == 0
+    known = hopper_call("flash_forward", 256, 256)
+    assert timeline.predict(known, made_up("h100:8"), mesh(made_up("h100:8"))).unpriced_kernels == 0
+
+
+@pytest.mark.parametrize(("share", "fits"), [(0.89, True), (0.91, False)])
+def test_a_report_predicts_nothing_and_keeps_memory_for_nccl(share, fits):
+    place = made_up("h100:8")
+    job = from_config_dict(PretrainJob, pods.get_config("7b,h100-8"))
+    text = (
+        "ENTRY %main (p: f32[8]) -> f32[8] {\n  %a = bf16[4096,4096] parameter(0)\n"
+        "  ROOT %d = bf16[4096,4096] dot(%a, %a), lhs_contracting_dims={1}\n}"
+    )
+    peak = int(share * place.chip.memory_bytes)
+    memory = Memory(arguments=1, temporaries=2, peak=peak, host=0)
+    made = report(job, place, CompiledStep(text, memory, 1.0, mesh(place), {}))
+    assert made["memory"]["fits"] is fits
+    assert made["memory"]["hbm_bytes"] == int(0.9 * place.chip.memory_bytes)
+    assert made["prediction"] is None
+    seconds = 2 * 4096**3 / PEAK
+    assert made["roofline"]["step_seconds"] == pytest.approx(seconds, abs=1e-6)
+    assert made["flops"]["executed"] == 8 * 2 * 4096**3
+    assert "no prediction" in made["roofline"]["assumptions"]
+    assert made["versions"]["jax"] == jax.__version__ and "libtpu" not in made["versions"]
+
+
+def test_the_compiler_is_told_of_each_gpu_what_it_has():
+    for gpu in nodes.GPUS.values():
+        text = nodes.target_config(gpu)
+        assert f"device_memory_size: {gpu.memory_bytes} " in text
+        assert f"memory_bandwidth: {gpu.hbm_bandwidth} " in text
+        assert text.count(f'"{gpu.kind}"') == 2
+        assert gpu.name.upper() in gpu.kind
+    h100, h200 = nodes.GPUS["h100"], nodes.GPUS["h200"]
+    assert h100.memory_bytes < h200.memory_bytes and dataclasses.replace(
+        h100, name="h200", kind=h200.kind, memory_bytes=h200.memory_bytes,
+        hbm_bandwidth=h200.hbm_bandwidth,
+    ) == h200  # fmt: skip
+
+
+needs_cuda_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="compiles for GPUs: jax's CUDA plugin is not installed, it takes 0.8 GB "
+    "(pip install -r requirements/aot-gpu.txt)",
+)
+LENGTH, LAYERS, MICROBATCHES = 1024, 2, 4
+TOY = (
+    "launch.aot",
+    "--config=configs/pretrain.py:toy",
+    "--config.model.head_dim=128",
+    f"--config.model.n_layers={LAYERS}",
+    "--config.options.dtype=bfloat16",
+    "--config.options.remat=products",
+    "--config.mesh.fsdp=-1",
+    "--config.mesh.tensor=1",
+    f"--config.train.microbatches={MICROBATCHES}",
+    f"--seq_len={LENGTH}",
+    "--per_device_batch=4",
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What the program says for the toy on a node and on two, with the programs' text."""
+    folder = tmp_path_factory.mktemp("nodes")
+    calls = [
+        [*TOY, f"--topology={name}", f"--dump_hlo={folder}/{n}", f"--config.mesh.data={n + 1}"]
+        for n, name in enumerate(("h100:8", "h200:2x2"))
+    ]
+    found = []
+    for n, done in enumerate(programs.run(calls, timeout=500)):
+        assert done.status == 0, done.output
+        start = done.output.index("{\n")
+        made = json.loads(done.output[start : done.output.rindex("}") + 1])
+        found.append((made, hlo.parse((folder / str(n)).read_text())))
+    return found
+
+
+def loops(m: hlo.Module, scope: hlo.Computation, times: int = 1):
+    """(computation, how often it runs) of the entry and of all loops in it."""
+    yield scope, times
+    for i in scope.instructions:
+        if i.opcode == "while":
+            trips = hlo.trip_count(m, scope, i)
+            yield from loops(m, m.computations[i.called("body")], times * trips)
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_real_step_compiles_for_nodes_of_gpus(compiled, number):
+    made, m = compiled[number]
+    assert made["devices"] == (8, 4)[number]
+    assert made["mesh"]["data"] == number + 1
+    memory = made["memory"]
+    # State: float32 weights and two moments, split over fsdp.
+    shards = made["mesh"]["fsdp"]
+    assert 12 * made["parameters"] / shards <= memory["argument_bytes"] <= memory["peak_bytes"]
+    assert memory["fits"] and memory["peak_bytes"] < 2**30
+    assert made["prediction"] is None and made["roofline"]["step_seconds"] > 0
+    assert made["roofline"]["pallas_calls_without_estimate"] == 0
+    # Nothing is multiplied twice but scores: seven products of attention's instead of five, and
+    # whole blocks of the eight on a side.
+    flops, rows = made["flops"], 4 * made["devices"]
+    heads, per_product = 2, 2 * LENGTH**2 / 2 * 128
+    visited = 9 * per_product * 9 / 8
+    assert flops["pallas"] == pytest.approx(rows * LAYERS * heads * visited, rel=1e-6)
+    assert flops["executed"] - flops["pallas"] == pytest.approx(
+        flops["model"] - rows * LAYERS * heads * 6 * per_product * (1 + 1 / LENGTH), rel=0.02
+    )
+    # One kernel forward, two backward, in every layer and microbatch.
+    times = {"flash_forward": 0, "flash_backward_keys": 0, "flash_backward_queries": 0}
+    for scope, runs in loops(m, m.computations[m.entry]):
+        for i in filter(work.is_kernel, scope.instructions):
+            (kernel,) = set(i.text("op_name").split("/")) & set(times)
+            times[kernel] += runs
+    assert set(times.values()) == {LAYERS * MICROBATCHES}
+    # No scores of a whole row in memory.
+    shapes = {s.dims for scope in m.computations.values() for i in scope.instructions
+              for s in i.shapes}  # fmt: skip
+    assert not [dims for dims in shapes if dims.count(LENGTH) > 1]
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
+def test_weights_of_a_layer_are_gathered_and_gradients_scattered_beside_its_work(compiled):
+    made, _ = compiled[0]
+    moved = made["collectives"]
+    assert moved["all-gather"]["count"] > LAYERS * MICROBATCHES
+    for kind in ("all-gather", "reduce-scatter"):
+        assert moved[kind]["synchronous"] == 0, moved
