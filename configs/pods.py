@@ -34,7 +34,8 @@ class Slice:
     topology: str | None = None
 
 
-# HBM of TPUs: what their compiler allows (aot/topology.py); of GPUs: the data sheet's.
+# HBM of TPUs: what their compiler allows (aot/topology.py); of GPUs: what XLA may be given
+# (aot/nodes.py).
 SLICES = {
     "v5e-16": Slice(16, 16.9e9, "v5e:4x4"),
     "v5e-256": Slice(256, 16.9e9, "v5e:16x16"),
@@ -42,8 +43,8 @@ SLICES = {
     "v6e-256": Slice(256, 33.5e9, "v6e:16x16"),
     "v5p-128": Slice(64, 102.8e9, "v5p:4x4x4"),
     "v5p-1024": Slice(512, 102.8e9, "v5p:8x8x8"),
-    "h100-8": Slice(8, 80e9),
-    "h200-8": Slice(8, 141e9),
+    "h100-8": Slice(8, 76.4e9, "h100:8"),
+    "h200-8": Slice(8, 136.3e9, "h200:8"),
 }
 
 # Float32 weights and Adam's two moments, and the gradients' float32 sums.
@@ -72,6 +73,10 @@ class Layout:
 # Weights are shared by the whole slice. On v5p that makes the compiler (libtpu 0.0.51) gather them
 # by all-reduces, at twice the bytes, but on the SparseCores and hidden; shared along two of the
 # torus' three axes (fsdp=16, data=4) they are gathered, but waited for: 83 ms of 2,638 on v5p-128.
+#
+# On GPUs memory is left over for keeping every product; all of them fit the three quarters that JAX
+# takes by itself. More rows would fit 14B, but near the end of memory XLA gives up running
+# collectives beside anything (docs/pods.md).
 LAYOUTS = {
     ("1.8b", "v5e-16"): Layout(4, "attention"),
     ("1.8b", "v5e-256"): Layout(8, "attention"),
@@ -79,23 +84,23 @@ LAYOUTS = {
     ("1.8b", "v6e-256"): Layout(8, "gate"),
     ("1.8b", "v5p-128"): Layout(8, "products"),
     ("1.8b", "v5p-1024"): Layout(4, "products"),
-    ("1.8b", "h100-8"): Layout(8, "qkv_out"),
-    ("1.8b", "h200-8"): Layout(8, "products"),
+    ("1.8b", "h100-8"): Layout(16, "products"),
+    ("1.8b", "h200-8"): Layout(16, "products"),
     ("7b", "v5e-16"): Layout(2, "full"),
     ("7b", "v5e-256"): Layout(4, "attention"),
     ("7b", "v6e-64"): Layout(8, "out_mid"),
     ("7b", "v6e-256"): Layout(8, "qkv_out"),
     ("7b", "v5p-128"): Layout(8, "products"),
     ("7b", "v5p-1024"): Layout(4, "products"),
-    ("7b", "h100-8"): Layout(4, "qkv_out"),
-    ("7b", "h200-8"): Layout(8, "qkv_out"),
+    ("7b", "h100-8"): Layout(4, "products"),
+    ("7b", "h200-8"): Layout(8, "products"),
     ("14b", "v5e-256"): Layout(4, "out_mid"),
     ("14b", "v6e-64"): Layout(8, "full"),
     ("14b", "v6e-256"): Layout(8, "out"),
     ("14b", "v5p-128"): Layout(4, "products"),
     ("14b", "v5p-1024"): Layout(4, "products"),
-    ("14b", "h100-8"): Layout(4, "out"),
-    ("14b", "h200-8"): Layout(4, "qkv_out"),
+    ("14b", "h100-8"): Layout(2, "products"),
+    ("14b", "h200-8"): Layout(4, "products"),
     # A gathered layer of 72B is 1.8 GB in bf16, and its float32 gradient as much again: small chips
     # split it over four.
     ("72b", "v5e-256"): Layout(1, "full", tensor=4),

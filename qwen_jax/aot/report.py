@@ -29,7 +29,8 @@ _ROOFLINE = (
 )
 
 
-def _versions(pod: Pod | Nodes) -> dict[str, str]:
+def versions(pod: Pod | Nodes) -> dict[str, str]:
+    """Of what compiles for these devices."""
     if isinstance(pod, Nodes):
         return {"jax": jax.__version__} | nodes.versions()
     return {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
@@ -51,7 +52,7 @@ def _asked(job: PretrainJob, pod: Pod | Nodes, mesh) -> dict[str, Any]:
         "dtype": job.options.dtype,
         "remat": job.options.remat,
         "attention": job.options.attention,
-        "versions": _versions(pod),
+        "versions": versions(pod),
     }
 
 

@@ -26,7 +26,7 @@ _KERNELS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")
 
 # Products over the head dimension for each pair of query and key, of the kernels in kernels/gpu:
 # scores and output; scores, d_out·v, dk and dv; scores, d_out·v and dq.
-_HOPPER_PRODUCTS = {"flash_forward": 2, "flash_backward_keys": 4, "flash_backward_queries": 3}
+HOPPER_PRODUCTS = {"flash_forward": 2, "flash_backward_keys": 4, "flash_backward_queries": 3}
 _HOPPER_TILE = 128
 
 
@@ -119,7 +119,7 @@ def _hopper_flops(scope: Computation, i: Instruction) -> float | None:
     ring's or a cache's, and counted as seen by all.
     """
     parts = (i.text("op_name") or "").split("/")
-    products = next((n for name, n in _HOPPER_PRODUCTS.items() if name in parts), None)
+    products = next((n for name, n in HOPPER_PRODUCTS.items() if name in parts), None)
     if products is None:
         return None
     queries, keys = (scope.by_name[name].shapes[0].dims for name in i.operands[:2])

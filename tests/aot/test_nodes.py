@@ -3,9 +3,11 @@
 import dataclasses
 import importlib.util
 import json
+import re
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from qwen_jax.aot.compile import CompiledStep, Memory
 from qwen_jax.aot.report import report
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
+from qwen_jax.kernels.gpu.flash import KERNEL
 from qwen_jax.kernels.mask import live_blocks, make_mask
 from qwen_jax.train.job import PretrainJob
 from tests import programs
@@ -187,6 +190,20 @@ def test_our_attention_on_hopper_counts_the_blocks_it_visits(name, products):
     assert work.flops(m, scope, scope.root) == 2 * products * 128 * 2 * 16 * length * 3 * length
 
 
+def test_our_kernels_call_themselves_what_is_counted():
+    def run(q, lse):
+        mask = make_mask(None, None, None, None)
+        return KERNEL.forward(q, q, q, mask, 1.0), KERNEL.backward(
+            q, q, q, mask, 1.0, lse, q, lse, None
+        )
+
+    q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+    lse = jax.ShapeDtypeStruct((1, 2, 256), jnp.float32)
+    lowered = jax.jit(run).trace(q, lse).lower(lowering_platforms=("cuda",))
+    names = re.findall(r'"jit\(run\)/(\w+)/mpmd_map"', lowered.as_text(debug_info=True))
+    assert sorted(names) == sorted(work.HOPPER_PRODUCTS)
+
+
 def test_a_kernel_that_is_not_known_is_counted_as_such():
     m = hopper_call("another", 256, 256)
     cost = timeline.predict(m, made_up("h100:8"), mesh(made_up("h100:8")))
@@ -228,6 +245,15 @@ def test_the_compiler_is_told_of_each_gpu_what_it_has():
         h100, name="h200", kind=h200.kind, memory_bytes=h200.memory_bytes,
         hbm_bandwidth=h200.hbm_bandwidth,
     ) == h200  # fmt: skip
+
+
+def test_recipes_for_nodes_count_on_the_memory_that_programs_get():
+    named = {s.topology: s for s in pods.SLICES.values() if nodes.is_gpu(s.topology)}
+    assert set(named) == {f"{name}:8" for name in nodes.GPUS}
+    for name, slice_ in named.items():
+        gpu, shape = nodes.parse(name)
+        assert slice_.devices == np.prod(shape)
+        assert slice_.device_bytes == pytest.approx(gpu.hbm_bytes, rel=1e-3)
 
 
 needs_cuda_plugin = pytest.mark.skipif(
