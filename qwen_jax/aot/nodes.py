@@ -170,7 +170,7 @@ class Nodes:
 
 
 def is_gpu(name: str) -> bool:
-    """Whether a topology's name is meant for GPUs, known or not."""
+    """Whether a topology's name begins with a GPU's; its numbers may still be refused."""
     return name.partition(":")[0] in GPUS
 
 

@@ -265,7 +265,12 @@ LENGTH, LAYERS, MICROBATCHES = 1024, 2, 4
 TOY = (
     "launch.aot",
     "--config=configs/pretrain.py:toy",
+    # A layer of 1.8B: what the compiler joins and overlaps depends on sizes, its time does not.
+    "--config.model.d_model=2048",
+    "--config.model.n_heads=16",
+    "--config.model.n_kv_heads=16",
     "--config.model.head_dim=128",
+    "--config.model.d_ff=5504",
     f"--config.model.n_layers={LAYERS}",
     "--config.options.dtype=bfloat16",
     "--config.options.remat=products",
@@ -314,13 +319,13 @@ def test_the_real_step_compiles_for_nodes_of_gpus(compiled, number):
     # State: float32 weights and two moments, split over fsdp.
     shards = made["mesh"]["fsdp"]
     assert 12 * made["parameters"] / shards <= memory["argument_bytes"] <= memory["peak_bytes"]
-    assert memory["fits"] and memory["peak_bytes"] < 2**30
+    assert memory["fits"]
     assert made["prediction"] is None and made["roofline"]["step_seconds"] > 0
     assert made["roofline"]["pallas_calls_without_estimate"] == 0
     # Nothing is multiplied twice but scores: seven products of attention's instead of five, and
     # whole blocks of the eight on a side.
     flops, rows = made["flops"], 4 * made["devices"]
-    heads, per_product = 2, 2 * LENGTH**2 / 2 * 128
+    heads, per_product = 16, 2 * LENGTH**2 / 2 * 128
     visited = 9 * per_product * 9 / 8
     assert flops["pallas"] == pytest.approx(rows * LAYERS * heads * visited, rel=1e-6)
     assert flops["executed"] - flops["pallas"] == pytest.approx(
