@@ -15,6 +15,7 @@ from configs import pods
 from qwen_jax.aot import collectives, hlo, nodes, timeline, topology, work
 from qwen_jax.aot.compile import CompiledStep, Memory
 from qwen_jax.aot.report import report
+from qwen_jax.aot.search import Try
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.gpu.flash import KERNEL
@@ -231,6 +232,13 @@ def test_a_report_predicts_nothing_and_keeps_memory_for_nccl(share, fits):
     assert made["flops"]["executed"] == 8 * 2 * 4096**3
     assert "no prediction" in made["roofline"]["assumptions"]
     assert made["versions"]["jax"] == jax.__version__ and "libtpu" not in made["versions"]
+
+
+def test_a_search_goes_by_the_roofline_where_nothing_is_predicted():
+    times = {"tokens_per_second_per_chip": 7.0}
+    found = {"memory": {"fits": True}, "prediction": None, "roofline": times}
+    assert Try.of(4, "full", found).rate == 7.0
+    assert Try.of(4, "full", {"memory": {"fits": False}}).rate == 0.0
 
 
 def test_the_compiler_is_told_of_each_gpu_what_it_has():
