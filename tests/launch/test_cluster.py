@@ -139,7 +139,13 @@ def test_a_stopped_run_is_started_again_and_costs_no_restart():
 def _variants(scheduler: str):
     """Jobs with every combination of what changes the shape of a script."""
     switches = {
-        "tpu_vm": {"spot": True, "reservation": "r", "service_account": "s", "slices": 2},
+        "tpu_vm": {
+            "spot": True,
+            "reservation": "r",
+            "service_account": "s",
+            "slices": 2,
+            "mounts": {"/data": "gs://b/a b'$(x)", "/c": "gs://c"},
+        },
         "slurm": {"tasks_per_node": 1, "code": "/c", "partition": "x", "time_limit": "1-00:00:00"},
         "xpk": {"slices": 2, "env": {"A": "b"}},
     }[scheduler]
@@ -151,7 +157,7 @@ def _variants(scheduler: str):
 @pytest.mark.parametrize("scheduler", ["tpu_vm", "slurm", "xpk"])
 def test_scripts_pass_bash_and_shellcheck(scheduler):
     for variant in _variants(scheduler):
-        assert not shellcheck(render(scheduler, variant)), variant
+        assert not shellcheck(render(scheduler, variant), "--exclude=SC2016"), variant
     if scheduler != "xpk":
         secret = {"WANDB_API_KEY": SECRETS[scheduler]}
         assert not shellcheck(render(scheduler, job(scheduler, secrets=secret)), "-e", "SC2016")
@@ -218,6 +224,8 @@ def test_a_line_break_is_refused_everywhere():
         ("gke", {"workdir": "/tmp/x"}, "--workdir=/tmp/x would be lost with the pod; mount"),
         ("gke", {"checkpoints": "/x"}, "--checkpoints=/x would be lost with the pod"),
         ("gke", {"mounts": {"work": "gs://b"}}, r"--mount=work=gs://b must be /FOLDER="),
+        ("gke", {"mounts": {"/": "gs://b"}}, "--mount=/=gs://b must be /FOLDER="),
+        ("tpu_vm", {"mounts": {"/d": "claim"}}, "--mount=/d=claim must be /FOLDER=gs://BUCKET"),
         ("gke", {"secrets": {"A": "x"}}, "--secret=A=x must be A=SECRET/KEY"),
         ("gke", {"partition": "x"}, "gke has no use for --partition"),
         ("gke", {"name": "Qwen"}, "--name=Qwen is no name for a job"),
@@ -464,6 +472,27 @@ def test_the_tpu_vm_script_takes_up_watching_without_touching_what_runs(tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "at work already" in done.stdout
     assert acts[:2] == ["create", "delete"]  # no scp in between
+
+
+def test_buckets_are_mounted_on_tpu_vms_before_the_program_starts(tmp_path):
+    """The worker's script, run with commands that note what they are given."""
+    said = tmp_path / "said"
+    for name in ("sudo", "fusermount", "gcsfuse", "python3", "mountpoint", "id"):
+        status = 1 if name == "mountpoint" else 0
+        (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{said}\nexit {status}\n')
+        (tmp_path / name).chmod(0o755)
+    mounts = {"/mnt/a b'$(x)": "gs://bucket/x/y z", "/mnt/c": "gs://c"}
+    text = render("tpu_vm", job("tpu_vm", mounts=mounts, python=str(tmp_path / "python3")))
+    worker = text.split("<<'END_OF_WORKER_SCRIPT'\n")[1].split("END_OF_WORKER_SCRIPT")[0]
+    worker = worker.replace("cd /opt/qwen_jax/code", f"cd {tmp_path}")
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-s", "train"], input=worker, text=True, env=environment, check=True)
+    lines = [line for line in said.read_text().splitlines() if line.startswith(("gcsf", "pyth"))]
+    assert lines[:2] == [
+        "gcsfuse --implicit-dirs --only-dir=x/y z bucket /mnt/a b'$(x)",
+        "gcsfuse --implicit-dirs c /mnt/c",
+    ]
+    assert lines[2].startswith("python3 -m launch.pretrain --config")
 
 
 @pytest.mark.parametrize(
