@@ -291,6 +291,8 @@ def test_the_recipe_is_checked_against_its_devices():
 def test_flags_of_the_recipe_and_pairs():
     argv = ["gke", "--config", "a.py:7b", "--slice=v5e-8", "--config.a.b=1 2", "--noconfig.x", "-v"]
     assert recipe_flags(argv) == ("--config=a.py:7b", "--config.a.b=1 2", "--noconfig.x")
+    argv = ["--config.a", "--slice=v5e-8", "--config.b", "-1", "--config.c", "x", "--config.d"]
+    assert recipe_flags(argv) == ("--config.a", "--config.b=-1", "--config.c=x", "--config.d")
     assert parse_pairs("env", ["A=b=c"]) == {"A": "b=c"}
     for wrong in (["A"], ["=b"], ["A="], ["A=1", "A=2"]):
         with pytest.raises(UserError, match="--env"):
@@ -314,6 +316,7 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
     report = tmp_path / "7b.json"
     report.write_text(json.dumps({"prediction": {"tokens_per_second_per_chip": 2000.0}}))
     (tmp_path / "bad.json").write_text("[1]")
+    (tmp_path / "big.json").write_text('{"topology": "v5e:4x4", "memory": {"fits": false}}')
     recipe = ["--config=configs/pretrain.py:7b", "--config.data.sources=/data/web=1"]
     gke = ["gke", *recipe, "--slice=v5e-256", "--image=i", "--workdir=/w", "--mount=/w=claim"]
     slurm = ["slurm", *recipe, "--nodes=2", "--workdir=/nfs/x"]
@@ -330,9 +333,10 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
         [],
         ["cost", f"--report={tmp_path}/bad.json", "--tokens=1"],
         ["cost", f"--report={tmp_path}/none.json", "--tokens=1"],
+        ["cost", f"--report={tmp_path}/big.json", "--tokens=1"],
     ]
     done = programs.run([["launch.cluster", *call] for call in calls])
-    assert [d.status for d in done] == [0, 0, 0] + [2] * 7, [d.output for d in done]
+    assert [d.status for d in done] == [0, 0, 0] + [2] * 8, [d.output for d in done]
     command = pods(out.read_text())["containers"][0]["command"]
     assert command[3:8] == [*recipe, "--compile_cache=/w/cache", "--start_timeout=900.0",
                             "--config.mesh.data=2"]  # fmt: skip
@@ -351,6 +355,7 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
             "the first argument is a command, none is given",
             "bad.json has no number at prediction.tokens_per_second_per_chip",
             "none.json cannot be read",
+            "big.json says that the step does not fit v5e:4x4",
         ),
         strict=True,
     ):
