@@ -530,3 +530,20 @@ def test_slurm_counts_failures_and_not_stops(tmp_path, statuses, restarts, end):
         assert (tmp_path / "requeued").read_text() == "requeue 7\n" and done.returncode == 0
         (tmp_path / "requeued").unlink()
     assert done.returncode == end == statuses[starts]
+
+
+def test_the_commands_of_the_docs_are_accepted(tmp_path):
+    """Those of docs/launch.md, as they stand there but for the files they name."""
+    text = (programs.ROOT / "docs" / "launch.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.startswith("python -m launch.cluster")]
+    calls = [shlex.split(line, comments=True)[2:] for line in lines if "SCHEDULER" not in line]
+    (tmp_path / "7b.json").write_text('{"prediction": {"tokens_per_second_per_chip": 2777}}')
+    here = {"=7b.json": f"={tmp_path}/7b.json", "--out=": f"--out={tmp_path}/", "=PRICE": "=1.2"}
+    for old, new in here.items():
+        calls = [[word.replace(old, new) for word in call] for call in calls]
+    assert {call[1] for call in calls} == {"gke", "tpu_vm", "slurm", "cost"}
+    for call, done in zip(calls, programs.run(calls), strict=True):
+        assert done.status == 0, (call, done.output)
+    pods((tmp_path / "7b.yaml").read_text())
+    for script in ("pod.sh", "7b.sh"):
+        assert not shellcheck((tmp_path / script).read_text(), "--exclude=SC2016")
