@@ -14,6 +14,7 @@ about ten compilations; --search_log=FILE keeps them, and the same command goes 
 object is then that of the best, also after Ctrl-C.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import importlib.metadata
@@ -120,13 +121,10 @@ def _compile(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
 
 def _asked(job: PretrainJob, pod: topology.Pod) -> dict[str, Any]:
     """What the tries of a search depend on, besides the batch and the rung."""
-    asked = {
-        "topology": pod.name,
-        "--xla": _xla(),
-        "jax": jax.__version__,
-        "libtpu": importlib.metadata.version("libtpu"),
-        "data.seq_len": job.data.seq_len,
-    }
+    asked = {"topology": pod.name, "--xla": _xla(), "data.seq_len": job.data.seq_len}
+    for package in ("jax", "libtpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            asked[package] = importlib.metadata.version(package)
     for group in ("model", "options", "optimizer", "loss", "mesh"):
         for name, value in dataclasses.asdict(getattr(job, group)).items():
             asked[f"{group}.{name}"] = value
