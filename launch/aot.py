@@ -19,6 +19,7 @@ object is then that of the best, also after Ctrl-C.
 import dataclasses
 import gzip
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -30,7 +31,7 @@ from ml_collections import config_flags
 from launch import program
 from qwen_jax.aot import nodes, topology
 from qwen_jax.aot.compile import CompiledStep, compile_for
-from qwen_jax.aot.report import report
+from qwen_jax.aot.report import report, versions
 from qwen_jax.aot.search import Log, search
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
@@ -56,13 +57,15 @@ def _job(devices: int) -> PretrainJob:
     config = CONFIG.value
     with config.unlocked():
         if SEQ_LEN.value is not None:
+            if SEQ_LEN.value < 2:
+                raise UserError(f"--seq_len={SEQ_LEN.value} is too short; give 2 or more")
             if config.model.trained_length == config.model.max_length == config.data.seq_len:
                 config.model.trained_length = SEQ_LEN.value
             config.data.seq_len = SEQ_LEN.value
             config.model.max_length = max(config.model.max_length, SEQ_LEN.value)
         if PER_DEVICE_BATCH.value is not None:
             rows = PER_DEVICE_BATCH.value * devices
-            if rows < 1 or rows != int(rows):
+            if not (1 <= rows < math.inf and rows == int(rows)):
                 raise UserError(
                     f"--per_device_batch={PER_DEVICE_BATCH.value:g} on {devices} devices makes "
                     f"{rows:g} rows; choose one that makes a whole number of them"
@@ -80,6 +83,28 @@ def _xla() -> dict[str, str | bool]:
     return {name: words.get(value, value) for name, value in pairs}
 
 
+def _check_flags() -> None:
+    """Refuses flags that say nothing together, and files that could not be written later."""
+    if not TOPOLOGY.value:
+        raise UserError("--topology is missing: give a slice, such as v5e:16x16 or h100:8")
+    if SEARCH.value:
+        for flag, why in (
+            (PER_DEVICE_BATCH, "it chooses the batch"),
+            (DUMP_HLO, "it compiles many steps; compile the one it finds by itself"),
+        ):
+            if flag.value is not None:
+                raise UserError(f"--search has no use for --{flag.name}: {why}; leave it out")
+    elif SEARCH_LOG.value:
+        raise UserError("--search_log is only written with --search; give both or neither")
+    if DUMP_HLO.value:
+        folder = os.path.dirname(DUMP_HLO.value) or "."
+        if os.path.isdir(DUMP_HLO.value) or not os.access(folder, os.W_OK):
+            raise UserError(
+                f"--dump_hlo={DUMP_HLO.value} cannot be written; give a file in a folder that is "
+                "there and yours to write to"
+            )
+
+
 def _write(path: str, text: str) -> None:
     """Writes whole or not at all."""
     partial = f"{path}.partial"
@@ -95,6 +120,17 @@ def _compile(job: PretrainJob, pod: Pod) -> dict[str, Any]:
     return report(job, pod, result)
 
 
+def _asked(job: PretrainJob, pod: Pod) -> dict[str, Any]:
+    """What the tries of a search depend on, besides the batch and the rung."""
+    asked = {"topology": pod.name, "--xla": _xla(), "data.seq_len": job.data.seq_len}
+    asked |= versions(pod)
+    for group in ("model", "options", "optimizer", "loss", "mesh"):
+        for name, value in dataclasses.asdict(getattr(job, group)).items():
+            asked[f"{group}.{name}"] = value
+    del asked["options.remat"]
+    return asked
+
+
 def _search(job: PretrainJob, pod: Pod) -> dict[str, Any]:
     """The report of the best try; each is told on stderr as it is made."""
 
@@ -105,15 +141,19 @@ def _search(job: PretrainJob, pod: Pod) -> dict[str, Any]:
         options = dataclasses.replace(job.options, remat=remat)
         return _compile(dataclasses.replace(job, data=data, train=train, options=options), pod)
 
-    log = Log(SEARCH_LOG.value)
+    log = Log(SEARCH_LOG.value, _asked(job, pod))
     kind = "at the roofline" if isinstance(pod, nodes.Nodes) else "predicted"
+    interrupted = False
     try:
         for made in search(measure, log):
             rate = f"{made.rate:.0f} tokens/s per chip {kind}" if made.fits else "does not fit"
             print(f"batch {made.batch}, remat {made.remat}: {rate}", file=sys.stderr)
     except KeyboardInterrupt:
+        interrupted = True
         print("interrupted; the best so far", file=sys.stderr)
     if log.best is None:
+        if interrupted:
+            raise UserError("interrupted before anything was found to fit; start it again")
         raise UserError(
             f"{pod.name} does not fit one row per chip even with remat=full; take a larger slice, "
             "or shorten --seq_len"
@@ -123,8 +163,7 @@ def _search(job: PretrainJob, pod: Pod) -> dict[str, Any]:
 
 def main() -> int:
     """Parses, compiles, reports."""
-    if not TOPOLOGY.value:
-        raise UserError("--topology is missing: give a slice, such as v5e:16x16 or h100:8")
+    _check_flags()
     describe = nodes.describe if nodes.is_gpu(TOPOLOGY.value) else topology.describe
     pod = describe(TOPOLOGY.value)
     job = _job(len(pod.devices))

@@ -7,8 +7,9 @@ Everything in the recipe can be changed with `--config.key=value`. On several ho
 command on each (see qwen_jax/parallel/distributed.py for how they find each other). metrics.jsonl,
 TensorBoard files and, unless --checkpoints names a folder that all hosts see (gs:// too), the
 checkpoints go to --workdir. Exit status: 0 done or stopped on request with a checkpoint, 2 bad
-input or training that diverged. A scheduler that must tell a stopped run, to be started again, from
-a finished one sets --stopped_status (launch/cluster renders such jobs).
+input or training that diverged, 69 processes of the job did not come. A scheduler that must tell a
+stopped run, to be started again, from a finished one sets --stopped_status (launch/cluster renders
+such jobs).
 """
 
 from absl import flags, logging

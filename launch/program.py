@@ -122,10 +122,10 @@ def _load_recipe(path: str, *argument: str) -> Any:
     return module.get_config(*argument)
 
 
-def _fail(sentence: str) -> NoReturn:
-    """One sentence, status 2. Of several processes, this may be the only one that fails."""
+def _fail(sentence: str, status: int = UserError.status) -> NoReturn:
+    """One sentence and the status. Of several processes, this may be the only one that fails."""
     print(f"error: {sentence}", file=sys.stderr)
-    end_process(2)
+    end_process(status)
 
 
 def keep_compiled() -> None:
@@ -145,7 +145,8 @@ def run(
 ) -> None:
     """Runs a program: `main` after flags are parsed and the processes of the job have joined.
 
-    Bad input (`UserError`) ends it with one sentence on stderr and status 2, without a traceback.
+    Bad input (`UserError`) ends it with one sentence on stderr and status 2, without a traceback;
+    processes of the job that did not come, with status 69.
 
     Args:
       main: called without arguments, or with the command where there are some.
@@ -163,7 +164,7 @@ def run(
                 counts = _start()
             status = main(*arguments) or 0
         except UserError as error:
-            _fail(str(error))
+            _fail(str(error), error.status)
         if counts:
             logging.info(
                 "compile cache %s: %d programs taken from it, %d added",

@@ -10,8 +10,10 @@ class UserError(ValueError):
     """Bad input from outside: a config, a file, a request, a flag.
 
     The message is one plain sentence that names the thing, the value found, the value wanted and
-    what to do. Programs in `launch/` print it alone, without a traceback, and exit with status 2.
+    what to do. Programs in `launch/` print it alone, without a traceback, and exit with `status`.
     """
+
+    status = 2
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

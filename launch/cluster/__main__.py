@@ -75,7 +75,9 @@ SECRET = flags.DEFINE_multi_string(
     "secret of Secret Manager (tpu_vm), a file that only you can read (slurm).",
 )
 MOUNT = flags.DEFINE_multi_string(
-    "mount", [], "gke: /FOLDER=gs://BUCKET/FOLDER or /FOLDER=CLAIM, storage in the container."
+    "mount",
+    [],
+    "/FOLDER=gs://BUCKET/FOLDER: storage for the program (gke, tpu_vm); on gke /FOLDER=CLAIM too.",
 )
 REPORT = flags.DEFINE_multi_string("report", [], "cost: NAME=FILE or FILE, report of launch.aot.")
 TOKENS = flags.DEFINE_float("tokens", None, "cost: tokens to train on.")

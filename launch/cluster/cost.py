@@ -62,7 +62,8 @@ def read_rate(path: str) -> float:
     """Tokens per second per chip that an ahead-of-time report (launch.aot) predicts.
 
     Raises:
-      UserError: no such file, not JSON, or without prediction.tokens_per_second_per_chip.
+      UserError: no such file, not JSON, of a step that does not fit, or without
+        prediction.tokens_per_second_per_chip.
     """
     try:
         report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
@@ -70,7 +71,13 @@ def read_rate(path: str) -> float:
         raise UserError(f"--report={path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"--report={path} is not JSON: {error}") from None
-    prediction = report.get("prediction") if isinstance(report, dict) else None
+    report = report if isinstance(report, dict) else {}
+    memory, prediction = report.get("memory"), report.get("prediction")
+    if isinstance(memory, dict) and memory.get("fits") is False:
+        raise UserError(
+            f"--report={path} says that the step does not fit {report.get('topology')}; give the "
+            "report of one that does"
+        )
     rate = prediction.get("tokens_per_second_per_chip") if isinstance(prediction, dict) else None
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         raise UserError(

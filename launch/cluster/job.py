@@ -160,13 +160,13 @@ def parse_pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
 def recipe_flags(argv: Sequence[str]) -> tuple[str, ...]:
     """The flags of a command line that belong to the recipe: --config and --config.KEY."""
     flags: list[str] = []
-    rest = iter(argv)
-    for argument in rest:
+    for argument, following in zip(argv, [*argv[1:], "--end"], strict=True):
         if re.match(r"--?(no)?config([.=]|$)", argument):
             flags.append(argument)
-            # `--config FILE` in two words; booleans stand alone.
-            if "=" not in argument and not argument.lstrip("-").startswith("no"):
-                flags[-1] += "=" + next(rest, "")
+            # `--config FILE` in two words; what is true or false may stand alone.
+            alone = argument.lstrip("-").startswith("no") or re.match(r"--?[A-Za-z]", following)
+            if "=" not in argument and not alone:
+                flags[-1] += f"={following}"
     return tuple(flags)
 
 

@@ -14,6 +14,7 @@ import jinja2
 from launch.cluster.job import STOPPED_STATUS, ClusterJob, below
 from launch.cluster.slices import CHIPS_PER_HOST
 from qwen_jax.errors import UserError
+from qwen_jax.parallel.meeting import NotAllHere
 
 TEMPLATES = {
     "gke": "gke.yaml.j2",
@@ -58,6 +59,7 @@ def _environment() -> jinja2.Environment:
     }
     environment.tests["a_bucket"] = lambda source: source.startswith("gs://")
     environment.globals["gcs_options"] = _gcs_options
+    environment.globals["gcs_flags"] = _gcs_flags
     return environment
 
 
@@ -77,6 +79,11 @@ def _gcs_options(source: str) -> str:
     return f"implicit-dirs,only-dir={folder}" if folder else "implicit-dirs"
 
 
+def _gcs_flags(source: str) -> list[str]:
+    """The same for the command gcsfuse."""
+    return [f"--{option}" for option in _gcs_options(source).split(",")]
+
+
 def _xpk_command(job: ClusterJob) -> str:
     """`xpk workload create` for the job."""
     flags = {
@@ -88,8 +95,8 @@ def _xpk_command(job: ClusterJob) -> str:
         "num-slices": job.slices,
         "docker-image": job.image,
         "max-restarts": job.restarts,
-        # xpk restarts on 42 and 127-255 by itself; 1 is a crash in Python, 2 a missing host.
-        "restart-on-exit-codes": f"1,2,{STOPPED_STATUS}",
+        # xpk restarts on 42 and 127-255 by itself; 1 is a crash in Python.
+        "restart-on-exit-codes": f"1,{NotAllHere.status},{STOPPED_STATUS}",
         "termination-grace-period-seconds": job.grace_s,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
@@ -126,13 +133,19 @@ _EXAMPLES = {
 }
 
 
+def _check_mounts(job: ClusterJob, *, claims: bool) -> None:
+    known = r"gs://[^,:/][^,:]*|[a-z0-9.-]+" if claims else "gs://[^,:/][^,:]*"
+    for folder, source in job.mounts.items():
+        if not folder.startswith("/") or folder == "/" or not re.fullmatch(known, source):
+            raise UserError(
+                f"--mount={folder}={source} must be /FOLDER=gs://BUCKET"
+                + (" or /FOLDER=CLAIM" if claims else "")
+            )
+
+
 def _check_gke(job: ClusterJob) -> None:
     _needs(job, "gke", "slice", "image", "workdir", "checkpoints")
-    for folder, source in job.mounts.items():
-        if not re.fullmatch(r"/.+=(gs://[^,:]+|[a-z0-9.-]+)", f"{folder}={source}"):
-            raise UserError(
-                f"--mount={folder}={source} must be /FOLDER=gs://BUCKET or /FOLDER=CLAIM"
-            )
+    _check_mounts(job, claims=True)
     for flag, path in (("workdir", job.workdir), ("checkpoints", job.checkpoints)):
         remote = path.startswith("gs://") and flag == "checkpoints"
         if not remote and not any(below(path, folder) for folder in job.mounts):
@@ -162,7 +175,8 @@ def _check_tpu_vm(job: ClusterJob) -> None:
         raise UserError(f"--slice={job.slice.name} is only to be had on GKE; use gke or xpk")
     if not job.workdir.startswith("/"):
         raise UserError(f"--workdir={job.workdir} must be a whole path on the TPU VM: /home/…")
-    _leave_out(job, "tpu_vm", "programs run on the machine itself", "image", "mounts", "cluster")
+    _check_mounts(job, claims=False)
+    _leave_out(job, "tpu_vm", "programs run on the machine itself", "image", "cluster")
 
 
 def _check_slurm(job: ClusterJob) -> None:

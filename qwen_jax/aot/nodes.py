@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import os
 import pathlib
@@ -20,6 +19,9 @@ from qwen_jax.train.flops import PEAK_FLOPS
 
 GPUS_PER_NODE = 8
 """More of them do not share one NVLink switch (HGX and DGX, H100 and H200)."""
+
+COMPILERS = ("jax-cuda13-plugin", "nvidia-cuda-nvcc")
+"""Packages that compile for them."""
 
 MEMORY_FRACTION = 0.9
 """Share of a GPU's memory that XLA may take: what NVIDIA sets (docs.nvidia.com/jax-toolbox, GPU
@@ -243,14 +245,3 @@ def describe(name: str) -> Nodes:
             "the same: pip install -r requirements/aot-gpu.txt"
         ) from error
     return Nodes(name, gpu, shape, found.devices)
-
-
-def versions() -> dict[str, str]:
-    """Of what compiles for GPUs; a name is left out where it came another way than as a wheel."""
-    made = {}
-    for name in ("jax-cuda13-plugin", "nvidia-cuda-nvcc"):
-        try:
-            made[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return made

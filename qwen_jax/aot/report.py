@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from typing import Any
 
 import jax
 
-from qwen_jax.aot import hlo, nodes, timeline
+from qwen_jax.aot import hlo, nodes, timeline, topology
 from qwen_jax.aot.compile import CompiledStep, TooLarge
 from qwen_jax.aot.nodes import Nodes
 from qwen_jax.aot.topology import Pod
@@ -30,10 +31,13 @@ _ROOFLINE = (
 
 
 def versions(pod: Pod | Nodes) -> dict[str, str]:
-    """Of what compiles for these devices."""
-    if isinstance(pod, Nodes):
-        return {"jax": jax.__version__} | nodes.versions()
-    return {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    """Of what compiles for these devices; a name is left out where it did not come as a wheel."""
+    packages = nodes.COMPILERS if isinstance(pod, Nodes) else topology.COMPILERS
+    made = {"jax": jax.__version__}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            made[package] = importlib.metadata.version(package)
+    return made
 
 
 def _asked(job: PretrainJob, pod: Pod | Nodes, mesh) -> dict[str, Any]:

@@ -10,13 +10,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+from qwen_jax.artifact import write_text
+from qwen_jax.errors import UserError
 
 RUNGS = ("full", "out", "out_mid", "qkv_out", "attention", "gate", "products", "none")
 """Names in `model.options.REMAT` by growing memory; offloading ones have no place in this order."""
 
 Report = dict[str, Any]
+
+_VERSION = 1  # of the log's form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,41 +49,94 @@ class Try:
 
 
 class Log:
-    """Compilations already made, one JSON line each; `None` keeps them in memory only."""
+    """Compilations already made, one JSON line each; without a path they are kept in memory only.
 
-    def __init__(self, path: str | None):
+    The first line says what was searched, so that no other search takes its tries for its own.
+    """
+
+    def __init__(self, path: str | None, asked: Mapping[str, Any] | None = None):
+        """Reads what is there, and writes the heading where nothing is.
+
+        Args:
+          path: the file, or None.
+          asked: everything but batch and rung that a report depends on, by name, in JSON types.
+
+        Raises:
+          UserError: the file can't be read or written, is of another search, or is no log.
+        """
         self.path = path
         self.tries: dict[tuple[int, str], Try] = {}
-        if path and os.path.exists(path):
-            self._read(path)
+        if not path:
+            return
+        asked = json.loads(json.dumps({"version": _VERSION, **(asked or {})}))
+        try:
+            lines = self._whole_lines(path)
+            if lines:
+                self._read(lines, asked)
+            else:
+                self._append({"search": asked})
+        except OSError as error:
+            raise UserError(
+                f"the search log {path} cannot be used: {error.strerror}; give another file"
+            ) from None
 
-    def _read(self, path: str) -> None:
-        with open(path, encoding="utf-8") as file:
+    def _whole_lines(self, path: str) -> list[str]:
+        """The lines there are, none where there is no file; one that a kill cut short is removed.
+
+        That compilation is made again.
+        """
+        if not os.path.exists(path):
+            return []
+        with open(path, encoding="utf-8", errors="replace") as file:
             text = file.read()
         whole = text[: text.rfind("\n") + 1]
-        if whole != text:  # a kill cut the last line short: that compilation is made again
-            with open(f"{path}.partial", "w", encoding="utf-8") as sink:
-                sink.write(whole)
-            os.replace(f"{path}.partial", path)
-        for line in whole.splitlines():
-            row = json.loads(line)
-            self.tries[row["batch"], row["remat"]] = Try.of(
-                row["batch"], row["remat"], row["report"]
-            )
+        if whole != text:
+            write_text(path, whole)
+        return whole.splitlines()
+
+    def _read(self, lines: Sequence[str], asked: dict[str, Any]) -> None:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                heading = dict(row["search"]) if number == 1 else None
+                made = Try.of(row["batch"], row["remat"], row["report"]) if number > 1 else None
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"line {number} of {self.path} is not one of a search log; give another file"
+                ) from None
+            if made:
+                self.tries[made.batch, made.remat] = made
+            else:
+                _check_same(self.path, heading, asked)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        if self.path:
+            with open(self.path, "a", encoding="utf-8") as sink:
+                sink.write(json.dumps(row) + "\n")
 
     def add(self, made: Try) -> None:
         """Notes one more."""
         self.tries[made.batch, made.remat] = made
-        if self.path:
-            row = {"batch": made.batch, "remat": made.remat, "report": made.report}
-            with open(self.path, "a", encoding="utf-8") as sink:
-                sink.write(json.dumps(row) + "\n")
+        self._append({"batch": made.batch, "remat": made.remat, "report": made.report})
 
     @property
     def best(self) -> Try | None:
         """The fastest that fits, by prediction; None before anything fits."""
         fitting = [t for t in self.tries.values() if t.fits]
         return max(fitting, key=lambda t: (t.rate, t.batch)) if fitting else None
+
+
+def _check_same(path: str | None, found: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Refuses the log of a search that asked something else, naming the first thing it did."""
+    nothing = object()
+    for name in (*asked, *found):
+        there, here = found.get(name, nothing), asked.get(name, nothing)
+        if there != here:
+            there, here = ("absent" if x is nothing else repr(x) for x in (there, here))
+            raise UserError(
+                f"the search log {path} is of another search: {name} is {there} there and {here} "
+                "here; give another file"
+            )
 
 
 def search(

@@ -24,6 +24,10 @@ _ENVIRONMENT = {
 }
 
 
+COMPILERS = ("libtpu",)
+"""Packages that compile for TPUs."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One TPU chip, which is one JAX device.
@@ -135,7 +139,10 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
         )
     chip = CHIPS[kind]
     example = "x".join(["4"] * chip.torus_axes)
-    if not re.fullmatch(r"\d+(x\d+)*", lengths) or lengths.count("x") + 1 != chip.torus_axes:
+    if (
+        not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", lengths)
+        or lengths.count("x") + 1 != chip.torus_axes
+    ):
         raise UserError(
             f"topology {name!r} needs {chip.torus_axes} lengths after the colon, such as "
             f"{kind}:{example}"

@@ -16,6 +16,12 @@ from qwen_jax.errors import UserError
 _MAGIC = b"qwen_jax"
 
 
+class NotAllHere(UserError):
+    """The processes of a job did not find each other; the next start may well succeed."""
+
+    status = 69  # EX_UNAVAILABLE of sysexits.h
+
+
 def meet(
     address: str, count: int, index: int, *, timeout_s: float, hosts: Sequence[str] = ()
 ) -> None:
@@ -31,7 +37,7 @@ def meet(
       hosts: the host of each process, for the names of those missing; () where unknown.
 
     Raises:
-      UserError: on every process that could be reached, with the numbers and hosts of those
+      NotAllHere: on every process that could be reached, with the numbers and hosts of those
         missing.
     """
     deadline = time.monotonic() + timeout_s
@@ -41,7 +47,7 @@ def meet(
         else _report(address, count, index, deadline, timeout_s)
     )
     if verdict:
-        raise UserError(verdict)
+        raise NotAllHere(verdict)
 
 
 def _gather(

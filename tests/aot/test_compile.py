@@ -137,6 +137,7 @@ def test_bytes_the_compiler_names(message, expected):
         ("v5e", "needs 2 lengths after the colon, such as v5e:4x4"),
         ("v5p:4x4", "needs 3 lengths after the colon, such as v5p:4x4x4"),
         ("v6e:4xx4", "needs 2 lengths"),
+        ("v5e:0x4", "needs 2 lengths"),  # libtpu divides by them
     ],
 )
 def test_unknown_topologies_are_refused(name, sentence):
@@ -162,3 +163,31 @@ def test_a_slice_that_is_not_sold_is_refused():
         [sys.executable, "-c", code], cwd=programs.ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.startswith("libtpu has no slice v5e:3x7 ("), done.stderr
+
+
+def test_flags_that_cannot_be_served_are_refused_before_anything_is_compiled(tmp_path):
+    refused = {
+        ("--search", "--per_device_batch=4"): "--search has no use for --per_device_batch: it cho",
+        ("--search", f"--dump_hlo={tmp_path}/x"): "--search has no use for --dump_hlo",
+        (f"--search_log={tmp_path}/x",): "--search_log is only written with --search",
+        ("--dump_hlo=/nowhere/x.gz",): "--dump_hlo=/nowhere/x.gz cannot be written",
+        (f"--dump_hlo={tmp_path}",): "cannot be written",
+        ("--topology=v5e:0x4",): "needs 2 lengths",
+    }
+    found = programs.run([[*TOY, "--topology=v5e:2x2", *flags] for flags in refused])
+    for done, (flags, sentence) in zip(found, refused.items(), strict=True):
+        assert done.status == 2, (flags, done.output)
+        assert done.last_line.startswith("error: ") and sentence in done.last_line, done.output
+
+
+@needs_libtpu
+def test_batches_and_lengths_that_are_none_are_one_sentence():
+    refused = {
+        "--per_device_batch=nan": "--per_device_batch=nan on 4 devices makes nan rows",
+        "--per_device_batch=inf": "makes inf rows",
+        "--per_device_batch=0.3": "makes 1.2 rows",
+        "--seq_len=1": "--seq_len=1 is too short; give 2 or more",
+    }
+    found = programs.run([[*TOY, "--topology=v5e:2x2", flag] for flag in refused])
+    for done, sentence in zip(found, refused.values(), strict=True):
+        assert done.status == 2 and sentence in done.last_line, done.output

@@ -7,8 +7,10 @@ import re
 import pytest
 
 from configs import pods, pretrain
+from qwen_jax.aot.topology import CHIPS
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
+from qwen_jax.kernels.dispatch import Request, choose_attention
 from qwen_jax.model import count_params
 from qwen_jax.model.presets import preset
 from qwen_jax.parallel import MeshConfig
@@ -35,6 +37,29 @@ def test_a_slice_changes_how_it_runs_and_nothing_that_is_trained(size, where):
     for width in (job.model.n_heads, job.model.d_ff, job.model.vocab_size):
         assert width % layout.tensor == 0
     assert job.model.d_model % devices == 0
+
+
+# As jax spells the chips of the slices; those of GPUs as their driver does.
+KINDS = {chip.name: chip.kind for chip in CHIPS.values()}
+KINDS |= {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+
+
+@pytest.mark.parametrize(("size", "where"), pods.LAYOUTS)
+def test_every_recipe_runs_its_own_attention_kernel(size, where):
+    """What `auto` takes for the rows that the recipe trains on: never plain jnp."""
+    job = pods.recipe(size, where)
+    kind = where.partition("-")[0]
+    platform = "gpu" if kind.startswith("h") else "tpu"
+    request = Request(
+        q_len=job.data.seq_len,
+        k_len=job.data.seq_len,
+        head_dim=job.model.head_dim,
+        dtype=job.options.dtype,
+        segments=job.data.packing == "masked",
+        platform=platform,
+        device=KINDS[kind],
+    )
+    assert choose_attention(job.options.attention, request) == f"pallas_{platform}"
 
 
 @pytest.mark.parametrize(("size", "where"), PAIRS)

@@ -1,10 +1,12 @@
 """The search against a made-up memory and speed: it finds the best with few compilations."""
 
 import json
+import re
 
 import pytest
 
 from qwen_jax.aot.search import RUNGS, Log, search
+from qwen_jax.errors import UserError
 from qwen_jax.model.options import REMAT
 
 
@@ -65,7 +67,49 @@ def test_a_search_goes_on_where_it_was_interrupted(tmp_path):
     list(search(whole, log))
     assert (again.best.batch, again.best.remat) == (log.best.batch, log.best.remat)
     assert sorted(calls) == sorted(fresh)
-    assert len([json.loads(line) for line in path.read_text().splitlines()]) == len(calls)
+    heading, *tries = [json.loads(line) for line in path.read_text().splitlines()]
+    assert heading["search"] and len(tries) == len(calls)
+
+
+def test_the_log_of_another_search_is_refused(tmp_path):
+    """Its tries are of another chip or model: taken over, they would be this search's answer."""
+    path = tmp_path / "search.jsonl"
+    asked = {"topology": "v5e:4x4", "model.d_model": 64, "model.windows": (1, None)}
+    list(search(machine(100)[0], Log(str(path), asked)))
+    before = path.read_text()
+    assert Log(str(path), asked).best
+    for other, sentence in (
+        (asked | {"topology": "v6e:8x8"}, "topology is 'v5e:4x4' there and 'v6e:8x8' here"),
+        (asked | {"--xla": {"a": "b"}}, "--xla is absent there and {'a': 'b'} here"),
+        ({"topology": "v5e:4x4"}, "model.d_model is 64 there and absent here"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            Log(str(path), other)
+    assert path.read_text() == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"batch": 1, "remat": "full", "report": {"memory": {"fits": false}}}\n',  # no heading
+        "not JSON\n",
+        "[1]\n",
+        '{"search": {"version": 1}}\n{"batch": 1, "remat": "full", "report": {}}\n',
+        '{"search": {"version": 1}}\n{"batch": 1, "rem\n{"batch": 2}\n',
+    ],
+)
+def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path, text):
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"line [12] of .* is not one of a search log"):
+        Log(str(path))
+    assert path.read_text() == text
+
+
+def test_a_log_that_cannot_be_written_is_refused_before_anything_is_compiled(tmp_path):
+    for path in (tmp_path, tmp_path / "none" / "x.jsonl"):
+        with pytest.raises(UserError, match=r"search log .* cannot be used"):
+            Log(str(path))
 
 
 def test_every_rung_is_a_policy():

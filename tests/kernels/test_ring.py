@@ -9,6 +9,9 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
+from qwen_jax.kernels.mask import Mask
+from qwen_jax.kernels.ring import ring_attention
+from qwen_jax.kernels.tpu.flash import tpu_kernel
 from qwen_jax.parallel import MeshConfig, from_zigzag, make_mesh, spec, to_zigzag, zigzag_slots
 from tests.toy import close
 
@@ -118,6 +121,50 @@ def test_a_length_that_does_not_divide_is_refused():
     refused = pytest.raises(UserError, match=r"12 does not divide into 2 × mesh.context = 8")
     with jax.set_mesh(make_mesh(MESHES["4 context"])), refused:
         jax.eval_shape(to_zigzag, jax.ShapeDtypeStruct((1, 12), jnp.int32))
+
+
+@pytest.mark.slow
+def test_the_tpu_kernel_goes_around_as_it_would_on_tpus():
+    """Interpreted: traced starts, chunks before and after the keys, float32 gradients, padding."""
+    mesh = make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))
+    batch, length, heads, width, scale = 2, 4 * 40, 4, 64, 0.2
+    rng = np.random.default_rng(0)
+    q, d_out = rng.normal(size=(2, batch, length, heads, width)).astype(np.float32)
+    k, v = rng.normal(size=(2, batch, length, 2, width)).astype(np.float32)
+    ids = np.repeat([[1, 2, 3, 0]], [15, 100, 30, 15], axis=1).repeat(2, axis=0).astype(np.int32)
+
+    def local(q, k, v, d_out, ids):
+        mask = Mask(q_segments=ids, k_segments=ids, window=70)
+        out, pull = jax.vjp(
+            lambda q, k, v: ring_attention(q, k, v, mask, scale, tpu_kernel("v5e", True)), q, k, v
+        )
+        return out, pull(d_out)
+
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    def run(*operands):
+        outs = (specs[0], (specs[0],) * 3)
+        ring = jax.shard_map(local, in_specs=specs, out_specs=outs, check_vma=False)
+        return jax.tree.map(from_zigzag, ring(*(to_zigzag(x) for x in operands)))
+
+    with jax.set_mesh(mesh):
+        specs = (spec("batch", "sequence", "heads", None),) * 4 + (spec("batch", "sequence"),)
+        operands = [
+            jax.device_put(x, jax.NamedSharding(mesh, at))
+            for x, at in zip((q, k, v, d_out, ids), specs, strict=True)
+        ]
+        got, got_grads = jax.device_get(run(*operands))
+
+    def plain(q, k, v):
+        return attention(
+            *(q, k, v), q_segments=ids, k_segments=ids, window=70, scale=scale,
+            implementation="reference",
+        )  # fmt: skip
+
+    with jax.default_matmul_precision("highest"):
+        out, pull = jax.vjp(plain, q, k, v)
+        close(got, out)
+        for a, b in zip(got_grads, pull(d_out), strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-5)
 
 
 def test_every_device_has_the_same_work():

@@ -243,7 +243,7 @@ def test_one_of_three_never_starts_and_the_others_end_with_its_hosts_name(shared
             process.kill()
     assert time.monotonic() - begin < 60
     for (out, err), status in ends:
-        assert status == 2 and "joined" not in out, err
+        assert status == 69 and "joined" not in out, err
         last = err.strip().splitlines()[-1]
         assert last.startswith("error: After 3 s at localhost:"), last
         assert f"1 of 3 processes had not reported: {missing}; see whether they started" in last
