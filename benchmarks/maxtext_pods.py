@@ -101,11 +101,11 @@ def _group(where, named, length, rows, model, theirs, ours) -> Iterator[Program]
     """MaxText's variants {label: case}, then ours {label: arguments}."""
     shape = (where, named, length, rows)
     for label, case in theirs.items():
-        yield Program(f"maxtext {label}, {where}", *shape, model[0], theirs=case)
+        yield Program(f"maxtext {label} {where}", *shape, model[0], theirs=case)
     for label, arguments in ours.items():
         fixed = (f"--topology={named}", f"--seq_len={length}", f"--per_device_batch={rows}")
         yield Program(
-            f"qwen_jax {label}, {where}",
+            f"qwen_jax {label} {where}",
             *shape,
             model[1],
             ours=(*arguments, *fixed, "--config.train.microbatches=1"),

@@ -75,7 +75,7 @@ def facts(devices: int = 256) -> dict:
 
 
 def test_figures_are_of_one_chip_and_step_by_our_count_of_flops():
-    theirs = program("maxtext llama2-7b, v5e-256")
+    theirs = program("maxtext llama2-7b v5e-256")
     product = (
         "  %m = bf16[8192,4096] dot(%x, %y), lhs_contracting_dims={1}, "
         'backend_config={"estimated_cycles":"1500000000"}'
@@ -100,14 +100,14 @@ def test_figures_are_of_one_chip_and_step_by_our_count_of_flops():
 
 
 def test_a_kernel_nobody_knows_is_refused():
-    theirs = program("maxtext llama2-7b, v5e-256")
+    theirs = program("maxtext llama2-7b v5e-256")
     with pytest.raises(UserError, match="calls 1 kernels that neither declare"):
         maxtext_pods.cost_theirs(theirs, module(call("fwd", target="other")), facts())
 
 
 def test_llama_differs_from_qwen_by_its_vocabulary_alone():
-    llama = program("maxtext llama2-7b, v5e-256").model
-    qwen = program("qwen_jax qwen-7b, v5e-256").model
+    llama = program("maxtext llama2-7b v5e-256").model
+    qwen = program("qwen_jax qwen-7b v5e-256").model
     assert dataclasses.replace(llama, vocab_size=qwen.vocab_size) == qwen
     # 32 layers of 4·4096² + 3·4096·11008 and the output, 6 FLOPs each; attention by half
     layers = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -116,7 +116,7 @@ def test_llama_differs_from_qwen_by_its_vocabulary_alone():
 
 
 def test_a_finished_compilation_is_not_repeated(tmp_path, monkeypatch):
-    theirs, calls = program("maxtext llama2-7b, v5e-256"), []
+    theirs, calls = program("maxtext llama2-7b v5e-256"), []
 
     def compile_theirs(one, stem, maxtext):
         calls.append(one.name)
