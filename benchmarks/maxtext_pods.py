@@ -5,8 +5,9 @@
 
 Needs libtpu and no TPU; PYTHON is an interpreter that can import MaxText (its sources in DIR/src)
 with the same versions of jax and libtpu as this one, so that one compiler compiles both. Each
-program takes minutes; what is finished is kept in --work and not compiled again, so the command may
-be stopped and started. Nothing is run: MFU and tokens/s are predictions of `qwen_jax.aot`.
+program takes minutes; what is finished is kept in --work, of one checkout, and not compiled again,
+so the command may be stopped and started. Nothing is run: MFU and tokens/s are predictions of
+`qwen_jax.aot`.
 
 MaxText's settings and XLA flags are read from its `benchmarks/`; of its Llama-2-7B recipes nothing
 is changed but the topology. It lists none for Qwen3-8B: that of Llama-2-7B takes its place, with
@@ -25,6 +26,9 @@ attention at the chip's peak, transfers free.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -300,9 +304,19 @@ def compile_theirs(program: Program, stem: pathlib.Path, maxtext: MaxText) -> No
     _run(program.name, command, cwd=stem.parent)
 
 
+def file_name(program: Program) -> str:
+    """Of the program's files: its name, and a digest of what is asked for and by which compiler."""
+    asked = [program.topology, program.length, program.rows, program.theirs, program.ours]
+    for package in ("jax", "libtpu"):
+        found = importlib.util.find_spec(package)
+        asked.append(importlib.metadata.version(package) if found else None)
+    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    return re.sub(r"[^\w.-]+", "_", f"{program.name}-{digest}")
+
+
 def measure(program: Program, folder: pathlib.Path, maxtext: MaxText) -> dict[str, Any]:
     """The program's figures; compiles it where that has not been done."""
-    stem = folder / re.sub(r"[^\w.-]+", "_", program.name)
+    stem = folder / file_name(program)
     facts, text = (stem.with_name(stem.name + end) for end in (".json", ".hlo"))
     if not facts.exists():
         logging.info("compiling %s", program.name)

@@ -127,6 +127,9 @@ def test_a_finished_compilation_is_not_repeated(tmp_path, monkeypatch):
     maxtext = maxtext_pods.MaxText(tmp_path, sys.executable)
     first = maxtext_pods.measure(theirs, tmp_path, maxtext)
     assert maxtext_pods.measure(theirs, tmp_path, maxtext) == first and calls == [theirs.name]
+    other = dataclasses.replace(theirs, rows=2)
+    maxtext_pods.measure(other, tmp_path, maxtext)  # another question under the same name
+    assert len(calls) == 2
     table = maxtext_pods.table({theirs.name: first, "broken": {"error": "why"}})
     assert len({line.count("|") for line in table.splitlines()}) == 1
     assert f"{first['mfu']:.3f}" in table and "| broken | why |" in table
