@@ -2,6 +2,7 @@
 
     python -m benchmarks.maxtext_pods --checkout=DIR --python=PYTHON --work=DIR
         [--only=v5e-256,…] [--out=FILE.json]
+    python -m benchmarks.maxtext_pods --splash    # measures the constants SPLASH again, minutes
 
 Needs libtpu and no TPU; PYTHON is an interpreter that can import MaxText (its sources in DIR/src)
 with the same versions of jax and libtpu as this one, so that one compiler compiles both. Each
@@ -42,6 +43,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags, logging
 
+from benchmarks import cycle_profile
 from benchmarks.report import emit
 from qwen_jax.aot import hlo, timeline, topology, work
 from qwen_jax.artifact import write_text
@@ -51,7 +53,7 @@ from qwen_jax.model.presets import preset
 from qwen_jax.train.flops import train_flops_per_token
 
 # Cycles of one causal head of 128 over 4,096 tokens by libtpu 0.0.51's static profile, in the tiles
-# (block_q, block_kv) of MaxText's recipes: `benchmarks.attention_cycles`, 2026-11-21, estimates.
+# (block_q, block_kv) of MaxText's recipes: `--splash`, 2026-11-21, estimates.
 # Those of v5p are of one of its two cores.
 SPLASH = {
     ("v5e", "fwd", 512, 512): 76_663,
@@ -205,6 +207,16 @@ def cycles_alone(module: hlo.Module, chip: topology.Chip, kernels: timeline.Kern
     return total(module.entry)
 
 
+def profile_splash() -> Iterator[str]:
+    """A line for each of SPLASH: its cycles as they are profiled now, and as they stand there."""
+    for (chip, part, *tile), listed in SPLASH.items():
+        case = {"chip": chip, "kernel": "splash", "blocks": (*tile, 512), "length": 4096}
+        case |= {"width": 128, "phase": "forward" if part == "fwd" else "backward"}
+        found = cycle_profile.child("benchmarks.attention_cycles", case)
+        cycles = [n for name, n in found.items() if f"_{part}_" in name] or [found]
+        yield f"{chip} {part} {tile}: {cycles[0]}, listed {listed}"
+
+
 def figures(program: Program, peak: int, seconds: float, executed: float) -> dict[str, Any]:
     """What the table says of a program; `executed` and `seconds` of one chip and step."""
     chip, _ = topology.parse(program.topology)
@@ -352,6 +364,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 def main(_):
     given = flags.FLAGS
+    if given.splash:
+        for line in profile_splash():
+            print(line, flush=True)
+        return
     if not (given.checkout and given.work):
         raise app.UsageError("give --checkout=DIR, MaxText's repository, and --work=DIR")
     folder = pathlib.Path(given.work)
@@ -374,5 +390,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("python", sys.executable, "Interpreter that can import MaxText.")
     flags.DEFINE_string("work", "", "Folder of finished compilations.")
     flags.DEFINE_list("only", [], "Slices or names of programs, instead of all.")
+    flags.DEFINE_bool("splash", False, "Profile splash attention's calls instead.")
     flags.DEFINE_string("out", "", "Also write the JSON here.")
     app.run(main)

@@ -63,6 +63,21 @@ def test_at_our_share_only_the_rate_changes():
     assert own.flops == ours.flops and ours.efficiency == V5E.kernel_efficiency
 
 
+def test_what_is_listed_can_be_profiled_again(monkeypatch):
+    def child(module, case):
+        if case["chip"] == "v5p":
+            return {"error": "no such instruction"}
+        parts = ("fwd",) if case["phase"] == "forward" else ("dq", "dkv")
+        return {f"splash_mha_{part}_no_residuals.1": len(part) for part in parts}
+
+    monkeypatch.setattr(maxtext_pods.cycle_profile, "child", child)
+    lines = list(maxtext_pods.profile_splash())
+    assert len(lines) == len(maxtext_pods.SPLASH)
+    assert "v5e dq [512, 512]: 2, listed 88299" in lines
+    assert "v6e dkv [2048, 512]: 3, listed 62038" in lines
+    assert sum("no such instruction" in line for line in lines) == 3
+
+
 def facts(devices: int = 256) -> dict:
     return {
         "coordinates": [[n // 16, n % 16, 0] for n in range(devices)],
