@@ -4,7 +4,8 @@ Grammar as printed by XLA (xla/hlo/ir/hlo_instruction.cc, `ToString`), one instr
 
     [ROOT] %name = TYPE opcode(%operand, …), attribute=value, …, metadata={…}, backend_config={…}
 
-Only what costing needs is understood; everything else stays in `Instruction.attributes` as text.
+A value may hold line breaks, inside brackets. Only what costing needs is understood; everything
+else stays in `Instruction.attributes` as text.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _OPCODE = re.compile(r"\s*([\w\-]+)\(")
 _SHAPE = re.compile(r"(\w+)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
 _NAME = re.compile(r"%([\w.\-]+)")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _OPEN, _CLOSE = "([{", ")]}"
 
 
@@ -181,28 +183,46 @@ def parse_instruction(line: str) -> Instruction | None:
     )
 
 
+def _depth(line: str) -> int:
+    """Brackets a line leaves open (negative: closes), those in quoted text left out."""
+    bare = _QUOTED.sub("", line)
+    return sum(map(bare.count, _OPEN)) - sum(map(bare.count, _CLOSE))
+
+
 def _bodies(text: str) -> Iterator[tuple[bool, str, list[str]]]:
-    name, entry, lines = None, False, []
+    """(is the entry, name, instructions) of each computation, an instruction's lines joined."""
+    name, entry, lines, depth = None, False, [], 0
     for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header and " = " not in line.split("(")[0]:
-            entry, name, lines = bool(header[1]), header[2], []
-        elif line.startswith("}") and name is not None:
+        if name is None:
+            header = _HEADER.match(line)
+            if header and " = " not in line.split("(")[0]:
+                entry, name, lines = bool(header[1]), header[2], []
+        elif depth:
+            lines[-1] += line
+            depth += _depth(line)
+        elif line.startswith("}"):
             yield entry, name, lines
             name = None
-        elif name is not None:
+        elif line.strip():
             lines.append(line)
+            depth = _depth(line)
+    if name is not None:
+        raise ValueError(f"HLO text ends inside the computation {name}")
 
 
 def parse(text: str) -> Module:
     """Parses `compiled.as_text()` or a dump of XLA.
 
     Raises:
-      ValueError: no ENTRY computation.
+      ValueError: no ENTRY computation, or a line of one that is no instruction: what is left out
+        would count as free.
     """
     computations, entry = {}, None
     for is_entry, name, lines in _bodies(text):
-        instructions = tuple(i for i in map(parse_instruction, lines) if i)
+        instructions = tuple(map(parse_instruction, lines))
+        if None in instructions:
+            line = lines[instructions.index(None)]
+            raise ValueError(f"HLO of {name} has a line that is no instruction: {line[:80]}")
         computations[name] = Computation(name, instructions)
         entry = name if is_entry else entry
     if entry is None:

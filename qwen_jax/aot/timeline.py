@@ -3,7 +3,8 @@
 One device runs its operations in the order the compiler scheduled. An operation takes the larger of
 the compiler's own estimate (`estimated_cycles`), its FLOPs at peak and its HBM traffic at full
 bandwidth; a Pallas call, which the compiler doesn't estimate, its declared FLOPs at the chip's
-`kernel_efficiency` or its declared bytes. Asynchronous transfers run beside it, one at a time per
+`kernel_efficiency` or its declared bytes (what a foreign kernel does not declare, the caller may
+say: `KernelCost`). Asynchronous transfers run beside it, one at a time per
 resource (interconnect, host link, DMA, SparseCore), and hold the schedule up only where it waits
 for one that is not done. A loop is its body's time, times its trips.
 
@@ -20,8 +21,7 @@ import dataclasses
 import functools
 import re
 from collections import Counter, defaultdict
-
-import numpy as np
+from collections.abc import Callable
 
 from qwen_jax.aot import collectives, work
 from qwen_jax.aot.hlo import HOST, Computation, Instruction, Module, trip_count
@@ -64,14 +64,26 @@ class Cost:
                 mine[key] += times * value
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelCost:
+    """What a Pallas call does: flops, and the share of the chip's peak at which it does them."""
+
+    flops: float
+    efficiency: float
+
+
+Kernels = Callable[[Instruction], KernelCost | None]
+"""What is known of a Pallas call that declares nothing; None: it is priced by its bytes alone."""
+
 _ASYNC_FUSION = re.compile(r"AsyncCollective(Start|Done)")
 
 
 class Timeline:
     """Costs the computations of one module for one pod and mesh."""
 
-    def __init__(self, module: Module, pod: Pod | Nodes, mesh):
+    def __init__(self, module: Module, pod: Pod | Nodes, mesh, kernels: Kernels | None = None):
         self.module, self.pod = module, pod
+        self.kernels = kernels or (lambda call: None)
         self.places = collectives.coordinates(pod, mesh)
         self._costs: dict[str, Cost] = {}
 
@@ -176,9 +188,13 @@ class _Run:
             moved / self.chip.hbm_bandwidth,
         )
         if work.is_kernel(i):
-            seconds = max(seconds, flops / self.chip.peak_flops / self.chip.kernel_efficiency)
+            known = KernelCost(flops, self.chip.kernel_efficiency)
+            if work.kernel_flops(self.scope, i) is None:
+                known = self.timeline.kernels(i) or known
+                self.total.unpriced_kernels += known.flops == 0
+            flops = known.flops
+            seconds = max(seconds, flops / self.chip.peak_flops / known.efficiency)
             self.total.kernel_flops += flops
-            self.total.unpriced_kernels += work.kernel_flops(self.scope, i) is None
         self.total.flops += flops
         self.total.compute += seconds
         self.total.by_name[i.text("op_name") or i.name] += seconds
@@ -271,6 +287,11 @@ class _Run:
             self._until("interconnect", self.free["interconnect"])
 
 
-def predict(module: Module, pod: Pod | Nodes, mesh: np.ndarray) -> Cost:
-    """The whole step's cost on one device of `mesh` over `pod`."""
-    return Timeline(module, pod, mesh).entry()
+def predict(module: Module, pod: Pod | Nodes, mesh, kernels: Kernels | None = None) -> Cost:
+    """The whole step's cost on one device of `mesh` over `pod`.
+
+    Args:
+      mesh: whatever has `devices`, an array of devices with `coords`, in the program's order.
+      kernels: costs of Pallas calls without a cost estimate, such as those of a library.
+    """
+    return Timeline(module, pod, mesh, kernels).entry()

@@ -17,7 +17,7 @@ from qwen_jax.train.flops import PEAK_FLOPS
 
 # libtpu reads these once, when it is loaded. Without the first it asks a metadata server for the
 # host's TPU, without the second two compiling processes collide on a lock file.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -162,7 +162,7 @@ def describe(name: str) -> Pod:
             "compiling for a TPU needs the package libtpu, which is not installed; "
             "pip install libtpu"
         )
-    for variable, value in _ENVIRONMENT.items():
+    for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)

@@ -341,3 +341,28 @@ def test_a_kernel_runs_at_its_chips_efficiency_or_by_its_bytes():
     assert played(line.format(1, 10**9)).seconds == pytest.approx(1e9 / chip.hbm_bandwidth)
     bare = played('  %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call"')
     assert bare.unpriced_kernels == 1
+
+
+def test_what_a_foreign_kernel_does_may_be_said_for_it():
+    bare = 'custom-call(%a), custom_call_target="tpu_custom_call"'
+    m = module(f"  %a = f32[8] parameter(0)\n  %k = f32[8] {bare}\n  %j = f32[8] {bare}")
+    slice_ = pod("v5e:4x4")
+
+    def kernels(call):
+        return timeline.KernelCost(1e12, 0.25) if call.name == "k" else None
+
+    cost = timeline.predict(m, slice_, mesh(slice_), kernels)
+    moved = 2 * 32 / slice_.chip.hbm_bandwidth  # of the other, priced by its bytes
+    assert cost.seconds == pytest.approx(1e12 / slice_.chip.peak_flops / 0.25 + moved)
+    assert cost.flops == cost.kernel_flops == 1e12 and cost.unpriced_kernels == 1
+
+
+def test_a_kernels_own_declaration_comes_first():
+    declared = (
+        '  %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={'
+        '"cost_estimate":{"flops":"1000000000000","transcendentals":"0","bytes_accessed":"1"}}'
+    )
+    m = module("  %a = f32[8] parameter(0)\n" + declared)
+    slice_ = pod("v5e:4x4")
+    cost = timeline.predict(m, slice_, mesh(slice_), lambda call: timeline.KernelCost(1.0, 1.0))
+    assert cost.flops == 1e12

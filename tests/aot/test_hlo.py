@@ -65,6 +65,31 @@ def test_lines_that_are_no_instructions_are_skipped():
         assert hlo.parse_instruction(line) is None
 
 
+def test_a_value_may_hold_line_breaks():
+    text = """ENTRY %main (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %k = f32[8]{0} custom-call(%p), frontend_attributes={kernel_metadata={
+"note":"{\\"block_q\\": 512}"
+}}, metadata={op_name="layer/kernel"}, backend_config={"estimated_cycles":"7"}
+  ROOT %copy = f32[8]{0} copy(%k), metadata={op_name="a } quoted { bracket"}
+}, execution_thread="main"
+"""
+    m = hlo.parse(text)
+    assert list(m.computations) == ["main"]
+    _, kernel, last = m.computations["main"].instructions
+    assert kernel.number("estimated_cycles") == 7 and kernel.text("op_name") == "layer/kernel"
+    assert last.root and last.opcode == "copy"
+
+
+def test_nothing_in_a_computation_is_left_out_silently():
+    head = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
+    with pytest.raises(ValueError, match="no instruction:   something new"):
+        hlo.parse(head + "  something new\n}\n")
+    for cut in ("", "  %k = f32[8]{0} copy(%p), metadata={\n}\n"):
+        with pytest.raises(ValueError, match="ends inside the computation main"):
+            hlo.parse(head + cut)
+
+
 def test_text_without_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule nothing\n")
