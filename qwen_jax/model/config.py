@@ -97,14 +97,14 @@ class ModelConfig:
         for name in sizes:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("max_length", 1), ("trained_length", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be {least} or more")
         for name in ("norm_eps", "rope_theta", "rope_fraction", "init_std"):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")
-        if self.rope_fraction > 1 or self.max_length < 1 or self.trained_length < 2:
-            raise UserError(
-                f"model.rope_fraction={self.rope_fraction} must be at most 1, max_length="
-                f"{self.max_length} at least 1, trained_length={self.trained_length} at least 2"
-            )
+        if self.rope_fraction > 1:
+            raise UserError(f"model.rope_fraction is {self.rope_fraction}; it must be at most 1")
         for name in ("embed_dropout", "attn_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be in [0, 1)")

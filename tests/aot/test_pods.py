@@ -31,9 +31,9 @@ def test_a_slice_changes_how_it_runs_and_nothing_that_is_trained(size, where):
     )
     assert same == report
     layout, devices = pods.LAYOUTS[size, where], pods.SLICES[where].devices
-    assert job.mesh == MeshConfig(data=1, fsdp=-1, context=1, tensor=layout.tensor)
-    positions = devices // layout.tensor
-    assert layout.rows * positions * job.train.microbatches == job.data.global_batch == 2048
+    assert job.mesh == MeshConfig(data=layout.data, fsdp=-1, context=1, tensor=layout.tensor)
+    groups = devices // layout.tensor
+    assert layout.rows * groups * job.train.microbatches == job.data.global_batch == 2048
     for width in (job.model.n_heads, job.model.d_ff, job.model.vocab_size):
         assert width % layout.tensor == 0
     assert job.model.d_model % devices == 0
