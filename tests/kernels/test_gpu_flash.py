@@ -264,8 +264,7 @@ def on_cpu(monkeypatch):
         plgpu.commit_smem()
         return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
-    def product(a_ref, b_ref, while_running=lambda: None):
-        while_running()
+    def product(a_ref, b_ref):
         return dot(a_ref[...], b_ref[...].T)
 
     def two_products(a_ref, b_ref, c_ref, d_ref, between):
@@ -273,6 +272,14 @@ def on_cpu(monkeypatch):
 
     def accumulate(total, a, b_ref):
         return total + dot(a, b_ref[...])
+
+    def product_beside(total, a, b_ref, q_ref, k_ref, issued, consume, after, results):
+        scores, added = product(q_ref, k_ref), dot(a, b_ref[...])
+        issued()
+        made = consume(scores)
+        after()
+        assert [x.shape for x in made] == [x.shape for x in results]
+        return total + added, *made
 
     def key_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, dtype):
         p = weights(product(k_ref, q_ref))
@@ -284,7 +291,10 @@ def on_cpu(monkeypatch):
         "full": lambda shape, value, layout: jnp.full(shape, value, jnp.float32),
         "iota": lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis),
         "ctas": lambda: 2,
-        **{f.__name__: f for f in (product, two_products, accumulate, key_gradients)},
+        **{
+            f.__name__: f
+            for f in (product, product_beside, two_products, accumulate, key_gradients)
+        },
     }
     for name, function in plain.items():
         monkeypatch.setattr(ops, name, function)
