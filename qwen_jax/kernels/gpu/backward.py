@@ -57,7 +57,9 @@ def backward(q, k, v, d_out, lse, delta, rows: Rows, table, queue, scale, dtype,
     batch, k_len, kv_heads, width = k.shape
     parts = queue.heads * queue.head_sections
     ctas = min(ops.ctas(), queue.items)
-    dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32)) if with_dq else None
+    dq = None
+    if with_dq:
+        dq = jax.new_ref(jnp.zeros(q.shape, jnp.float32), memory_space=plgpu.GMEM)
     operands, tree = jax.tree.flatten((q, k, v, d_out, lse, delta, table, rows, dq))
 
     def body(*refs):
@@ -184,17 +186,20 @@ class _Keys:
         bounds = load_bounds(self.rows, batch, first)
         plgpu.barrier_wait(ready)
 
-        def step(h, masked, t, carry):
-            block = steps.masked_block(t) if masked else steps.full_block(t)
+        def step(h, t, carry):
+            block = steps.block(t)
             start = block * self.blocks.block
-            mask = functools.partial(hide, self.rows, bounds, batch, start) if masked else None
+
+            def mask(scores):
+                hidden = functools.partial(hide, self.rows, bounds, batch, start)
+                # One loop with a branch: two loops' addresses do not fit in the registers.
+                return lax.cond(t < steps.masked, hidden, lambda scores: scores, scores)
+
             place = (batch, start, part * self.heads + h)
             return self._step(group, done + h * steps.steps + t, mask, place, carry)
 
         def of_head(h, carry):
-            one = functools.partial(step, h)
-            carry = lax.fori_loop(0, steps.masked, functools.partial(one, True), carry)
-            return lax.fori_loop(steps.masked, steps.steps, functools.partial(one, False), carry)
+            return lax.fori_loop(0, steps.steps, functools.partial(step, h), carry)
 
         zero = ops.full((ROWS, self.k.shape[-1]), 0.0, ops.MATRIX)
         dk, dv = lax.fori_loop(0, self.heads, of_head, (zero, zero))
@@ -213,8 +218,7 @@ class _Keys:
         q, d_out = q_memory.at[slot], o_memory.at[slot]
 
         def weights(scores):
-            if mask is not None:
-                scores = mask(scores)
+            scores = mask(scores)
             lse = ops.load(lse_memory.at[slot], ops.PER_COLUMN)
             return jnp.exp2(scores * fold_scale(self.scale) - ops.columns(lse, ROWS))
 
@@ -225,12 +229,13 @@ class _Keys:
         self.q_stream.wait(step)
         self.o_stream.wait(step)
         operands = (dk, dv, k_memory.at[group], v_memory.at[group], q, d_out, weights, gradient)
-        if self.dq is None:
-            dk, dv = ops.key_gradients(*operands)
-        else:
+        if self.dq is not None:
             dk, dv = ops.all_gradients(*operands, *self._for_dq(group, step, place))
-        # lse and delta were read as plain memory, and the copy engine writes there next.
-        plgpu.commit_smem()
+        else:
+            dk, dv = ops.key_gradients(*operands)
+            # lse and delta were read as plain memory, and the copy engine writes there next; with
+            # dq, `share` has seen to it.
+            plgpu.commit_smem()
         self.q_stream.release(step)
         self.o_stream.release(step)
         return dk, dv
