@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 import jax
@@ -12,6 +11,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel
 from qwen_jax.kernels.gpu import backward, backward_queries, forward, ops
 from qwen_jax.kernels.gpu.plan import (
+    LOG2E,
     at_least_one_step,
     key_rows,
     make_queue,
@@ -27,7 +27,7 @@ _STREAMED = 32 * 2**20
 
 def why_not(*, head_dim: int, dtype, device_kind: str) -> str | None:
     """One clause that says why the kernel can't serve a request, or None if it can."""
-    if not any(name in device_kind.upper() for name in ("H100", "H200", "H800", "H20", "GH200")):
+    if not ops.is_hopper(device_kind):
         return f"it is written for Hopper GPUs (H100, H200), not for {device_kind!r}"
     if head_dim not in (64, 128):
         return f"it has head dimensions 64 and 128, not {head_dim}"
@@ -100,7 +100,7 @@ def _backward(q, k, v, mask: Mask, scale, lse, d_out, delta, grad_dtype):
     groups = heads // kv_heads
     operands = (
         *(_pad(q, 1, rows_), _pad(k, 1, columns), _pad(v, 1, columns)),
-        *(_pad(d_out.astype(q.dtype), 1, rows_), _pad(lse * math.log2(math.e), 2, rows_)),
+        *(_pad(d_out.astype(q.dtype), 1, rows_), _pad(lse * LOG2E, 2, rows_)),
         _pad(delta, 2, rows_),
     )
     with_dq = not _reproducible()

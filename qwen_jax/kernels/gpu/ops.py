@@ -26,9 +26,16 @@ _LOAD_TAKES_INDEX = (
 
 
 def tile_memory(shape: tuple[int, ...], dtype) -> plgpu.GPUMemoryRef:
-    """Shared memory for matrix operands and results, rows swizzled over 128 bytes."""
-    tiling = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
+    """Shared memory for matrix operands: rows swizzled over 128 bytes, or over all they have."""
+    itemsize = jnp.dtype(dtype).itemsize
+    size = min(128, shape[-1] * itemsize)
+    tiling = plgpu.TilingTransform((8, size // itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(size)))
+
+
+def share(*memory):
+    """Shared memory used for one thing, then for another."""
+    return plgpu.RefUnion(*memory)
 
 
 def load(ref, layout) -> jax.Array:
@@ -174,6 +181,24 @@ def _gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, finish):
 def add_to_memory(source_ref, target_ref) -> None:
     """target += source, from shared to global memory by the copy engine, float32."""
     plgpu.copy_smem_to_gmem(source_ref, target_ref, reduction_op="add")
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Whether a device of this kind has wgmma and the copy engine the kernels are written for."""
+    return any(name in device_kind.upper() for name in ("H100", "H200", "H800", "H20"))
+
+
+def fewest_waves(units: int, steps: int, most: int) -> int:
+    """Parts, `most` at most, to cut each of `units` pieces of work of `steps` steps into.
+
+    The fewest waves of thread blocks by steps of the longest part; starting a part and merging it
+    counts as four steps. Of thread blocks of one warpgroup, two share a multiprocessor.
+    """
+
+    def cost(parts):
+        return -(-units * parts // (2 * 132)) * (-(-steps // parts) + 4)
+
+    return min(range(1, max(1, min(steps // 2, most)) + 1), key=cost)
 
 
 def ctas() -> int:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels.mask import Mask, live_blocks
 
+LOG2E = math.log2(math.e)
+
 FIELDS = ("batch", "tile", "low", "full_low", "full_high", "high")
 """Columns of a `Queue`'s table; the last four are block numbers, see `_ranges`."""
 
@@ -203,4 +205,4 @@ def at_least_one_step(table: jax.Array) -> jax.Array:
 
 def fold_scale(scale: float) -> float:
     """The factor that takes scores to base-2 exponents."""
-    return scale * math.log2(math.e)
+    return scale * LOG2E
