@@ -46,6 +46,12 @@ def keys_blocks(head_dim: int, with_dq: bool) -> Blocks:
     return Blocks(128, 2 if with_dq else 3)
 
 
+def meet(barrier) -> None:
+    """Until both warpgroups are here."""
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
 def backward(q, k, v, d_out, lse, delta, rows: Rows, table, queue, scale, dtype, *, with_dq: bool):
     """(dk, dv, dq): dk and dv [B, S, heads of the queue, H] in `dtype`.
 
@@ -253,8 +259,7 @@ class _Keys:
         def share(ds):
             ds_memory.at[group][...] = ds
             plgpu.commit_smem()
-            plgpu.barrier_arrive(self.together)
-            plgpu.barrier_wait(self.together)
+            meet(self.together)
 
         factors = [
             (ds_memory.at[half, :, rows], self.memory[0].at[half, :, columns])
