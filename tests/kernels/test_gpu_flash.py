@@ -5,6 +5,7 @@ copies and shared memory simulated, and its matrix products (which a CPU has not
 """
 
 import contextlib
+import functools
 import itertools
 
 import jax
@@ -19,6 +20,7 @@ from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interp
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, force_gpu_interpret_mode
 
 from qwen_jax.errors import UserError
+from qwen_jax.kernels.flash import flash_attention
 from qwen_jax.kernels.gpu import forward, ops, plan
 from qwen_jax.kernels.gpu.flash import KERNEL, why_not
 from qwen_jax.kernels.gpu.tiles import TILE, Blocks, Step
@@ -79,7 +81,9 @@ def reproducible(monkeypatch):
 def test_every_mask_lowers_for_cuda(masking, width):
     arrays = shapes(2, 512, 512, 4, 2, width, jnp.bfloat16)
     exported = lower(gradients_of(masking), *arrays)
-    assert exported.mlir_module().count("@mosaic_gpu") == 2
+    module = exported.mlir_module()
+    assert module.count("@mosaic_gpu") == 2
+    assert "output_operand_alias" in module  # dq, added to in place
     q, k = arrays[:2]
     dims = [q.shape, (2, 4, 512), q.shape, k.shape, k.shape]
     assert [x.shape for x in exported.out_avals] == dims
@@ -106,6 +110,29 @@ def test_every_shape_lowers_for_cuda(sizes, dtype, grad_dtype):
     exported = lower(gradients_of(MASKS[-1], grad_dtype), *arrays)
     assert [x.shape for x in exported.out_avals[2:]] == [x.shape for x in arrays[:3]]
     assert {x.dtype for x in exported.out_avals[2:]} == {jnp.dtype(grad_dtype or dtype)}
+
+
+def test_gradients_lower_where_a_model_takes_them():
+    """Inside a scan over layers, recomputed, on a mesh of two axes."""
+    mesh, spec = jax.make_mesh((2, 2), ("data", "tensor")), jax.P("data", None, "tensor")
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+    )
+    def attend(q, k, v):
+        mask = make_mask(None, None, None, None)
+        return flash_attention(q, k, v, mask, 0.1, KERNEL)[0]
+
+    def loss(q, k, v):
+        def layer(q, _):
+            return jax.checkpoint(attend)(q, k, v), None
+
+        return jax.lax.scan(layer, q, length=2)[0].astype(jnp.float32).sum()
+
+    place = jax.NamedSharding(mesh, spec)
+    q, k = (jax.ShapeDtypeStruct((2, 512, n, 128), jnp.bfloat16, sharding=place) for n in (4, 2))
+    module = lower(jax.grad(loss, (0, 1, 2)), q, k, k).mlir_module()
+    assert module.count("@mosaic_gpu") >= 2 and "output_operand_alias" in module
 
 
 def test_more_shared_memory_than_there_is_is_refused(monkeypatch):
