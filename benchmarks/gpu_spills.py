@@ -25,8 +25,16 @@ import tempfile
 
 from qwen_jax.errors import UserError
 
-LIMITS = {"flash_forward": 0, "flash_backward_keys": 64, "flash_backward_queries": 96}
-"""Bytes of spill stores allowed. The backward kernels' few lie outside the loops without a mask."""
+LIMITS = {
+    "flash_forward": 16,
+    "flash_backward": 280,
+    "flash_backward_keys": 64,
+    "flash_backward_queries": 96,
+}
+"""Bytes of spill stores allowed: flash_backward's are addresses, the others' outside the loops."""
+
+_NAMES = {"new_body": "flash_backward"}
+"""What jax calls a kernel that changes one of its operands."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Case:
     segments: bool
     window: bool
     grad_dtype: str | None = None
+    reproducible: bool = False  # the backward kernels that give the same bits each time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +80,10 @@ def _compile(case: Case, mesh) -> None:
         ids = ids if case.segments else None
         mask = make_mask(None, ids, ids, 1024 if case.window else None)
         scale = case.width**-0.5
-        return KERNEL.forward(q, k, v, mask, scale), KERNEL.backward(
-            q, k, v, mask, scale, lse, d_out, delta, case.grad_dtype
-        )
+        gradients = KERNEL.backward(q, k, v, mask, scale, lse, d_out, delta, case.grad_dtype)
+        return gradients if case.reproducible else (KERNEL.forward(q, k, v, mask, scale), gradients)
 
+    os.environ["XLA_FLAGS"] = "--xla_gpu_deterministic_ops=true" if case.reproducible else ""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         jax.jit(run).lower(q, k, k, numbers, q, numbers, ids).compile()
 
@@ -83,6 +92,7 @@ def _read(folder: pathlib.Path, case: Case) -> list[Report]:
     reports = []
     for path in sorted(folder.rglob("*.ptxas")):
         text, kernel = path.read_text(), path.stem.rsplit("_", 1)[0]
+        kernel = _NAMES.get(kernel, kernel)
         stores, loads = re.search(
             r"(\d+) bytes spill stores, (\d+) bytes spill loads", text
         ).groups()
@@ -90,8 +100,9 @@ def _read(folder: pathlib.Path, case: Case) -> list[Report]:
         code = path.with_suffix(".sass_ctrl")
         wgmma = len(re.findall("HGMMA", code.read_text())) if code.exists() else 0
         # Spills are counted; anything else (products one after another, registers not given over)
-        # is a finding.
-        warnings = [x for x in re.findall(r".*warning.*", text) if "spilled" not in x]
+        # is a finding. ptxas calls the former information.
+        warnings = re.findall(r".*(?:warning|Performance Loss).*", text)
+        warnings = [x for x in warnings if "spilled" not in x]
         reports.append(
             Report(kernel, case, registers, int(stores), int(loads), wgmma, tuple(warnings))
         )
@@ -123,15 +134,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--width", type=int, choices=(64, 128), help="one head dimension only")
     parser.add_argument("--json", type=pathlib.Path, help="write the reports here")
-    options = parser.parse_args()
-    widths = (options.width,) if options.width else (128, 64)
+    arguments = parser.parse_args()
+    widths = (arguments.width,) if arguments.width else (128, 64)
     cases = [
-        Case(width, segments, window, grad_dtype)
+        Case(width, *options)
         for width in widths
-        for segments, window, grad_dtype in (
-            (False, False, None),
-            (True, False, None),
+        for options in (
+            (False, False),
+            (True, False),
             (True, True, "float32"),
+            (False, False, None, True),
+            (True, True, "float32", True),
         )
     ]
     try:
@@ -152,9 +165,11 @@ def main() -> int:
             f"{r.registers:9}{r.spill_stores:12}/{r.spill_loads}{r.wgmma:17}"
             f"{'  ABOVE THE LIMIT' if over else ''}{' '.join(r.warnings)}"
         )
-    if options.json:
+    if arguments.json:
         records = [dataclasses.asdict(r) for r in reports]
-        options.json.write_text(json.dumps({"jax": jax.__version__, "reports": records}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"jax": jax.__version__, "reports": records}, indent=1)
+        )
     return int(failed)
 
 

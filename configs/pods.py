@@ -96,18 +96,18 @@ LAYOUTS = {
     ("7b", "v5p-1024"): Layout(4, "products"),
     ("7b", "h100-8"): Layout(4, "products"),
     ("7b", "h200-8"): Layout(8, "products"),
-    ("14b", "v5e-256"): Layout(4, "out_mid"),
+    # 5,120 rows of a weight over 256 chips are 20 each, no multiple of a tile's 8, and are laid out
+    # anew for every product: 14 % of the step. Over 128 chips they are 40.
+    ("14b", "v5e-256"): Layout(4, "out_mid", data=2),
     ("14b", "v6e-64"): Layout(8, "out_mid"),
-    # 5,120 rows of a weight over 256 chips are 20 each, no multiple of a tile's 8: laid out anew for
-    # every product they cost 0.37 of 3.1 s. Over 128 chips they are 40.
     ("14b", "v6e-256"): Layout(8, "out_mid", data=2),
     ("14b", "v5p-128"): Layout(4, "products"),
     ("14b", "v5p-1024"): Layout(4, "products"),
     ("14b", "h100-8"): Layout(2, "products"),
     ("14b", "h200-8"): Layout(4, "products"),
-    # A gathered layer of 72B is 1.8 GB in bf16, and its float32 gradient twice that: where chips are
-    # small or few, two split it. Split over four, with a row for each four, they wait for the
-    # interconnect most of the time: MFU 0.39 in place of 0.51 on v5e-256, 0.24 of 0.32 on v6e-64.
+    # A gathered layer of 72B is 1.8 GB in bf16, and its float32 gradient twice that: where chips
+    # are small or few, two split it. Split over four, with a row for each four, they would wait for
+    # the interconnect: predicted MFU 0.39 for 0.51 on v5e-256, 0.24 for 0.32 on v6e-64.
     ("72b", "v5e-256"): Layout(2, "full", tensor=2),
     ("72b", "v6e-64"): Layout(2, "full", tensor=2),
     ("72b", "v6e-256"): Layout(4, "full"),

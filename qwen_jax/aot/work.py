@@ -25,8 +25,13 @@ _CUBLAS = ("__cublas$gemm", "__cublas$lt$matmul")
 _KERNELS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")
 
 # Products over the head dimension for each pair of query and key, of the kernels in kernels/gpu:
-# scores and output; scores, d_out·v, dk and dv; scores, d_out·v and dq.
-HOPPER_PRODUCTS = {"flash_forward": 2, "flash_backward_keys": 4, "flash_backward_queries": 3}
+# scores and output; scores, d_out·v, dk, dv and dq; the same without dq; scores, d_out·v and dq.
+HOPPER_PRODUCTS = {
+    "flash_forward": 2,
+    "flash_backward": 5,
+    "flash_backward_keys": 4,
+    "flash_backward_queries": 3,
+}
 _HOPPER_TILE = 128
 
 

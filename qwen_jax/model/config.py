@@ -98,8 +98,8 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
         for name, least in (("max_length", 1), ("trained_length", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be {least} or more")
+            if (value := getattr(self, name)) < least:
+                raise UserError(f"model.{name} is {value}; it must be at least {least}")
         for name in ("norm_eps", "rope_theta", "rope_fraction", "init_std"):
             if not getattr(self, name) > 0:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")

@@ -7,6 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpret
 
 from qwen_jax.kernels.gpu import decode as gpu_decode
+from qwen_jax.kernels.gpu import decode_kernel, ops
 from tests.kernels.paged_cases import NO_WINDOW, check, make_case
 
 
@@ -65,20 +66,17 @@ def test_interpreted_matches_float64(name, monkeypatch):
     def widen(codes, wide):
         wide[...] = (codes[...].astype(jnp.float32) - 128).astype(wide.dtype)
 
-    def iota(axis, columns=64):
-        return jax.lax.broadcasted_iota(jnp.int32, (64, columns), axis)
-
     plain = {
-        "_share": lambda *memory: memory,
-        "_load": lambda ref, layout: ref[...],
-        "_full": lambda shape, value, layout: jnp.full(shape, value, jnp.float32),
-        "_iota": iota,
-        "_product": product,
-        "_accumulate": accumulate,
-        "_widen": widen,
+        "share": lambda *memory: memory,
+        "load": lambda ref, layout: ref[...],
+        "full": lambda shape, value, layout: jnp.full(shape, value, jnp.float32),
+        "iota": lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis),
+        "product": product,
+        "accumulate": accumulate,
     }
     for attribute, function in plain.items():
-        monkeypatch.setattr(gpu_decode, attribute, function)
+        monkeypatch.setattr(ops, attribute, function)
+    monkeypatch.setattr(decode_kernel, "_widen", widen)
     how, what = CASES[name]
     how = dict(how)
     case = make_case(
@@ -113,7 +111,7 @@ def test_plan_takes_every_block_once():
     lengths = rng.integers(0, 1000, 40).astype(np.int32)
     for q_len, window, splits in ((1, NO_WINDOW, 5), (4, 100, 3), (8, 64, 16), (2, 1, 1)):
         start = lengths - q_len
-        sizes = gpu_decode._Sizes(1, 1, q_len, 8, 64, 64, 16, splits, 1.0, False)
+        sizes = decode_kernel.Sizes(1, 1, q_len, 8, 64, 64, 16, splits, 1.0, False)
         plan = gpu_decode._plan(jnp.asarray(lengths), jnp.asarray(start), window, sizes)
         plan = np.asarray(plan).reshape(40, splits, -1)
         for r in range(40):

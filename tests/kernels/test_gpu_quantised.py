@@ -7,6 +7,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpret
 
 from qwen_jax.kernels import quantised
+from qwen_jax.kernels.gpu import ops
 from qwen_jax.kernels.gpu import quantised as gpu_quantised
 from tests.kernels.test_quantised import error, make_case
 
@@ -41,13 +42,17 @@ def test_lowers_for_hopper(name):
 def test_interpreted_is_the_product(name, monkeypatch):
     """Everything but layouts and wgmma, which a CPU can't run: plain products stand for those."""
     plain = {
-        "_share": lambda *memory: memory,
-        "_load": lambda ref, layout: ref[...],
-        "_zeros": lambda: jnp.zeros((64, 128), jnp.float32),
-        "_product": lambda a, b: jnp.dot(a[...], b[...], preferred_element_type=jnp.float32),
+        "share": lambda *memory: memory,
+        "load": lambda ref, layout: ref[...],
+        "full": lambda shape, value, layout: jnp.full(shape, value, jnp.float32),
     }
     for attribute, function in plain.items():
-        monkeypatch.setattr(gpu_quantised, attribute, function)
+        monkeypatch.setattr(ops, attribute, function)
+    monkeypatch.setattr(
+        gpu_quantised,
+        "_product",
+        lambda a, b: jnp.dot(a[...], b[...], preferred_element_type=jnp.float32),
+    )
     sizes, how, options = CASES[name]
     case = make_case(*sizes, **how)
     with gpu_interpret.force_gpu_interpret_mode(gpu_interpret.InterpretGPUParams()):
@@ -78,7 +83,7 @@ def test_the_gpu_takes_what_its_kernel_can_and_names_the_rest(monkeypatch):
     choose = quantised.choose_group_matmul
     # This machine's device is a CPU, which the kernel is not made for.
     assert choose("auto", weight, 2, jnp.bfloat16) == "reference"
-    monkeypatch.setattr(gpu_quantised, "_HOPPER", ("",))
+    monkeypatch.setattr(ops, "is_hopper", lambda kind: True)
     assert choose("auto", weight, 2, jnp.bfloat16) == "pallas_gpu"
     refused = gpu_quantised.refusal
     assert "float32" in refused(weight, rows=2, dtype=jnp.float32)

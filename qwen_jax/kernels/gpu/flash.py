@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import os
 
 import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel
-from qwen_jax.kernels.gpu import backward, forward, ops
-from qwen_jax.kernels.gpu.plan import key_rows, make_queue, make_table, query_rows
+from qwen_jax.kernels.gpu import backward, backward_queries, forward, ops
+from qwen_jax.kernels.gpu.plan import (
+    LOG2E,
+    at_least_one_step,
+    key_rows,
+    make_queue,
+    make_table,
+    query_rows,
+)
 from qwen_jax.kernels.gpu.tiles import TILE
 from qwen_jax.kernels.mask import Mask
 
@@ -20,7 +27,7 @@ _STREAMED = 32 * 2**20
 
 def why_not(*, head_dim: int, dtype, device_kind: str) -> str | None:
     """One clause that says why the kernel can't serve a request, or None if it can."""
-    if not any(name in device_kind.upper() for name in ("H100", "H200", "H800", "H20", "GH200")):
+    if not ops.is_hopper(device_kind):
         return f"it is written for Hopper GPUs (H100, H200), not for {device_kind!r}"
     if head_dim not in (64, 128):
         return f"it has head dimensions 64 and 128, not {head_dim}"
@@ -62,6 +69,7 @@ def _forward(q, k, v, mask: Mask, scale: float):
     )
     sizes = (TILE, blocks.block)
     table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=False, queue=queue)
+    table = at_least_one_step(table)
     q, k, v = _pad(q, 1, rows_), _pad(k, 1, columns), _pad(v, 1, columns)
     out, lse = forward.forward(q, k, v, rows, table, queue, scale, blocks)
     return out[:, :q_len], lse[:, :, :q_len]
@@ -76,41 +84,53 @@ def _parts(batch: int, tiles: int, kv_heads: int, groups: int) -> int:
     return groups
 
 
+def _reproducible() -> bool:
+    """Whether XLA has been told to give the same results each time."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    names = ("--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops")
+    return any(flag in (name, f"{name}=true", f"{name}=1") for flag in flags for name in names)
+
+
 def _backward(q, k, v, mask: Mask, scale, lse, d_out, delta, grad_dtype):
     _check(q, k, v, scale)
     (batch, q_len, heads, width), (k_len, kv_heads) = q.shape, k.shape[1:3]
-    by_keys, by_queries = backward.keys_blocks(width), backward.queries_blocks(width)
-    rows_ = _up(q_len, TILE)
-    columns = _up(k_len, TILE)
+    rows_, columns = _up(q_len, TILE), _up(k_len, TILE)
     lengths = (q_len, k_len, rows_ - q_len, columns - k_len)
     rows = query_rows(mask, *lengths)
-    bytes_ = 2 * q.nbytes // batch
     groups = heads // kv_heads
     operands = (
         *(_pad(q, 1, rows_), _pad(k, 1, columns), _pad(v, 1, columns)),
-        *(_pad(d_out.astype(q.dtype), 1, rows_), _pad(lse * math.log2(math.e), 2, rows_)),
+        *(_pad(d_out.astype(q.dtype), 1, rows_), _pad(lse * LOG2E, 2, rows_)),
         _pad(delta, 2, rows_),
     )
+    with_dq = not _reproducible()
 
     parts = _parts(batch, columns // TILE, kv_heads, groups)
+    bytes_ = (4 if with_dq else 2) * q.nbytes // batch
     queue = make_queue(batch, columns // TILE, kv_heads * parts, 1, bytes_, _STREAMED)
-    sizes = (by_keys.block, TILE)
+    sizes = (backward.keys_blocks(width, with_dq).block, TILE)
     table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=True, queue=queue)
     k_dtype = grad_dtype or k.dtype
     partial = k_dtype if parts == 1 else jnp.float32
-    dk, dv = backward.backward_keys(
-        *operands, key_rows(mask, *lengths), table, queue, scale, by_keys, partial
+    transposed = key_rows(mask, *lengths)
+    dk, dv, dq = backward.backward(
+        *operands, transposed, table, queue, scale, partial, with_dq=with_dq
     )
     if parts > 1:
         shape = (batch, columns, kv_heads, parts, width)
         dk, dv = (x.reshape(shape).sum(axis=3).astype(k_dtype) for x in (dk, dv))
 
-    queue = make_queue(batch, rows_ // TILE, heads, groups, 2 * k.nbytes // batch, _STREAMED)
-    sizes = (TILE, by_queries.block)
-    table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=False, queue=queue)
-    dq = backward.backward_queries(
-        *operands, rows, table, queue, scale, by_queries, grad_dtype or q.dtype
-    )
+    q_dtype = grad_dtype or q.dtype
+    if with_dq:
+        dq = (dq * scale).astype(q_dtype)
+    else:
+        by_queries = backward_queries.queries_blocks(width)
+        queue = make_queue(batch, rows_ // TILE, heads, groups, 2 * k.nbytes // batch, _STREAMED)
+        sizes = (TILE, by_queries.block)
+        table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=False, queue=queue)
+        dq = backward_queries.backward_queries(
+            *operands, rows, table, queue, scale, by_queries, q_dtype
+        )
     return dq[:, :q_len], dk[:, :k_len], dv[:, :k_len]
 
 

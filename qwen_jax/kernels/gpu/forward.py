@@ -1,7 +1,8 @@
 """The forward kernel: output and log-sum-exp of 128 queries an item.
 
-FlashAttention-3 (arXiv:2407.08608), §3.1: while one compute warpgroup has the tensor cores, the
-other has the exponentials; a barrier makes them take turns.
+FlashAttention-3 (arXiv:2407.08608), §3.1 and 3.2. A warpgroup gives the tensor cores a step's
+scores and the output of the step before together, and takes exponentials while they compute the
+latter; the two warpgroups take turns, so that the tensor cores have the other's products meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from qwen_jax.kernels.gpu.tiles import (
     Stream,
     for_my_items,
     hide,
+    launch,
     load_bounds,
+    run,
     stream_barriers,
 )
 from qwen_jax.kernels.mask import MASKED
@@ -39,7 +42,10 @@ def forward_blocks(head_dim: int) -> Blocks:
 
 
 def forward(q, k, v, rows: Rows, table, queue: Queue, scale: float, blocks: Blocks):
-    """(out like q, lse float32 [B,N,T]); lengths multiples of `TILE` and of the block of keys."""
+    """(out like q, lse float32 [B,N,T]); lengths multiples of `TILE` and of the block of keys.
+
+    table: every tile with at least one step, see `plan.at_least_one_step`.
+    """
     batch, q_len, heads, width = q.shape
     ctas = min(ops.ctas(), queue.items)
     operands, tree = jax.tree.flatten((q, k, v, table, rows))
@@ -56,30 +62,24 @@ def forward(q, k, v, rows: Rows, table, queue: Queue, scale: float, blocks: Bloc
             ),
             *(barriers[3], queue, blocks, scale, heads // k.shape[2], ctas),
         )
-        computes = lax.axis_index("wg") < WARPGROUPS
-        pl.when(computes)(unit.compute)
-        pl.when(jnp.logical_not(computes))(unit.load)
+        run(unit)
 
     tile = ops.tile_memory((WARPGROUPS, ROWS, width), q.dtype)
     stages = ops.tile_memory((blocks.stages, blocks.block, width), q.dtype)
     once = plgpu.Barrier(num_arrivals=WARPGROUPS)
-    return plgpu.kernel(
-        body,
-        out_type=(
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+    out_type = (
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+    )
+    scratch = [
+        (tile, stages, stages, tile, plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)),
+        (
+            (once, once),
+            *(stream_barriers(blocks.stages) for _ in "kv"),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
         ),
-        scratch_types=[
-            (tile, stages, stages, tile, plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)),
-            ((once, once), *(stream_barriers(blocks.stages) for _ in "kv"), once),
-        ],
-        grid=(ctas,),
-        grid_names=("cta",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="wg",
-        compiler_params=ops.PARAMS,
-        kernel_name="flash_forward",
-    )(*operands)
+    ]
+    return launch("flash_forward", body, out_type, scratch, ctas)(*operands)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class _Forward:
     Attributes:
       memory: shared memory for (q, k, v, out, lse).
       q_barriers: (ready, consumed).
-      turn: whoever has arrived here may use the tensor cores.
+      turns: one barrier a warpgroup, where the other says that it has issued its products.
       groups: query heads a kv head.
     """
 
@@ -104,7 +104,7 @@ class _Forward:
     q_barriers: tuple
     keys: Stream
     values: Stream
-    turn: jax.Array
+    turns: jax.Array
     queue: Queue
     blocks: Blocks
     scale: float
@@ -112,7 +112,10 @@ class _Forward:
     ctas: int
 
     def load(self) -> None:
-        """The warpgroup that loads: queries of an item, then keys and values step by step."""
+        """The warpgroup that loads: queries of an item, then keys and values step by step.
+
+        Keys go a step ahead of values, in the order in which buffers become free.
+        """
         plgpu.set_max_registers(24, action="decrease")
         q_memory, k_memory, v_memory = self.memory[:3]
         q_ready, q_consumed = self.q_barriers
@@ -120,20 +123,25 @@ class _Forward:
         def one(n, item: Item, done):
             batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
             kv_head = lax.div(head, jnp.int32(self.groups))
+
+            def put(stream, source, memory, t):
+                block = pl.ds(steps.block(t) * self.blocks.block, self.blocks.block)
+                stream.put(done + t, (source.at[batch, block, kv_head], memory))
+
             pl.when(n > 0)(lambda: plgpu.barrier_wait(q_consumed))
             for group in range(WARPGROUPS):
                 queries = pl.ds(tile * TILE + group * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(
                     self.q.at[batch, queries, head], q_memory.at[group], q_ready
                 )
+            put(self.keys, self.k, k_memory, jnp.int32(0))
 
-            def step(t, done):
-                block = pl.ds(steps.block(t) * self.blocks.block, self.blocks.block)
-                self.keys.put(done, (self.k.at[batch, block, kv_head], k_memory))
-                self.values.put(done, (self.v.at[batch, block, kv_head], v_memory))
-                return done + 1
+            def step(t, _):
+                pl.when(t + 1 < steps.steps)(lambda: put(self.keys, self.k, k_memory, t + 1))
+                put(self.values, self.v, v_memory, t)
 
-            return lax.fori_loop(0, steps.steps, step, done)
+            lax.fori_loop(0, steps.steps, step, None)
+            return done + steps.steps
 
         done = for_my_items(self.queue, self.ctas, self.table, one, ahead=True)
         plgpu.barrier_wait(q_consumed)
@@ -144,74 +152,79 @@ class _Forward:
         """A warpgroup that computes, from queries in shared memory to the output."""
         plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
-        # The second warpgroup starts half a step later.
-        pl.when(group == 1)(self._take_turn)
+        # The first warpgroup has the first turn, and takes note of the last one given to it.
+        pl.when(group == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
         for_my_items(
             self.queue, self.ctas, self.table, functools.partial(self._item, group), ahead=True
         )
-        pl.when(group == 0)(self._take_turn)
+        pl.when(group == 0)(lambda: plgpu.barrier_wait(self.turns.at[0]))
         plgpu.wait_smem_to_gmem(0)
-
-    def _take_turn(self) -> None:
-        plgpu.barrier_arrive(self.turn)
-        plgpu.barrier_wait(self.turn)
 
     def _item(self, group, _, item: Item, done):
         q_ready, q_consumed = self.q_barriers
         batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
         start = tile * TILE + group * ROWS
         bounds = load_bounds(self.rows, batch, start)
+        q, k_memory, v_memory = self.memory[0].at[group], *self.memory[1:3]
+
+        def masked(t, scores):
+            # A row's maximum starts finite, so what is never seen weighs exactly 0.
+            first = steps.block(t) * self.blocks.block
+            return hide(self.rows, bounds, batch, first, scores)
+
+        def next_keys(t):
+            pl.when(t < steps.steps)(lambda: self.keys.wait(done + t))
+
+        space = ops.full((ROWS, self.blocks.block), 0.0, ops.MATRIX)
+
+        def step(mask, t, carry):
+            total, highest, weight, p = carry
+            now, before = done + t, done + t - 1
+
+            def consume(scores):
+                self.keys.release(now)
+                return self._softmax(mask(t, scores), highest, weight)
+
+            self.values.wait(before)
+            plgpu.barrier_wait(self.turns.at[group])
+            total, keep, highest, weight, p = ops.product_beside(
+                *(total, p, v_memory.at[self.values.slot(before)]),
+                *(q, k_memory.at[self.keys.slot(now)]),
+                lambda: plgpu.barrier_arrive(self.turns.at[1 - group]),
+                *(consume, lambda: next_keys(t + 1), (weight, highest, weight, space)),
+            )
+            self.values.release(before)
+            total = total * ops.rows(keep, total.shape[1])
+            return total, highest, weight, p.astype(self.q.dtype)
+
         plgpu.barrier_wait(q_ready)
-
-        def step(masked, t, carry):
-            block = steps.masked_block(t) if masked else steps.full_block(t)
-            scores = self._scores(group, done + t, t == steps.steps - 1)
-            if masked:
-                # A row's maximum starts finite, so what is never seen weighs exactly 0.
-                first = block * self.blocks.block
-                scores = hide(self.rows, bounds, batch, first, scores)
-            return self._absorb(done + t, scores, carry)
-
-        carry = (
-            ops.full((ROWS, self.q.shape[-1]), 0.0, ops.MATRIX),
-            ops.full((ROWS,), MASKED, ops.PER_ROW),
-            ops.full((ROWS,), 0.0, ops.PER_ROW),
-        )
-        carry = lax.fori_loop(0, steps.masked, functools.partial(step, True), carry)
-        carry = lax.fori_loop(steps.masked, steps.steps, functools.partial(step, False), carry)
-        pl.when(steps.steps == 0)(lambda: plgpu.barrier_arrive(q_consumed))
-        self._write(group, batch, head, start, *carry)
+        self.keys.wait(done)
+        scores = ops.product(q, k_memory.at[self.keys.slot(done)])
+        self.keys.release(done)
+        next_keys(jnp.int32(1))
+        nothing = (ops.full((ROWS,), x, ops.PER_ROW) for x in (MASKED, 0.0))
+        _, highest, weight, p = self._softmax(masked(jnp.int32(0), scores), *nothing)
+        total = ops.full((ROWS, q.shape[1]), 0.0, ops.MATRIX)
+        carry = (total, highest, weight, p.astype(self.q.dtype))
+        full = jnp.maximum(steps.masked, 1)
+        carry = lax.fori_loop(1, full, functools.partial(step, masked), carry)
+        whole = functools.partial(step, lambda t, scores: scores)
+        total, highest, weight, p = lax.fori_loop(full, steps.steps, whole, carry)
+        plgpu.barrier_arrive(q_consumed)
+        last = done + steps.steps - 1
+        self.values.wait(last)
+        total = ops.accumulate(total, p, v_memory.at[self.values.slot(last)])
+        self.values.release(last)
+        self._write(group, batch, head, start, total, highest, weight)
         return done + steps.steps
 
-    def _scores(self, group, step, last) -> jax.Array:
-        """q·kᵀ of a step, float32 [64, keys]; hands the tensor cores over."""
-        q_memory, k_memory = self.memory[:2]
-        self.keys.wait(step)
-        keys = k_memory.at[self.keys.slot(step)]
-        scores = ops.product(q_memory.at[group], keys, self._take_turn)
-        self.keys.release(step)
-        # Not at the item's end: the first warpgroup needs its next queries to give the second its
-        # last turn.
-        pl.when(last)(lambda: plgpu.barrier_arrive(self.q_barriers[1]))
-        return scores
-
-    def _absorb(self, step, scores, carry):
-        """Online softmax: a step's scores and values into (total, highest score, weight)."""
-        total, highest, weight = carry
+    def _softmax(self, scores, highest, weight):
+        """(factor for what was summed so far, highest score, weight, weights p), float32."""
         factor = fold_scale(self.scale)
         new = jnp.maximum(highest, scores.max(axis=1) * factor)
         keep = jnp.exp2(highest - new)
         p = jnp.exp2(scores * factor - ops.rows(new, scores.shape[1]))
-        total *= ops.rows(keep, total.shape[1])
-        weight = weight * keep + p.sum(axis=1)
-        p = p.astype(self.q.dtype)
-        total, weight, new, p = lax.optimization_barrier((total, weight, new, p))
-        plgpu.barrier_arrive(self.turn)
-        self.values.wait(step)
-        plgpu.barrier_wait(self.turn)
-        total = ops.accumulate(total, p, self.memory[2].at[self.values.slot(step)])
-        self.values.release(step)
-        return total, new, weight
+        return keep, new, weight * keep + p.sum(axis=1), p
 
     def _write(self, group, batch, head, start, total, highest, weight) -> None:
         out_memory, lse_memory = self.memory[3].at[group], self.memory[4].at[group]

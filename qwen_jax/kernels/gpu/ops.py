@@ -26,10 +26,16 @@ _LOAD_TAKES_INDEX = (
 
 
 def tile_memory(shape: tuple[int, ...], dtype) -> plgpu.GPUMemoryRef:
-    """Shared memory for matrix operands, rows of 64 16-bit values swizzled over 128 bytes."""
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
+    """Shared memory for matrix operands: rows swizzled over 128 bytes, or over all they have."""
+    itemsize = jnp.dtype(dtype).itemsize
+    size = min(128, shape[-1] * itemsize)
+    tiling = plgpu.TilingTransform((8, size // itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(size)))
+
+
+def share(*memory):
+    """Shared memory used for one thing, then for another."""
+    return plgpu.RefUnion(*memory)
 
 
 def load(ref, layout) -> jax.Array:
@@ -73,12 +79,11 @@ def two_products(a_ref, b_ref, c_ref, d_ref, between) -> tuple[jax.Array, jax.Ar
     return pl.run_scoped(compute, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
 
 
-def product(a_ref, b_ref, while_running=lambda: None) -> jax.Array:
-    """a·bᵀ in float32, both in shared memory; `while_running` is called once it is issued."""
+def product(a_ref, b_ref) -> jax.Array:
+    """a·bᵀ in float32, both in shared memory."""
 
     def compute(acc_ref):
         plgpu.wgmma(acc_ref, a_ref, b_ref.transpose((1, 0)))
-        while_running()
         return acc_ref[...]
 
     shape = (a_ref.shape[0], b_ref.shape[0])
@@ -94,13 +99,69 @@ def accumulate(total: jax.Array, a: jax.Array, b_ref) -> jax.Array:
     return pl.run_state(compute)(plgpu.ACC.init(total))
 
 
-def key_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, dtype):
-    """(dk + gradient(p, v·d_outᵀ)·q, dv + p·d_out) for p = weights(k·qᵀ), in float32.
+def product_beside(total, a, b_ref, q_ref, k_ref, issued, consume, after, results):
+    """(total + a·b, *consume(q·kᵀ)): `consume` runs while the tensor cores compute a·b.
 
-    k_ref, v_ref: [keys, H], q_ref, o_ref: [queries, H] in shared memory; dk, dv: [keys, H] in
-    registers. While the tensor cores compute v·d_outᵀ, `weights` runs; while p·d_out, `gradient`.
+    a is in registers, b, q and k in shared memory. `issued` is called when both products have been
+    given to the tensor cores. `after` has to wait for a barrier: without that border the assembler
+    moves what `consume` does behind the wait for a·b. results: arrays like those `consume` returns.
     """
 
+    def compute(refs):
+        total_ref, *result_refs = refs
+
+        def scores(s_ref):
+            plgpu.wgmma(s_ref, q_ref, k_ref.transpose((1, 0)))
+            plgpu.wgmma(total_ref, a, b_ref)
+            issued()
+            made = lax.optimization_barrier(consume(plgpu.wgmma_accumulator_load(s_ref, wait_n=1)))
+            after()
+            for ref, x in zip(result_refs, made, strict=True):
+                ref[...] = x
+
+        shape = (q_ref.shape[0], k_ref.shape[0])
+        pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+
+    # What is made of the results is to wait for a·b, which reads registers all the while.
+    return lax.optimization_barrier(pl.run_state(compute)((plgpu.ACC.init(total), *results)))
+
+
+def key_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient):
+    """(dk + ds·q, dv + p·d_out), p = weights(k·qᵀ), ds = gradient(p, v·d_outᵀ), sums in float32.
+
+    k_ref, v_ref: [keys, H], q_ref, o_ref: [queries, H] in shared memory; dk, dv: [keys, H] in
+    registers; ds in the operands' dtype. While the tensor cores compute v·d_outᵀ, `weights` runs;
+    while p·d_out, `gradient`.
+    """
+
+    def finish(dk_ref, ds):
+        plgpu.wgmma(dk_ref, ds, q_ref)
+
+    return _gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, finish)
+
+
+def all_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, share, factors, deliver):
+    """`key_gradients`, and deliver(Σ aᵀ·b over factors) for a part of dq, all in shared memory.
+
+    share(ds) lays ds down where factors take it from. While dk is computed, `deliver` runs.
+    """
+
+    def finish(dk_ref, ds):
+        share(ds)
+
+        def compute(dq_ref):
+            for a_ref, b_ref in factors:
+                plgpu.wgmma(dq_ref, a_ref.transpose((1, 0)), b_ref)
+            plgpu.wgmma(dk_ref, ds, q_ref)
+            deliver(plgpu.wgmma_accumulator_load(dq_ref, wait_n=1))
+
+        (a_ref, b_ref), *_ = factors
+        pl.run_scoped(compute, plgpu.ACC((a_ref.shape[1], b_ref.shape[1]), jnp.float32))
+
+    return _gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, finish)
+
+
+def _gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, finish):
     def compute(refs):
         dk_ref, dv_ref = refs
 
@@ -108,14 +169,36 @@ def key_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient, dtype):
             plgpu.wgmma(s_ref, k_ref, q_ref.transpose((1, 0)))
             plgpu.wgmma(dp_ref, v_ref, o_ref.transpose((1, 0)))
             p = weights(plgpu.wgmma_accumulator_load(s_ref, wait_n=1))
-            plgpu.wgmma(dv_ref, p.astype(dtype), o_ref)
-            ds = gradient(p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1))
-            plgpu.wgmma(dk_ref, ds.astype(dtype), q_ref)
+            plgpu.wgmma(dv_ref, p.astype(jnp.dtype(q_ref.dtype)), o_ref)
+            finish(dk_ref, gradient(p, plgpu.wgmma_accumulator_load(dp_ref, wait_n=1)))
 
         shape = (k_ref.shape[0], q_ref.shape[0])
         pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
 
     return pl.run_state(compute)((plgpu.ACC.init(dk), plgpu.ACC.init(dv)))
+
+
+def add_to_memory(source_ref, target_ref) -> None:
+    """target += source, from shared to global memory by the copy engine, float32."""
+    plgpu.copy_smem_to_gmem(source_ref, target_ref, reduction_op="add")
+
+
+def is_hopper(device_kind: str) -> bool:
+    """Whether a device of this kind has wgmma and the copy engine the kernels are written for."""
+    return any(name in device_kind.upper() for name in ("H100", "H200", "H800", "H20"))
+
+
+def fewest_waves(units: int, steps: int, most: int) -> int:
+    """Parts, `most` at most, to cut each of `units` pieces of work of `steps` steps into.
+
+    The fewest waves of thread blocks by steps of the longest part; starting a part and merging it
+    counts as four steps. Of thread blocks of one warpgroup, two share a multiprocessor.
+    """
+
+    def cost(parts):
+        return -(-units * parts // (2 * 132)) * (-(-steps // parts) + 4)
+
+    return min(range(1, max(1, min(steps // 2, most)) + 1), key=cost)
 
 
 def ctas() -> int:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels.mask import Mask, live_blocks
 
+LOG2E = math.log2(math.e)
+
 FIELDS = ("batch", "tile", "low", "full_low", "full_high", "high")
 """Columns of a `Queue`'s table; the last four are block numbers, see `_ranges`."""
 
@@ -196,6 +198,11 @@ def make_table(
     return table.reshape(-1, len(FIELDS))
 
 
+def at_least_one_step(table: jax.Array) -> jax.Array:
+    """A table (`make_table`) in which a tile that sees nothing takes one block, masked."""
+    return table.at[:, FIELDS.index("high")].max(1)
+
+
 def fold_scale(scale: float) -> float:
     """The factor that takes scores to base-2 exponents."""
-    return scale * math.log2(math.e)
+    return scale * LOG2E

@@ -28,7 +28,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from qwen_jax.kernels.gpu import ops
-from qwen_jax.kernels.gpu.decode import _HOPPER, _tiles
 from qwen_jax.kernels.quantised import GroupWeight, dequantise
 from qwen_jax.parallel import current_mesh
 
@@ -40,15 +39,13 @@ _ROWS = 64
 """M of a wgmma instruction."""
 _FEW = 256
 """Most rows that the kernel takes: four times through the weights, still less than copying them."""
-_SLOTS = 132 * 2
-"""Thread blocks that run at once on an H100 or H200."""
 
 
 def refusal(weight: GroupWeight, *, rows: int, dtype) -> str | None:
     """Why this kernel can't multiply by a weight; None if it can."""
     del rows  # of any number
     device = current_mesh().abstract_device or jax.devices()[0]
-    if not any(name in device.device_kind for name in _HOPPER):
+    if not ops.is_hopper(device.device_kind):
         return f"a {device.device_kind}; the GPU kernel is made for Hopper (H100, H200)"
     if dtype != jnp.bfloat16:
         return f"x in {jnp.dtype(dtype)}; the GPU kernel takes bfloat16"
@@ -115,10 +112,7 @@ def choose_splits(blocks: int, chunks: int) -> int:
     The fewest waves by steps of the longest share; starting one and summing it counts as four.
     """
 
-    def cost(splits):
-        return -(-blocks * splits // _SLOTS) * (-(-chunks // splits) + 4)
-
-    return min(range(1, max(1, min(chunks // 2, 32)) + 1), key=cost)
+    return ops.fewest_waves(blocks, chunks, 32)
 
 
 def _call(sizes: _Sizes, x, weight: GroupWeight):
@@ -127,7 +121,7 @@ def _call(sizes: _Sizes, x, weight: GroupWeight):
     layer = jnp.zeros((), jnp.int32) if weight.layer is None else weight.layer
     ring = [
         plgpu.SMEM((sizes.stages, sizes.words, _COLUMNS), jnp.int32),
-        _tiles((sizes.stages, _ROWS, _CHUNK), x.dtype),
+        ops.tile_memory((sizes.stages, _ROWS, _CHUNK), x.dtype),
         plgpu.SMEM((sizes.stages, 1, _COLUMNS), jnp.float32),
     ]
     out = plgpu.kernel(
@@ -135,8 +129,8 @@ def _call(sizes: _Sizes, x, weight: GroupWeight):
         out_type=jax.ShapeDtypeStruct((sizes.splits * rows, outputs), jnp.float32),
         scratch_types=[
             # The result leaves through the memory that operands came in by.
-            _share(ring, plgpu.SMEM((_ROWS, _COLUMNS), jnp.float32)),
-            _tiles((_CHUNK, _COLUMNS), x.dtype),
+            ops.share(ring, plgpu.SMEM((_ROWS, _COLUMNS), jnp.float32)),
+            ops.tile_memory((_CHUNK, _COLUMNS), x.dtype),
             plgpu.Barrier(num_arrivals=len(ring), num_barriers=sizes.stages),
         ],
         grid=(outputs // _COLUMNS, sizes.splits, rows // _ROWS),
@@ -186,13 +180,13 @@ def _kernel(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, out_ref, sha
         codes, x, scales = (memory.at[slot] for memory in ring)
         _widen(sizes, codes, wide)
         plgpu.commit_smem()
-        scale = _columns(_load(scales.at[0], ops.PER_COLUMN))
+        scale = ops.columns(ops.load(scales.at[0], ops.PER_COLUMN), _ROWS)
         total = total + _product(x, wide) * scale
         # Everything here has been read: the copy waits for all warps.
         start(step + sizes.stages)
         return total
 
-    total = lax.fori_loop(0, count, body, _zeros())
+    total = lax.fori_loop(0, count, body, ops.full((_ROWS, _COLUMNS), 0.0, ops.MATRIX))
     out_memory[...] = total
     plgpu.commit_smem()
     at = pl.ds(split * x_ref.shape[0] + row * _ROWS, _ROWS)
@@ -202,7 +196,7 @@ def _kernel(sizes: _Sizes, layer_ref, x_ref, codes_ref, scales_ref, out_ref, sha
 
 def _widen(sizes: _Sizes, codes_ref, wide_ref) -> None:
     """Words int32 [words, 128] to numbers q − half, bf16 [128, 128], a digit after the other."""
-    words = _load(codes_ref, _WORDS)
+    words = ops.load(codes_ref, _WORDS)
     for digit in range(32 // sizes.bits):
         codes = (words >> (digit * sizes.bits)) & (2**sizes.bits - 1)
         numbers = codes.astype(jnp.float32) - 2.0 ** (sizes.bits - 1)
@@ -210,33 +204,11 @@ def _widen(sizes: _Sizes, codes_ref, wide_ref) -> None:
         wide_ref[into, :] = numbers.astype(wide_ref.dtype)
 
 
-# What a CPU cannot interpret; a test puts plain products in its place.
-
 _WORDS = plgpu.Layout.TILED(
     # A thread holds 8 words side by side, a warp two rows: reads of 32 bytes and writes of 16.
     plgpu.Tiling(((8, _COLUMNS), (2, _COLUMNS), (8,))),
     warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1,
 )  # fmt: skip
-
-
-def _share(*memory):
-    """Shared memory used for one thing, then for another."""
-    return plgpu.RefUnion(*memory)
-
-
-def _load(ref, layout):
-    """Shared memory to registers."""
-    return ops.load(ref, layout)
-
-
-def _zeros():
-    """float32 [64, 128] of zeros in the layout of a result."""
-    return ops.full((_ROWS, _COLUMNS), 0.0, ops.MATRIX)
-
-
-def _columns(x):
-    """[128] -> [64, 128], each number down a column."""
-    return ops.columns(x, _ROWS)
 
 
 def _product(a_ref, b_ref):

@@ -75,6 +75,34 @@ class Item:
     steps: Step
 
 
+def launch(name: str, body, out_type: tuple, scratch: list, ctas: int):
+    """A kernel of `ctas` thread blocks; body(*inputs, *outputs, *scratch).
+
+    Inputs that are a `jax.Ref` may be changed; jax calls such a kernel by another name, so programs
+    find it by the scope.
+    """
+
+    def scoped(*refs):
+        pl.run_scoped(functools.partial(body, *refs), *scratch, collective_axes="wg")
+
+    mesh = plgpu.Mesh(
+        grid=(ctas,),
+        grid_names=("cta",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        kernel_name=name,
+    )
+    kernel = pl.kernel(scoped, out_type=out_type, mesh=mesh, compiler_params=ops.PARAMS, name=name)
+    return jax.named_scope(name)(kernel)
+
+
+def run(unit) -> None:
+    """Sends the warpgroups to unit.compute, and the last one to unit.load."""
+    computes = lax.axis_index("wg") < WARPGROUPS
+    pl.when(computes)(unit.compute)
+    pl.when(jnp.logical_not(computes))(unit.load)
+
+
 def for_my_items(queue: Queue, ctas: int, table_ref, body, *, ahead: bool) -> jax.Array:
     """Folds body(n, item, carry) over the items of this CTA; the int32 carry starts at 0.
 
