@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.report import emit, environment, reason, save
+from benchmarks.report import emit, reason, save
+from benchmarks.runner import Runner
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
 from qwen_jax.kernels.chunked import chunked_kernel
@@ -227,6 +228,11 @@ def measure(name: str, case: Case, repeats: int) -> dict:
     }
 
 
+def row(implementation: str, case: dict, repeats: int) -> dict:
+    """`measure`, from JSON."""
+    return measure(implementation, Case(**case), repeats)
+
+
 def _line(row: dict) -> str:
     case = f"T={row['length']} B={row['batch']} {row['heads']}/{row['kv_heads']}x{row['width']}"
     head = f"{case:28}{row['mask']:8}{row['implementation']:12}"
@@ -247,20 +253,33 @@ def main(arguments: list[str] | None = None) -> int:
     sets.add_argument("--tiny", action="store_true", help="sizes for a CPU, to try the program")
     parser.add_argument("--only", nargs="+", choices=implementations(), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--row-seconds",
+        type=float,
+        default=0,
+        help="run rows in a process that is given up when one takes longer (0: in this process)",
+    )
     parser.add_argument("--out", type=pathlib.Path, help="also write JSON here")
     options = parser.parse_args(arguments)
     cases = TINY if options.tiny else QUICK if options.quick else GRID
-    about = environment()
+    runner = Runner("benchmarks.attention", options.row_seconds)
+    about = runner.environment()
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     print(f"{'case':28}{'mask':8}{'':12}{'forward':>12}{'':24}backward", flush=True)
     report = {"benchmark": "attention", **about, "rows": [], "complete": False}
     rows, path = report["rows"], str(options.out or "")
+    jobs = [(name, case) for case in cases for name in options.only or implementations()]
     # Sorting keeps the order of cases within the kernels and within the plain forms.
-    names = [(name, case) for case in cases for name in options.only or implementations()]
-    for name, case in sorted(names, key=lambda x: x[0] in PLAIN):
-        rows.append(measure(name, case, options.repeats))
-        print(_line(rows[-1]), flush=True)
+    for name, case in sorted(jobs, key=lambda job: job[0] in PLAIN):
+        job = {"implementation": name, "case": dataclasses.asdict(case)}
+        found = runner.row(**job, repeats=options.repeats)
+        if "failed" in found:
+            found = {"implementation": name, **job["case"], "reason": found["failed"]}
+            found["status"] = "failed"
+        rows.append(found)
+        print(_line(found), flush=True)
         save(report, path)
+    runner.close()
     emit(report | {"complete": True}, path)
     bad = [r for r in rows if r["status"] in ("wrong", "failed")]
     return int(any(r["implementation"] not in ("cudnn", "splash") for r in bad))

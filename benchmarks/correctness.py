@@ -1,6 +1,7 @@
 """Every kernel that runs on this device, against NumPy in float64.
 
-    python -m benchmarks.correctness [--implementations=pallas_gpu,cudnn] [--out=FILE.json]
+    python -m benchmarks.correctness [--implementations=pallas_gpu,cudnn] [--row_seconds=60]
+                                     [--out=FILE.json]
 
 What the tests prove in interpreters, shown on the device itself: outputs and gradients on fresh
 random inputs, with odd lengths, packed rows with padding, windows, grouped heads, later slots;
@@ -11,7 +12,9 @@ anything of ours is wrong or fails; what the libraries' kernels do is only shown
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
+import itertools
 import sys
 import time
 
@@ -20,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.report import emit, environment, reason, save
+from benchmarks.report import emit, reason, save
+from benchmarks.runner import Runner
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
 from qwen_jax.kernels.cache import init_paged_cache
 from qwen_jax.kernels.paged import append, paged_attention
 from qwen_jax.kernels.quantised import GroupWeight, group_matmul, pack
-from qwen_jax.parallel import platform as device_platform
 
 LIMIT = 1e-2
 LIBRARIES = ("cudnn", "splash")
@@ -41,6 +44,10 @@ _IMPLEMENTATIONS = flags.DEFINE_list(
 )
 _SEED = flags.DEFINE_integer("seed", None, "Of the inputs; by default a new one each time.")
 _SMALL = flags.DEFINE_bool("small", False, "Short sequences, for a slow device.")
+_ROW_SECONDS = flags.DEFINE_float(
+    "row_seconds", 0, "Run rows in a process that is given up when one takes longer; 0: in this."
+)
+_PROCESSES = flags.DEFINE_integer("processes", 1, "With --row_seconds: how many work at once.")
 _OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
 
 CASES = {
@@ -78,9 +85,10 @@ def make(
     documents=0,
     empty_row=False,
     start=0,
+    small=False,
 ):
     """(q, k, v, d_out) as float32 with bf16 values, and the keyword arguments of `attention`."""
-    if _SMALL.value:
+    if small:
         length, start = max(length // 8, 5), start // 8
         window = window and max(window // 8, 1)
     keys = length + start
@@ -145,8 +153,17 @@ def error(actual, expected) -> float:
     return float(np.linalg.norm(actual - expected) / max(size, floor))
 
 
-def check_attention(arrays, options, expected, implementation: str) -> dict:
+@functools.lru_cache(maxsize=1)
+def attention_case(case: str, seed: int, small: bool):
+    """(arrays, options) as `make` returns them, and (out, dq, dk, dv)."""
+    rng = np.random.default_rng([seed, list(CASES).index(case)])
+    arrays, options = make(rng, **CASES[case], small=small)
+    return arrays, options, by_numpy(*arrays, options)
+
+
+def check_attention(case: str, implementation: str, seed: int, small: bool) -> dict:
     """Errors of output and gradients."""
+    arrays, options, expected = attention_case(case, seed, small)
     q, k, v, d_out = (jnp.asarray(x, jnp.bfloat16) for x in arrays)
 
     @jax.jit
@@ -187,9 +204,9 @@ def check_decode(rng, *, dtype="bfloat16", width=128, groups=4, q_len=1, window=
     return {"out": error(out, expected)}
 
 
-def check_product(rng, rows: int, bits: int) -> dict:
+def check_product(rng, rows: int, bits: int, small: bool) -> dict:
     """Error of x · w for a weight quantised in groups of 128, by the implementation chosen."""
-    inputs, outputs, group = (512, 256, 128) if _SMALL.value else (4096, 1024, 128)
+    inputs, outputs, group = (512, 256, 128) if small else (4096, 1024, 128)
     codes = rng.integers(0, 2**bits, (inputs, outputs))
     scales = rng.uniform(0.1, 2, (inputs // group, 1, outputs)).astype(np.float32)
     x = jnp.asarray(rng.standard_normal((rows, inputs)) + 1, jnp.bfloat16)
@@ -200,54 +217,69 @@ def check_product(rng, rows: int, bits: int) -> dict:
     return {"out": error(jax.jit(group_matmul)(x, weight), expected)}
 
 
-class Table:
-    """The results as they come in: printed, and written with each row."""
+def row(implementation: str, case: str, seed: int, small: bool) -> dict:
+    """{array: error}, {"not_run": why} or {"failed": why}; `case` belongs to the implementation."""
+    try:
+        if implementation == "paged decode":
+            rng = np.random.default_rng([seed, 100 + list(DECODE_CASES).index(case)])
+            return check_decode(rng, **DECODE_CASES[case])
+        if implementation == "quantised product":
+            rng = np.random.default_rng([seed, 200 + list(PRODUCT_CASES).index(case)])
+            return check_product(rng, *PRODUCT_CASES[case], small)
+        return check_attention(case, implementation, seed, small)
+    except UserError as problem:
+        return {"not_run": str(problem)}
+    except Exception as problem:  # also a result; the others go on
+        return {"failed": reason(problem)}
 
-    def __init__(self, seed: int):
-        self.wrong: list[str] = []
-        self.report = {"benchmark": "correctness", **environment(), "seed": seed}
-        self.report |= {"errors": {}, "wrong": self.wrong, "complete": False}
-        print(f"{self.report['device']}, jax {jax.__version__}, seed {seed}")
-        print(f"{'case':<26}{'implementation':<26}{'out':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
 
-    def add(self, case: str, implementation: str, check, limit: float = LIMIT) -> None:
-        """Runs check() -> {array: error} and adds its row; a failure is a row too."""
-        head, name = f"{case:<26}{implementation:<26}", f"{case} / {implementation}"
-        try:
-            row = check()
-        except UserError as problem:
-            row = {"not_run": str(problem)}
-        except Exception as problem:
-            row = {"failed": reason(problem)}
-        self.report["errors"][name] = row
-        # Not a number compares as wrong.
-        bad = "failed" in row or not all(e < limit for e in row.values() if isinstance(e, float))
-        if bad and implementation not in LIBRARIES:
-            self.wrong.append(name)
-        said = [f"{e:>10.1e}" if isinstance(e, float) else f"{k}: {e}" for k, e in row.items()]
-        print(f"{head}{''.join(said)}{'   WRONG' * bad}", flush=True)
-        save(self.report, _OUT.value)
+def is_wrong(errors: dict, limit: float) -> bool:
+    """Whether a row counts as wrong; not a number does."""
+    return "failed" in errors or any(not e < limit for e in errors.values() if isinstance(e, float))
+
+
+def answers(runners: list[Runner], jobs: list[tuple[str, str]], seed: int):
+    """The rows in the order of jobs, dealt to the runners in turn; each works on its own."""
+    pools = [concurrent.futures.ThreadPoolExecutor(1) for _ in runners]
+    hands = itertools.cycle(zip(pools, runners, strict=True))
+    futures = [
+        pool.submit(runner.row, implementation=i, case=case, seed=seed, small=_SMALL.value)
+        for (i, case), (pool, runner) in zip(jobs, hands, strict=False)
+    ]
+    for future in futures:
+        yield future.result()
+    for runner in runners:
+        runner.close()
 
 
 def main(_):
     seed = time.time_ns() % 2**32 if _SEED.value is None else _SEED.value
-    rng, table = np.random.default_rng(seed), Table(seed)
-    for case, sizes in CASES.items():
-        arrays, options = make(rng, **sizes)
-        expected = by_numpy(*arrays, options)
-        for name in _IMPLEMENTATIONS.value or HERE[device_platform()[0]]:
-            table.add(
-                case, name, functools.partial(check_attention, arrays, options, expected, name)
-            )
-    for name, sizes in DECODE_CASES.items():
+    count = _PROCESSES.value if _ROW_SECONDS.value else 1
+    runners = [Runner("benchmarks.correctness", _ROW_SECONDS.value) for _ in range(count)]
+    about = runners[0].environment()
+    report = {"benchmark": "correctness", **about, "seed": seed}
+    report |= {"errors": {}, "wrong": [], "complete": False}
+    jobs = [
+        *((i, c) for c in CASES for i in _IMPLEMENTATIONS.value or HERE[about["platform"]]),
+        *(("paged decode", c) for c in DECODE_CASES),
+        *(("quantised product", c) for c in PRODUCT_CASES),
+    ]
+    print(f"{about['device']}, jax {about['jax']}, seed {seed}")
+    print(f"{'implementation':<20}{'case':<26}{'out':>10}{'dq':>10}{'dk':>10}{'dv':>10}")
+    for (implementation, case), errors in zip(jobs, answers(runners, jobs, seed), strict=True):
         # The release cuts codes off to whole numbers: an error is up to 1/255 of a vector's range.
-        limit = 5 * LIMIT if "dtype" in sizes else LIMIT
-        table.add("paged decode", name, functools.partial(check_decode, rng, **sizes), limit)
-    for name, sizes in PRODUCT_CASES.items():
-        table.add("quantised product", name, functools.partial(check_product, rng, *sizes))
-    table.report["complete"] = True
-    emit(table.report, _OUT.value)
-    sys.exit(1 if table.wrong else 0)
+        limit = 5 * LIMIT if "dtype" in DECODE_CASES.get(case, {}) else LIMIT
+        name, wrong = f"{implementation}, {case}", is_wrong(errors, limit)
+        report["errors"][name] = errors
+        if wrong and implementation not in LIBRARIES:
+            report["wrong"].append(name)
+        cells = [f"{e:>10.1e}" if isinstance(e, float) else f"{k}: {e}" for k, e in errors.items()]
+        said = "".join(cells) + "   WRONG" * wrong
+        print(f"{implementation:<20}{case:<26}{said}", flush=True)
+        save(report, _OUT.value)
+    report["complete"] = True
+    emit(report, _OUT.value)
+    sys.exit(1 if report["wrong"] else 0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import platform
 import jax
 
 from qwen_jax.artifact import write_text
+from qwen_jax.parallel import platform as device_platform
 
 
 def save(report: dict, path: str) -> None:
@@ -32,7 +33,7 @@ def environment() -> dict:
     return {
         "date": datetime.date.today().isoformat(),
         "device": device.device_kind,
-        "platform": device.platform,
+        "platform": device_platform()[0],
         "python": platform.python_version(),
         "jax": jax.__version__,
         "backend": device.client.platform_version.split("\n")[0],
