@@ -9,14 +9,13 @@
 # part, a kernel that hangs or crashes loses its row alone. The exit status tells whether all went
 # well; a bar that is missed is no failure.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 out=${1:-results}
 mkdir -p "$out"
 python=${PYTHON:-python3}
 seconds=525
 export PYTHONUNBUFFERED=1
 failed=()
-exec > >(tee "$out/suite.log") 2>&1
 
 part() { # NAME SECONDS COMMAND…
     local name=$1 limit=$2 start=$SECONDS status=0
@@ -28,17 +27,22 @@ part() { # NAME SECONDS COMMAND…
     echo "== $name: $((SECONDS - start)) s"
 }
 
-nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-# Only correctness may share the GPU among processes: nothing is timed there.
-XLA_PYTHON_CLIENT_PREALLOCATE=false part correctness 110 "$python" -m benchmarks.correctness \
-    --implementations=pallas_gpu,cudnn --row_seconds=60 --processes=4
-part attention 150 "$python" -m benchmarks.attention --quick --row-seconds=60
-part decode 90 "$python" -m benchmarks.decode --quick --row_seconds=60
-left=$((seconds - SECONDS))
-part train "$left" "$python" -m benchmarks.train_gpu --quick --seconds=$((left - 10))
-"$python" -m benchmarks.bars "$out"
-if ((${#failed[@]})); then
-    echo "failed: ${failed[*]}"
-    exit 1
-fi
-echo "all parts went well in $SECONDS s"
+suite() {
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    # Only correctness may share the GPU among processes: nothing is timed there.
+    XLA_PYTHON_CLIENT_PREALLOCATE=false part correctness 110 "$python" -m benchmarks.correctness \
+        --implementations=pallas_gpu,cudnn --row_seconds=60 --processes=4
+    part attention 150 "$python" -m benchmarks.attention --quick --row-seconds=60
+    part decode 90 "$python" -m benchmarks.decode --quick --row_seconds=60
+    left=$((seconds - SECONDS))
+    part train "$left" "$python" -m benchmarks.train_gpu --quick --seconds=$((left - 10))
+    "$python" -m benchmarks.bars "$out"
+    if ((${#failed[@]})); then
+        echo "failed: ${failed[*]}"
+        return 1
+    fi
+    echo "all parts went well in $SECONDS s"
+}
+
+suite 2>&1 | tee "$out/suite.log"
+exit "${PIPESTATUS[0]}"

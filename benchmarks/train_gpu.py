@@ -8,10 +8,10 @@ master weights and moments fit), at 2,048 tokens a row. The peer is `transformer
 dot-product attention, `torch.compile`, bf16 autocast over float32 weights and fused AdamW: the same
 precision and optimizer state. Its attention is told that it is causal: left to itself, the library
 hands a mask over under `torch.compile`, which keeps PyTorch from its flash kernels. Neither side
-computes anything twice (`--remat=none`), since 141 GB hold it all. Each side runs in a process of its own, which then holds the
-whole memory; the median step is reported, loss values are printed to be compared by eye (both start
-near ln V). MFU is analytic (`train.flops`, causal attention counted at half) over the data sheet's
-dense bf16 peak.
+computes anything twice (`--remat=none`), since 141 GB hold it all. Each side runs in a process of
+its own, which then holds the whole memory; the median step is reported, loss values are printed to
+be compared by eye (both start near ln V). MFU is analytic (`train.flops`, causal attention counted
+at half) over the data sheet's dense bf16 peak.
 """
 
 from __future__ import annotations
