@@ -6,8 +6,9 @@
 
 Each implementation is first compared with float32 on one group of heads; one that is wrong is
 reported as wrong and not timed, one that can't run is listed with the reason. Kernels come first
-over all cases, the plain forms, which take longest, last; the JSON is written with every row. Times
-are medians of repeated batches of calls after a warm-up. FLOPs count the pairs that the mask lets
+over all cases, the plain forms, which take longest, last (with --quick for the first case only);
+the JSON is written with every row. Times are
+medians of repeated batches of calls after a warm-up. FLOPs count the pairs that the mask lets
 through, 4·H each, and 2.5 times as many for the backward pass, whatever an implementation computes.
 """
 
@@ -33,6 +34,7 @@ from qwen_jax.kernels.chunked import chunked_kernel
 from qwen_jax.kernels.dispatch import IMPLEMENTATIONS
 from qwen_jax.kernels.flash import row_delta
 from qwen_jax.kernels.mask import make_mask
+from qwen_jax.parallel import platform as device_platform
 
 MOST_SCORES = 8 * 2**30
 """Bytes of float32 scores above which forms that hold all of them are not tried."""
@@ -155,7 +157,10 @@ def _exact(case: Case) -> tuple[np.ndarray, ...]:
     ids = None if segments is None else segments[-1:]
     mask, scale, kernel = make_mask(None, ids, ids, case.window), case.width**-0.5, chunked_kernel()
 
-    @jax.jit
+    # Trying out products for the fastest takes seconds a case on a GPU, and this runs once.
+    untuned = {"xla_gpu_autotune_level": 0} if device_platform()[0] == "gpu" else None
+
+    @functools.partial(jax.jit, compiler_options=untuned)
     def run(q, k, v, d_out):
         with jax.default_matmul_precision("highest"):
             out, lse = kernel.forward(q, k, v, mask, scale)
@@ -268,7 +273,12 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'case':28}{'mask':8}{'':12}{'forward':>12}{'':24}backward", flush=True)
     report = {"benchmark": "attention", **about, "rows": [], "complete": False}
     rows, path = report["rows"], str(options.out or "")
-    jobs = [(name, case) for case in cases for name in options.only or implementations()]
+    jobs = [
+        (name, case)
+        for case in cases
+        for name in options.only or implementations()
+        if not options.quick or name not in PLAIN or case == QUICK[0]
+    ]
     # Sorting keeps the order of cases within the kernels and within the plain forms.
     for name, case in sorted(jobs, key=lambda job: job[0] in PLAIN):
         job = {"implementation": name, "case": dataclasses.asdict(case)}
