@@ -7,9 +7,9 @@
 Each implementation is first compared with float32 on one group of heads; one that is wrong is
 reported as wrong and not timed, one that can't run is listed with the reason. Kernels come first
 over all cases, the plain forms, which take longest, last (with --quick for the first case only);
-the JSON is written with every row. Times are
-medians of repeated batches of calls after a warm-up. FLOPs count the pairs that the mask lets
-through, 4·H each, and 2.5 times as many for the backward pass, whatever an implementation computes.
+the JSON is written with every row. Times are medians of repeated batches of calls after a warm-up.
+FLOPs count the pairs that the mask lets through, 4·H each, and 2.5 times as many for the backward
+pass, whatever an implementation computes.
 """
 
 from __future__ import annotations

@@ -161,17 +161,24 @@ def causal_sdpa(module, query, key, value, mask, *, scaling=None, dropout=0.0, *
     return out.transpose(1, 2), None
 
 
+def register_causal_sdpa() -> None:
+    """Makes "causal_sdpa" an attention of `transformers`, one that is given no mask."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("causal_sdpa", causal_sdpa)
+    AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
+
+
 def peer(name: str) -> dict:
     """The same network in PyTorch; {"not_run": why} where it can't be run."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             return {"not_run": f"{package} is not installed"}
     import torch
-    from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
-    from transformers.masking_utils import AttentionMaskInterface
+    from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    AttentionInterface.register("causal_sdpa", causal_sdpa)
-    AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
+    register_causal_sdpa()
     model, rows = model_config(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
