@@ -1,21 +1,22 @@
 """Attention, forward and backward: ours beside its peers, on whatever device is here.
 
     python -m benchmarks.attention                  # T 2k-32k, D 64/128, causal, packed, window
-    python -m benchmarks.attention --quick          # six cases, minutes on one GPU
+    python -m benchmarks.attention --quick          # eight cases, minutes on one GPU
     python -m benchmarks.attention --only pallas_gpu cudnn --out=attention.json
 
 Each implementation is first compared with float32 on one group of heads; one that is wrong is
-reported as wrong and not timed, one that can't run is listed with the reason. Times are medians of
-repeated batches of calls after a warm-up. FLOPs count the pairs that the mask lets through, 4·H
-each, and 2.5 times as many for the backward pass, whatever an implementation computes.
+reported as wrong and not timed, one that can't run is listed with the reason. Kernels come first
+over all cases, the plain forms, which take longest, last (with --quick for the first case only);
+the JSON is written with every row. Times are medians of repeated batches of calls after a warm-up.
+FLOPs count the pairs that the mask lets through, 4·H each, and 2.5 times as many for the backward
+pass, whatever an implementation computes.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
+import functools
 import pathlib
 import statistics
 import sys
@@ -25,12 +26,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.report import emit, reason, save
+from benchmarks.runner import Runner
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
 from qwen_jax.kernels.chunked import chunked_kernel
 from qwen_jax.kernels.dispatch import IMPLEMENTATIONS
 from qwen_jax.kernels.flash import row_delta
 from qwen_jax.kernels.mask import make_mask
+from qwen_jax.parallel import platform as device_platform
 
 MOST_SCORES = 8 * 2**30
 """Bytes of float32 scores above which forms that hold all of them are not tried."""
@@ -82,7 +86,9 @@ GRID = [
 ]
 QUICK = [
     Case(2048, 16, 16, 128, batch=8),
+    Case(4096, 16, 16, 128, batch=4),
     Case(8192, 16, 16, 128, batch=2),
+    Case(16384, 16, 16, 128),
     Case(8192, 64, 8, 128),
     Case(8192, 64, 8, 128, "packed"),
     Case(8192, 64, 8, 128, "window"),
@@ -100,6 +106,10 @@ TINY = [
 def implementations() -> list[str]:
     """Names of the dispatch; which of them run here, and why not, it says itself."""
     return [name for name in IMPLEMENTATIONS if name != "auto"]
+
+
+PLAIN = ("chunked", "reference")
+"""Forms in plain jnp, which are timed last: many times slower than any kernel."""
 
 
 def _function(name: str, case: Case, segments):
@@ -131,22 +141,33 @@ def _operands(case: Case):
     ]
 
 
-def _exact(case: Case, q, k, v, d_out, segments):
-    """(out, dq, dk, dv) of the last kv head of the last row, in float32."""
+def _segments(case: Case) -> jax.Array | None:
+    ids = case.segments()
+    return None if ids is None else jnp.asarray(ids)
+
+
+@functools.lru_cache(maxsize=len(GRID))
+def _exact(case: Case) -> tuple[np.ndarray, ...]:
+    """(out, dq, dk, dv) of the last kv head of the last row, in float32, on the host."""
+    q, k, v, d_out = _operands(case)
+    segments = _segments(case)
     groups = case.heads // case.kv_heads
     q, d_out = (x[-1:, :, -groups:].astype(jnp.float32) for x in (q, d_out))
     k, v = (x[-1:, :, -1:].astype(jnp.float32) for x in (k, v))
     ids = None if segments is None else segments[-1:]
     mask, scale, kernel = make_mask(None, ids, ids, case.window), case.width**-0.5, chunked_kernel()
 
-    @jax.jit
+    # Trying out products for the fastest takes seconds a case on a GPU, and this runs once.
+    untuned = {"xla_gpu_autotune_level": 0} if device_platform()[0] == "gpu" else None
+
+    @functools.partial(jax.jit, compiler_options=untuned)
     def run(q, k, v, d_out):
         with jax.default_matmul_precision("highest"):
             out, lse = kernel.forward(q, k, v, mask, scale)
             delta = row_delta(out, d_out)
             return out, *kernel.backward(q, k, v, mask, scale, lse, d_out, delta, None)
 
-    return run(q, k, v, d_out)
+    return tuple(np.asarray(x) for x in run(q, k, v, d_out))
 
 
 def _error(case: Case, got, exact) -> float:
@@ -179,11 +200,10 @@ def _seconds(function, *operands, repeats: int) -> float:
 def measure(name: str, case: Case, repeats: int) -> dict:
     """One row: sizes, and either times, or an error above the bound, or why it didn't run."""
     row = {"implementation": name, **dataclasses.asdict(case)}
-    reason = _too_large(name, case)
-    if reason is not None:
-        return row | {"status": "not run", "reason": reason}
-    ids = case.segments()
-    segments = None if ids is None else jnp.asarray(ids)
+    large = _too_large(name, case)
+    if large is not None:
+        return row | {"status": "not run", "reason": large}
+    segments = _segments(case)
     *operands, d_out = _operands(case)
     try:
         function = _function(name, case, segments)
@@ -192,12 +212,11 @@ def measure(name: str, case: Case, repeats: int) -> dict:
         backward = jax.jit(lambda pull, d_out: pull(d_out))
         out, pull = differentiate(*operands)
         got = (out, *backward(pull, d_out))
-        error = _error(case, got, _exact(case, *operands, d_out, segments))
+        error = _error(case, got, _exact(case))
     except UserError as problem:
         return row | {"status": "not run", "reason": str(problem)}
     except Exception as problem:  # a peer that fails here is a result, not the benchmark's end
-        text = " ".join(f"{type(problem).__name__}: {problem}".split())
-        return row | {"status": "failed", "reason": text[:300]}
+        return row | {"status": "failed", "reason": reason(problem)}
     del out, got
     row["error"] = error
     if error > (0.02 if jnp.dtype(case.dtype).itemsize == 2 else 1e-3):
@@ -214,16 +233,9 @@ def measure(name: str, case: Case, repeats: int) -> dict:
     }
 
 
-def environment() -> dict:
-    """Device, versions, date."""
-    device = jax.devices()[0]
-    return {
-        "date": datetime.date.today().isoformat(),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "jax": jax.__version__,
-        "backend": device.client.platform_version.split("\n")[0],
-    }
+def row(implementation: str, case: dict, repeats: int) -> dict:
+    """`measure`, from JSON."""
+    return measure(implementation, Case(**case), repeats)
 
 
 def _line(row: dict) -> str:
@@ -242,23 +254,43 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the cases; exit status 1 if an implementation of ours is wrong or fails."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sets = parser.add_mutually_exclusive_group()
-    sets.add_argument("--quick", action="store_true", help="six cases")
+    sets.add_argument("--quick", action="store_true", help="eight cases")
     sets.add_argument("--tiny", action="store_true", help="sizes for a CPU, to try the program")
     parser.add_argument("--only", nargs="+", choices=implementations(), metavar="NAME")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument(
+        "--row-seconds",
+        type=float,
+        default=0,
+        help="run rows in a process that is given up when one takes longer (0: in this process)",
+    )
     parser.add_argument("--out", type=pathlib.Path, help="also write JSON here")
     options = parser.parse_args(arguments)
     cases = TINY if options.tiny else QUICK if options.quick else GRID
-    about = environment()
+    runner = Runner("benchmarks.attention", options.row_seconds)
+    about = runner.environment()
     print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
     print(f"{'case':28}{'mask':8}{'':12}{'forward':>12}{'':24}backward", flush=True)
-    rows = []
-    for case in cases:
-        for name in options.only or implementations():
-            rows.append(measure(name, case, options.repeats))
-            print(_line(rows[-1]), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    report = {"benchmark": "attention", **about, "rows": [], "complete": False}
+    rows, path = report["rows"], str(options.out or "")
+    jobs = [
+        (name, case)
+        for case in cases
+        for name in options.only or implementations()
+        if not options.quick or name not in PLAIN or case == QUICK[0]
+    ]
+    # Sorting keeps the order of cases within the kernels and within the plain forms.
+    for name, case in sorted(jobs, key=lambda job: job[0] in PLAIN):
+        job = {"implementation": name, "case": dataclasses.asdict(case)}
+        found = runner.row(**job, repeats=options.repeats)
+        if "failed" in found:
+            found = {"implementation": name, **job["case"], "reason": found["failed"]}
+            found["status"] = "failed"
+        rows.append(found)
+        print(_line(found), flush=True)
+        save(report, path)
+    runner.close()
+    emit(report | {"complete": True}, path)
     bad = [r for r in rows if r["status"] in ("wrong", "failed")]
     return int(any(r["implementation"] not in ("cudnn", "splash") for r in bad))
 

@@ -1,7 +1,8 @@
 """Decode attention over a paged cache: the share of memory bandwidth it reaches, beside its peers.
 
     python -m benchmarks.decode [--quick] [--batches=1,8,64] [--contexts=2048,8192,32768]
-                                [--dtypes=bfloat16,uint8] [--heads=32,8,128] [--out=FILE.json]
+                                [--dtypes=bfloat16,uint8] [--heads=32,8,128]
+                                [--row_seconds=60] [--out=FILE.json]
 
 Decoding reads every key and value of the cache once and does little else, so the yardstick is how
 fast this device copies memory, measured in the same run. A case is one token for each request of a
@@ -16,7 +17,6 @@ float32 on a small ragged batch; one that is wrong or refuses is reported as suc
 from __future__ import annotations
 
 import functools
-import platform
 import statistics
 import time
 
@@ -26,7 +26,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.decode_peers import PEERS
-from benchmarks.report import emit
+from benchmarks.report import emit, reason, save
+from benchmarks.runner import Runner
 from qwen_jax.kernels.cache import PAGE_SIZE, PagedCache, init_paged_cache, quantise
 from qwen_jax.kernels.paged import paged_attention
 from qwen_jax.parallel import platform as device_platform
@@ -37,9 +38,19 @@ _CONTEXTS = flags.DEFINE_list("contexts", ["2048", "8192", "32768"], "Tokens in 
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "uint8"], "Of the cache.")
 _HEADS = flags.DEFINE_list("heads", ["32", "8", "128"], "Query heads, kv heads, head dim.")
 _PEERS = flags.DEFINE_bool("peers", True, "Also time the libraries' kernels.")
+_ROW_SECONDS = flags.DEFINE_float(
+    "row_seconds", 0, "Run rows in a process that is given up when one takes longer; 0: in this."
+)
 _OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
 
 QUICK = ((8, 8192), (64, 8192), (1, 32768))
+COPIES = 64
+"""Passes over the array; the one that makes room for the result besides weighs little then."""
+UNROLLED = 8
+"""Steps in one turn of the loop: what does not change between them is then worked out once, and
+the loop itself, some microseconds a turn on a GPU, is no part of the time."""
+OUTGROWN = 128 << 20
+"""Bytes that no cache on a chip holds: 128 MiB of vector memory on v6e, 50 MiB of L2 on an H200."""
 TOLERANCE = 2e-2
 """Of outputs of size about 1: bf16 weights, and in the peers bf16 queries scaled beforehand."""
 
@@ -57,17 +68,17 @@ def seconds(function, *operands, steps: int, rounds: int = 5) -> float:
 
 def copy_bandwidth(size: int) -> float:
     """Bytes a second of reading and writing an array of `size` bytes, both counted."""
-    steps = 16
 
     @jax.jit
     def copies(x):
-        return jax.lax.fori_loop(0, steps, lambda _, x: x + 1, x)
+        return jax.lax.fori_loop(0, COPIES, lambda _, x: x + 1, x)
 
     x = jnp.zeros(size // 4, jnp.int32)
-    return 2 * x.nbytes / seconds(copies, x, steps=steps)
+    return 2 * x.nbytes / seconds(copies, x, steps=COPIES)
 
 
-def make_cache(layers: int, pages: int, heads, dtype: str, key) -> PagedCache:
+@functools.lru_cache(maxsize=1)
+def make_cache(layers: int, pages: int, heads, dtype: str, seed: int) -> PagedCache:
     """Normal keys and values, made a layer at a time on the device."""
     _, kv_heads, width = heads
 
@@ -80,7 +91,9 @@ def make_cache(layers: int, pages: int, heads, dtype: str, key) -> PagedCache:
         scales = jnp.stack([scale[..., 0], zero[..., 0], scale[..., 1], zero[..., 1]], axis=2)
         return PagedCache(codes.reshape(shape), scales)
 
-    cache = jax.jit(lambda keys: jax.lax.map(layer, keys))(jax.random.split(key, layers))
+    cache = jax.jit(lambda keys: jax.lax.map(layer, keys))(
+        jax.random.split(jax.random.key(seed), layers)
+    )
     expected = jax.eval_shape(
         lambda: init_paged_cache(layers, pages, kv_heads, width, dtype=jnp.dtype(dtype))
     )
@@ -117,15 +130,14 @@ def peer(make, cache: PagedCache):
     return jax.jit(prepare)(cache.pages.reshape(layers * pages, *cache.pages.shape[2:])), step
 
 
-def contenders(cache: PagedCache) -> dict:
-    """What to run on this device: name -> function of a cache, as `ours` and `peer` return."""
-    here, _ = device_platform()
-    found = {"reference": functools.partial(ours, "reference")}
+def contenders(here: str, dtype: str) -> dict:
+    """What to run on a platform: name -> function of a cache, as `ours` and `peer` return."""
+    found = {}
     if here in ("tpu", "gpu"):
-        found = {"qwen_jax": functools.partial(ours, f"pallas_{here}"), **found}
-    if _PEERS.value and not cache.quantised:
+        found = {"qwen_jax": functools.partial(ours, f"pallas_{here}")}
+    if dtype != "uint8":
         found |= {name: functools.partial(peer, make) for name, make in PEERS[here].items()}
-    return found
+    return found | {"reference": functools.partial(ours, "reference")}
 
 
 def problem(build, heads, dtype: str) -> str | None:
@@ -133,19 +145,19 @@ def problem(build, heads, dtype: str) -> str | None:
     rng = np.random.default_rng(0)
     # A multiple of 16 columns, which some peers want.
     table = jnp.asarray(make_table(3, 16 * PAGE_SIZE, rng))
-    cache = make_cache(2, table.size, heads, dtype, jax.random.key(1))
+    cache = make_cache(1, table.size, heads, dtype, 1)
     q = jnp.asarray(rng.normal(size=(3, heads[0], heads[2])), jnp.bfloat16)
     lengths = jnp.array([1, 16 * PAGE_SIZE - 5, PAGE_SIZE + 1], jnp.int32)
-    operands = (table, lengths, 1)
+    operands = (table, lengths, 0)
     reference = jax.jit(functools.partial(paged_attention, implementation="reference"))
     wide = q.astype(jnp.float32)[:, None]
-    expected, _ = reference(wide, cache, table, lengths, layer=1)
+    expected, _ = reference(wide, cache, table, lengths)
     try:
         inputs, step = build(cache)
         error = jnp.abs(jax.jit(step)(q, inputs, *operands) - expected[:, 0]).max()
     # A peer may refuse in any way it likes; the table then says how.
     except Exception as e:
-        return f"refused: {type(e).__name__}: {str(e).strip().splitlines()[0][:160]}"
+        return f"refused: {reason(e)}"
     return None if error < TOLERANCE else f"wrong: off by {float(error):.3g}"
 
 
@@ -160,43 +172,59 @@ def measure(build, cache: PagedCache, q, table, lengths, steps: int) -> float:
             out = step(q, inputs, table, lengths, layer)
             return q + out.astype(q.dtype) / 1024, None
 
-        return jax.lax.scan(one, q, jnp.arange(steps, dtype=jnp.int32) % layers)[0]
+        turns = jnp.arange(steps, dtype=jnp.int32) % layers
+        return jax.lax.scan(one, q, turns, unroll=UNROLLED)[0]
 
     return seconds(run, q, inputs, table, lengths, steps=steps)
 
 
-def run_case(batch: int, context: int, heads, dtype: str, bad: dict, bandwidth: float) -> list:
-    """Rows of the table for one case."""
+@functools.cache
+def _problem(name: str, here: str, heads, dtype: str) -> str | None:
+    return problem(contenders(here, dtype)[name], heads, dtype)
+
+
+def row(
+    implementation: str,
+    batch: int = 0,
+    context: int = 0,
+    cache: str = "bfloat16",
+    heads: tuple[int, int, int] | list[int] = (32, 8, 128),
+    bandwidth: float = 0.0,
+) -> dict:
+    """One row of the table; or, for the implementation "copy", the yardstick."""
+    here, heads = device_platform()[0], tuple(heads)
+    if implementation == "copy":
+        return {"copy_bytes_per_second": copy_bandwidth(1 << (25 if here == "cpu" else 30))}
+    row = {"implementation": implementation, "batch": batch, "context": context, "cache": cache}
+    bad = _problem(implementation, here, heads, cache)
+    if bad:
+        return row | {"problem": bad}
+    build = contenders(here, cache)[implementation]
+    return row | timed(implementation, build, batch, context, heads, cache, bandwidth)
+
+
+def timed(name: str, build, batch: int, context: int, heads, dtype: str, bandwidth: float) -> dict:
+    """What is found of one implementation and case."""
     rng = np.random.default_rng(batch + context)
     table = jnp.asarray(make_table(batch, context, rng))
     one = jax.eval_shape(lambda: init_paged_cache(1, 1, heads[1], heads[2], dtype=jnp.dtype(dtype)))
     size = batch * context * one.token_bytes()
-    # As many layers as are copied in 0.2 ms outgrow any cache on the chip; 20 ms are timed well.
-    layers = int(np.clip(bandwidth * 2e-4 / size, 1, 64))
+    # Keys and values collected and widened to float32, each once more as it is multiplied.
+    if name == "reference" and size * (16 // jnp.dtype(dtype).itemsize) > 16e9:
+        return {"problem": "not run: it would collect the whole cache in float32"}
+    # Layers enough to outgrow the caches; 20 ms are timed well.
+    layers = int(np.clip(-(-min(OUTGROWN, bandwidth * 2e-4) // size), 1, 64))
     steps = int(np.clip(bandwidth * 2e-2 / size, layers, 256))
-    cache = make_cache(layers, table.size, heads, dtype, jax.random.key(0))
+    steps = -(-steps // UNROLLED) * UNROLLED
+    cache = make_cache(layers, table.size, heads, dtype, 0)
     q = jnp.asarray(rng.normal(size=(batch, heads[0], heads[2])), jnp.bfloat16)
     lengths = jnp.full((batch,), context, jnp.int32)
-    rows = []
-    for name, build in contenders(cache).items():
-        row = {"implementation": name, "batch": batch, "context": context, "cache": dtype}
-        if bad[name]:
-            rows.append(row | {"problem": bad[name]})
-            continue
-        # Keys and values collected and widened to float32, each once more as it is multiplied.
-        if name == "reference" and size * (16 // jnp.dtype(dtype).itemsize) > 16e9:
-            rows.append(row | {"problem": "not run: it would collect the whole cache in float32"})
-            continue
-        try:
-            taken = measure(build, cache, q, table, lengths, steps)
-        except Exception as e:
-            rows.append(row | {"problem": f"failed: {str(e).strip().splitlines()[0][:160]}"})
-            continue
-        speed = size / taken
-        rows.append(
-            row | {"microseconds": taken * 1e6, "GB/s": speed / 1e9, "share": speed / bandwidth}
-        )
-    return rows
+    try:
+        taken = measure(build, cache, q, table, lengths, steps)
+    except Exception as e:
+        return {"problem": f"failed: {reason(e)}"}
+    speed = size / taken
+    return {"microseconds": taken * 1e6, "GB/s": speed / 1e9, "share": speed / bandwidth}
 
 
 def show(row: dict) -> None:
@@ -213,32 +241,33 @@ def main(_):
     heads = tuple(int(x) for x in _HEADS.value)
     cases = [(int(b), int(c)) for c in _CONTEXTS.value for b in _BATCHES.value]
     cases = QUICK if _QUICK.value else cases
-    accelerated = device_platform()[0] in ("tpu", "gpu")
-    bandwidth = copy_bandwidth(1 << 30 if accelerated else 1 << 25)
-    device = jax.devices()[0]
-    print(f"{device.device_kind}, jax {jax.__version__}: copies {bandwidth / 1e9:.1f} GB/s")
+    runner = Runner("benchmarks.decode", _ROW_SECONDS.value)
+    about = runner.environment()
+    copy = runner.row(implementation="copy")
+    if "failed" in copy:
+        raise RuntimeError(f"the copy bandwidth can't be measured: {copy['failed']}")
+    bandwidth = copy["copy_bytes_per_second"]
+    print(f"{about['device']}, jax {about['jax']}: copies {bandwidth / 1e9:.1f} GB/s")
     print(f"{'batch':>5} {'context':>7} {'cache':<9} {'implementation':<32}", end="")
     print(f" {'us/layer':>10} {'GB/s':>8} {'share':>6}")
-    rows = []
-    for dtype in _DTYPES.value:
-        one = make_cache(1, 1, heads, dtype, jax.random.key(0))
-        bad = {name: problem(build, heads, dtype) for name, build in contenders(one).items()}
-        for batch, context in cases:
-            for row in run_case(batch, context, heads, dtype, bad, bandwidth):
-                show(row)
-                rows.append(row)
-    report = {
-        "benchmark": "decode",
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "heads": heads,
-        "page_size": PAGE_SIZE,
-        "copy_bytes_per_second": bandwidth,
-        "results": rows,
-    }
-    emit(report, _OUT.value)
+    report = {"benchmark": "decode", **about, "heads": heads, "page_size": PAGE_SIZE, **copy}
+    report |= {"results": [], "complete": False}
+    jobs = [
+        {"implementation": name, "batch": batch, "context": context, "cache": dtype}
+        for batch, context in cases
+        for dtype in _DTYPES.value
+        for name in contenders(about["platform"], dtype)
+        if _PEERS.value or name in ("qwen_jax", "reference")
+    ]
+    for job in jobs:
+        found = runner.row(**job, heads=heads, bandwidth=bandwidth)
+        if "failed" in found:
+            found = job | {"problem": f"failed: {found['failed']}"}
+        report["results"].append(found)
+        show(found)
+        save(report, _OUT.value)
+    runner.close()
+    emit(report | {"complete": True}, _OUT.value)
 
 
 if __name__ == "__main__":

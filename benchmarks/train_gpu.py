@@ -1,15 +1,17 @@
 """Training speed of Qwen on one GPU, against a PyTorch step of the same network in the same run.
 
-    python -m benchmarks.train_gpu [--quick] [--out=FILE.json]
+    python -m benchmarks.train_gpu [--quick] [--seconds=200] [--out=FILE.json]
 
 Two networks: Qwen-1.8B, whole, and a slice of Qwen-7B (its widths, fewer layers, so that float32
 master weights and moments fit), at 2,048 tokens a row. The peer is `transformers`'
 `Qwen2ForCausalLM` of the same shape (biases on q, k, v; multi-head attention; untied), with scaled
 dot-product attention, `torch.compile`, bf16 autocast over float32 weights and fused AdamW: the same
-precision and optimizer state. Each side runs in a process of its own, which then holds the
-whole memory; the median step is reported, loss values are printed to be compared by eye (both start
-near ln V). MFU is analytic (`train.flops`, causal attention counted at half) over the data sheet's
-dense bf16 peak.
+precision and optimizer state. Its attention is told that it is causal: left to itself, the library
+hands a mask over under `torch.compile`, which keeps PyTorch from its flash kernels. Neither side
+computes anything twice (`--remat=none`), since 141 GB hold it all. Each side runs in a process of
+its own, which then holds the whole memory; the median step is reported, loss values are printed to
+be compared by eye (both start near ln V). MFU is analytic (`train.flops`, causal attention counted
+at half) over the data sheet's dense bf16 peak.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import time
 import numpy as np
 from absl import app, flags
 
-from benchmarks.report import emit
+from benchmarks.report import emit, save
 
 NETWORKS = {
     # name: (preset, layers or None for all, rows per step on one 141 GB GPU)
@@ -41,7 +43,8 @@ _NETWORKS = flags.DEFINE_list("networks", ["qwen-1.8b", "qwen-7b/8"], "What to t
 _BATCH = flags.DEFINE_integer("batch", 0, "Rows per step; 0 for the network's own number.")
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per row.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after three to warm up.")
-_REMAT = flags.DEFINE_string("remat", "qkv_out", "Our remat policy.")
+_REMAT = flags.DEFINE_string("remat", "none", "Our remat policy.")
+_SECONDS = flags.DEFINE_float("seconds", 3600, "For everything; a side out of time says so.")
 _ATTENTION = flags.DEFINE_string("attention", "auto", "Our attention implementation.")
 _QUICK = flags.DEFINE_bool("quick", False, "Only Qwen-1.8B, five timed steps.")
 _COMPILE = flags.DEFINE_bool("torch_compile", True, "Compile the PyTorch step.")
@@ -144,6 +147,29 @@ def ours(name: str) -> dict:
     }
 
 
+def causal_sdpa(module, query, key, value, mask, *, scaling=None, dropout=0.0, **_):
+    """Scaled dot-product attention as `transformers` calls it: q, k, v [B,N,T,H] -> [B,T,N,H]."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    out = scaled_dot_product_attention(
+        *(query, key, value),
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=True,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2), None
+
+
+def register_causal_sdpa() -> None:
+    """Makes "causal_sdpa" an attention of `transformers`, one that is given no mask."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register("causal_sdpa", causal_sdpa)
+    AttentionMaskInterface.register("causal_sdpa", lambda *_, **__: None)
+
+
 def peer(name: str) -> dict:
     """The same network in PyTorch; {"not_run": why} where it can't be run."""
     for package in ("torch", "transformers"):
@@ -152,6 +178,7 @@ def peer(name: str) -> dict:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    register_causal_sdpa()
     model, rows = model_config(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -166,7 +193,7 @@ def peer(name: str) -> dict:
         max_position_embeddings=_LENGTH.value,
         tie_word_embeddings=False,
         use_cache=False,
-        attn_implementation="sdpa",
+        attn_implementation="causal_sdpa",
     )
     with torch.device(device):
         net = Qwen2ForCausalLM(shape).float()
@@ -203,12 +230,19 @@ def peer(name: str) -> dict:
     }
 
 
-def child(what: str) -> dict:
-    """One measurement in a process of its own; a failure becomes its last line."""
+def child(what: str, until: float) -> dict:
+    """One measurement in a process of its own; a failure becomes its last line.
+
+    until: when, by `time.monotonic`, it has to be done.
+    """
     command = [sys.executable, "-m", "benchmarks.train_gpu", f"--worker={what}"]
     passed = (_BATCH, _LENGTH, _STEPS, _REMAT, _ATTENTION, _COMPILE)
     command += [f"--{f.name}={f.value}" for f in passed]
-    run = subprocess.run(command, capture_output=True, text=True)
+    left = until - time.monotonic()
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1))
+    except subprocess.TimeoutExpired:
+        return {"failed": f"not done in the {left:.0f} s that were left"}
     if run.returncode:
         lines = [line for line in run.stderr.strip().splitlines() if line.strip()]
         return {"failed": lines[-1] if lines else f"exit status {run.returncode}"}
@@ -262,29 +296,32 @@ def main(_):
     print(
         f"{'network':<20}{'side':<8}{'tokens/s':>12}{'MFU':>8}{'ms/step':>11}{'loss':>9}{'GiB':>10}"
     )
-    results, device = [], None
-    for name in _NETWORKS.value:
-        first = child(f"ours:{name}")
-        device = device or first.get("device")
-        sides = {"ours": rates(first, first), "torch": rates(child(f"torch:{name}"), first)}
-        for side, result in sides.items():
-            print(line(name, side, result), flush=True)
-        speeds = [r.get("tokens_per_second") for r in sides.values()]
-        ratio = speeds[0] / speeds[1] if all(speeds) else None
-        if ratio:
-            print(f"{name:<20}ratio   {ratio:>12.2f}")
-        results.append({"network": name, **sides, "speed_ratio": ratio})
+    until = time.monotonic() + _SECONDS.value
     report = {
         "benchmark": "train_gpu",
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
-        "device": device,
+        "device": None,
         "sequence": _LENGTH.value,
         "remat": _REMAT.value,
         "attention": _ATTENTION.value,
-        "results": results,
+        "results": [],
+        "complete": False,
     }
-    emit(report, _OUT.value)
+    for name in _NETWORKS.value:
+        row = {"network": name, "ours": {}, "torch": {}, "speed_ratio": None}
+        report["results"].append(row)
+        for side in ("ours", "torch"):
+            found = child(f"{side}:{name}", until)
+            row[side] = rates(found, found if side == "ours" else row["ours"])
+            report["device"] = report["device"] or found.get("device")
+            print(line(name, side, row[side]), flush=True)
+            save(report, _OUT.value)
+        speeds = [row[side].get("tokens_per_second") for side in ("ours", "torch")]
+        if all(speeds):
+            row["speed_ratio"] = speeds[0] / speeds[1]
+            print(f"{name:<20}ratio   {row['speed_ratio']:>12.2f}")
+    emit(report | {"complete": True}, _OUT.value)
 
 
 if __name__ == "__main__":

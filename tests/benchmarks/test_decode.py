@@ -34,7 +34,7 @@ def test_runs_end_to_end(tmp_path):
         assert any(shown in line and "reference" in line for line in done.stdout.splitlines())
 
 
-def test_wrong_or_refusing_implementations_are_not_timed():
+def test_wrong_or_refusing_implementations_are_not_timed(monkeypatch):
     heads = (4, 2, 64)
 
     def scaled(cache):
@@ -47,14 +47,10 @@ def test_wrong_or_refusing_implementations_are_not_timed():
     assert decode.problem(lambda c: decode.ours("reference", c), heads, "uint8") is None
     assert decode.problem(scaled, heads, "bfloat16").startswith("wrong: off by")
     found = decode.problem(refuses, heads, "bfloat16")
-    assert found == "refused: NotImplementedError: no such heads"
-    bad = {"reference": found}
-    decode.flags.FLAGS(["decode"])
-    rows = decode.run_case(1, 130, heads, "bfloat16", bad, 1e10)
-    assert rows == [
-        {"implementation": "reference", "batch": 1, "context": 130, "cache": "bfloat16"}
-        | {"problem": found}
-    ]
+    assert found == "refused: NotImplementedError: no such heads at all"
+    monkeypatch.setattr(decode, "contenders", lambda *_: {"library": refuses})
+    job = {"implementation": "library", "batch": 1, "context": 130, "cache": "bfloat16"}
+    assert decode.row(**job, heads=heads, bandwidth=1e10) == job | {"problem": found}
 
 
 def test_peers_are_called_as_they_expect(monkeypatch):
@@ -69,7 +65,7 @@ def test_peers_are_called_as_they_expect(monkeypatch):
 
     monkeypatch.setattr(library, "ragged_paged_attention", plain)
     prepare, call = decode_peers.tpu_ragged()
-    cache = decode.make_cache(1, 8, (4, 2, 64), "float32", jax.random.key(0))
+    cache = decode.make_cache(1, 8, (4, 2, 64), "float32", 0)
     table, lengths = jnp.arange(8).reshape(2, 4), jnp.array([130, 500])
     q = jax.random.normal(jax.random.key(1), (2, 4, 64))
     operands = prepare(cache.pages[0])

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from benchmarks.train_gpu import register_causal_sdpa
+
 
 @pytest.mark.slow
 def test_both_sides_train_the_same_network(tmp_path):
@@ -29,3 +31,36 @@ def test_an_unknown_network_is_refused():
     command = [sys.executable, "-m", "benchmarks.train_gpu", "--networks=gpt"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode and "'gpt' is none of qwen-1.8b" in run.stdout + run.stderr
+
+
+@pytest.mark.slow
+def test_the_peers_attention_is_the_librarys_without_a_mask():
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    register_causal_sdpa()
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation="causal_sdpa",
+    )
+    net = Qwen2ForCausalLM(config).float()
+    tokens = torch.randint(0, 64, (2, 17))
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    got = torch.compile(lambda x: net(input_ids=x).logits, backend=keep)(tokens)
+    net.config._attn_implementation = "sdpa"
+    torch.testing.assert_close(got, net(input_ids=tokens).logits)
+    # Compiled as one graph, whose attention is causal by a flag: what flash kernels can take.
+    (graph,) = graphs
+    calls = [n for n in graph.graph.nodes if "scaled_dot_product" in str(n.target)]
+    assert len(calls) == 2
+    assert all(c.kwargs["is_causal"] and c.kwargs.get("attn_mask") is None for c in calls)
