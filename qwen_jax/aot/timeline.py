@@ -175,10 +175,12 @@ class _Run:
             flops / self.chip.peak_flops,
             moved / self.chip.hbm_bandwidth,
         )
-        if work.is_kernel(i):
-            seconds = max(seconds, flops / self.chip.peak_flops / self.chip.kernel_efficiency)
-            self.total.kernel_flops += flops
-            self.total.unpriced_kernels += work.kernel_flops(self.scope, i) is None
+        for scope, kernel in work.kernels(self.module, self.scope, i):
+            done = work.kernel_flops(scope, kernel)
+            efficient = self.chip.peak_flops * self.chip.kernel_efficiency
+            seconds = max(seconds, (done or 0.0) / efficient)
+            self.total.kernel_flops += done or 0.0
+            self.total.unpriced_kernels += done is None
         self.total.flops += flops
         self.total.compute += seconds
         self.total.by_name[i.text("op_name") or i.name] += seconds

@@ -209,6 +209,15 @@ def test_a_kernel_that_is_not_known_is_counted_as_such():
     m = hopper_call("another", 256, 256)
     cost = timeline.predict(m, made_up("h100:8"), mesh(made_up("h100:8")))
     assert cost.unpriced_kernels == 1 and cost.flops == 0
+    fused = module(
+        "  %a = bf16[2,256,16,128] parameter(0)\n"
+        "  ROOT %f = bf16[2,256,16,128] fusion(%a), kind=kCustom, calls=%inner",
+        "%inner (q: bf16[8]) -> bf16[8] {\n  %q = bf16[2,256,16,128] parameter(0)\n"
+        "  ROOT %o = bf16[2,256,16,128] custom-call(%q, %q), "
+        'custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/flash_forward/mpmd_map"}\n}',
+    )
+    cost = timeline.predict(fused, made_up("h100:8"), mesh(made_up("h100:8")))
+    assert cost.kernel_flops == cost.flops == 4 * 2 * 16 * 128 * 3 * 128 * 128
     known = hopper_call("flash_forward", 256, 256)
     assert timeline.predict(known, made_up("h100:8"), mesh(made_up("h100:8"))).unpriced_kernels == 0
 
