@@ -187,14 +187,15 @@ class _Run:
             flops / self.chip.peak_flops,
             moved / self.chip.hbm_bandwidth,
         )
-        if work.is_kernel(i):
-            known = KernelCost(flops, self.chip.kernel_efficiency)
-            if work.kernel_flops(self.scope, i) is None:
-                known = self.timeline.kernels(i) or known
+        for scope, call in work.kernels(self.module, self.scope, i):
+            declared = work.kernel_flops(scope, call)
+            known = KernelCost(declared or 0.0, self.chip.kernel_efficiency)
+            if declared is None:
+                known = self.timeline.kernels(call) or known
                 self.total.unpriced_kernels += known.flops == 0
-            flops = known.flops
-            seconds = max(seconds, flops / self.chip.peak_flops / known.efficiency)
-            self.total.kernel_flops += flops
+                flops += known.flops
+            seconds = max(seconds, known.flops / self.chip.peak_flops / known.efficiency)
+            self.total.kernel_flops += known.flops
         self.total.flops += flops
         self.total.compute += seconds
         self.total.by_name[i.text("op_name") or i.name] += seconds

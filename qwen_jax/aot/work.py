@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 
 from qwen_jax.aot.hlo import HBM, Computation, Instruction, Module
 
@@ -144,6 +145,18 @@ def kernel_flops(scope: Computation, i: Instruction) -> float | None:
         return _hopper_flops(scope, i)
     estimate = kernel_estimate(i)
     return None if estimate is None else estimate["flops"]
+
+
+def kernels(
+    module: Module, scope: Computation, i: Instruction
+) -> Iterator[tuple[Computation, Instruction]]:
+    """Pallas calls of one operation: itself, or those fused with the slices they read or write."""
+    if is_kernel(i):
+        yield scope, i
+    elif i.opcode == "fusion":
+        inner = module.computations[i.called("calls")]
+        for j in inner.instructions:
+            yield from kernels(module, inner, j)
 
 
 def flops(module: Module, scope: Computation, i: Instruction) -> float:
