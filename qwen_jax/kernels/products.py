@@ -27,9 +27,12 @@ def einsum(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None) -> j
       equation: "AB,BC->AC", each letter in two of the three terms or in all of them.
       a, b: operands. out_sharding: as in `jnp.einsum`.
     """
-    if platform()[0] == "cpu" and a.dtype == b.dtype == jnp.bfloat16:
+    if _on_cpu() and a.dtype == b.dtype == jnp.bfloat16:
         return _rounded(equation, out_sharding, a, b)
     return jnp.einsum(equation, a, b, out_sharding=out_sharding)
+
+
+_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -53,11 +56,13 @@ _rounded.defvjp(_forward, _backward)
 
 
 def accumulated(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None) -> jax.Array:
-    """The product in float32 [...]; both operands are brought into the order the kernel reads.
+    """The product in float32; on CPUs operands are brought into the order the kernel reads.
 
     Args:
       equation: as in `einsum`. a, b: of one dtype. out_sharding: as in `jnp.einsum`.
     """
+    if not _on_cpu():
+        return _float32(equation, a, b, out_sharding=out_sharding)
     left, right, out = _terms(equation)
     batch = "".join(c for c in out if c in left and c in right)
     rows = "".join(c for c in out if c in left and c not in right)
@@ -70,12 +75,7 @@ def accumulated(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None)
     if right == batch + columns + inner and len(columns) == len(inner) == 1:
         b_order = right
     a, b = laid_out(a, left, a_order), laid_out(b, right, b_order)
-    return jnp.einsum(
-        f"{a_order},{b_order}->{out}",
-        *(a, b),
-        preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
-    )
+    return _float32(f"{a_order},{b_order}->{out}", a, b, out_sharding=out_sharding)
 
 
 def laid_out(x: jax.Array, axes: str, order: str) -> jax.Array:
@@ -88,6 +88,10 @@ def laid_out(x: jax.Array, axes: str, order: str) -> jax.Array:
         return x
     x = jnp.transpose(x, [axes.index(c) for c in order])
     return jnp.squeeze(jax.lax.optimization_barrier(x[None]), 0)
+
+
+def _on_cpu() -> bool:
+    return platform()[0] == "cpu"
 
 
 def _terms(equation: str) -> tuple[str, str, str]:
