@@ -17,11 +17,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.parallel import RULES, current_mesh, on_mesh, platform, spec
-from qwen_jax.train import loss_chunk
+from qwen_jax.kernels.products import accumulated
+from qwen_jax.parallel import RULES, current_mesh, on_mesh, spec
 from qwen_jax.train.vocab_split import vocab_split
 
 _TOKEN_AXES = (*RULES["batch"], RULES["sequence"])
+_NEVER = -1e30  # logit of a column that stands for no token
 
 
 @jax.tree_util.register_dataclass
@@ -39,15 +40,38 @@ class LossSums:
     weight: jax.Array
 
 
+def _chunk_loss(hidden, kernel, targets, weights, z_loss, split):
+    """One chunk, hidden [C,D], against this device's columns of the kernel [D,V].
+
+    Returns (Σ objective, Σ nll) and d objective/d logits, float32 [C,V].
+    """
+    first, real = split.first_column()
+    columns = jnp.arange(kernel.shape[-1], dtype=jnp.int32)
+    logits = accumulated("CD,DV->CV", hidden, kernel)
+    if split.padding:
+        logits = jnp.where(columns < real, logits, _NEVER)
+    own = jnp.where(targets - first < real, targets - first, -1)
+    is_target = own[:, None] == columns
+    own_highest = logits.max(axis=-1)
+    exp = jnp.exp(logits - own_highest[:, None])
+    target_logit = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    highest, total, target_logit = split.merge(own_highest, exp.sum(axis=-1), target_logit)
+    lse = jnp.log(total) + highest
+    nll = lse - target_logit
+    objective = nll + z_loss * jnp.square(lse)
+    # d nll/d logits = softmax − onehot;  d lse²/d logits = 2·lse·softmax
+    softmax_scale = weights * (1.0 + 2.0 * z_loss * lse) * jnp.exp(own_highest - highest) / total
+    d_logits = exp * softmax_scale[:, None] - jnp.where(is_target, weights[:, None], 0.0)
+    return (jnp.sum(weights * objective), jnp.sum(weights * nll)), d_logits
+
+
 def _per_device(hidden, kernel, targets, weights, *, z_loss, chunk, split, sharded, with_grads):
     """Loss of this device's tokens, and gradients already summed over the mesh.
 
     hidden [b,t,D], kernel [D/fsdp,V/tensor] as at rest, targets, weights [b,t].
     """
-    tokens, channels = targets.size, hidden.shape[-1]
-    chunk_loss = loss_chunk.FORMS.get(platform()[0], loss_chunk.whole)
-    if sharded or chunk_loss is loss_chunk.whole:  # what travels is cast before it does
-        kernel = split.collect_kernel(kernel.astype(hidden.dtype))
+    dtype, (tokens, channels) = hidden.dtype, (targets.size, hidden.shape[-1])
+    kernel = split.collect_kernel(kernel.astype(dtype))
     chunk = min(-(-chunk // split.parts), tokens)  # what this device adds to its group's chunk
     pad = -tokens % chunk
 
@@ -57,16 +81,20 @@ def _per_device(hidden, kernel, targets, weights, *, z_loss, chunk, split, shard
 
     def one(carry, piece):
         h, target, weight = piece
-        total, d_kernel = carry
         h = split.collect_tokens(h, 0)
-        sums, d_h, d_kernel = chunk_loss(h, kernel, d_kernel, target, weight, z_loss, split)
+        sums, d_logits = _chunk_loss(h, kernel, target, weight, z_loss, split)
+        total, d_kernel = carry
         total = jax.tree.map(jnp.add, total, sums)
-        if with_grads:
-            d_h = split.scatter_tokens(d_h).astype(hidden.dtype)
-        return (total, d_kernel), d_h
+        if not with_grads:
+            return (total, d_kernel), None
+        # Made once and read twice: fused into both products, the exponentials are taken per tile.
+        d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
+        d_h = accumulated("CV,DV->CD", d_logits, kernel)
+        d_kernel += accumulated("CD,CV->DV", h, d_logits)
+        return (total, d_kernel), split.scatter_tokens(d_h).astype(dtype)
 
     zero = jnp.zeros((), jnp.float32)
-    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if with_grads else None
+    d_kernel = jnp.zeros(kernel.shape, jnp.float32) if with_grads else zero
     small = (split.collect_tokens(pieces(x), 1) for x in (targets, weights))
     xs = (pieces(hidden, channels), *small)
     ((objective, nll), d_kernel), d_hidden = jax.lax.scan(one, ((zero, zero), d_kernel), xs)

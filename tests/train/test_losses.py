@@ -7,7 +7,6 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import named_sharding
-from qwen_jax.train import loss_chunk
 from qwen_jax.train.losses import next_token_loss
 from qwen_jax.train.vocab_split import best_parts, vocab_split
 from tests import toy
@@ -63,15 +62,6 @@ def check_against_plain(name, vocab, z_loss, *options):
         toy.close(actual, 3 * np.asarray(wanted))
 
 
-@pytest.fixture(params=["whole", "tiled"])
-def form(request, monkeypatch):
-    """Each form of a chunk in turn; tiles of 24 columns divide none of the vocabularies here."""
-    monkeypatch.setitem(loss_chunk.FORMS, "cpu", getattr(loss_chunk, request.param))
-    monkeypatch.setattr(loss_chunk, "TILE", 24 if request.param == "tiled" else 1024)
-    return request.param
-
-
-@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])  # 7 does not divide the tokens
 @pytest.mark.parametrize("name", ["none", "2 × 2 × 2 fsdp, context, tensor", "8 tensor"])
