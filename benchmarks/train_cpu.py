@@ -7,8 +7,8 @@ and of 151,936 rows. The naive step is what one writes in an afternoon with plai
 Python loop over the layers, all logits at once, `jax.nn.log_softmax`, `optax.adamw`, autodiff; the
 same parameters, mixed precision, loss and optimizer. Speeds: both steps take turns in one process
 and the median is reported. Memory: the growth of a fresh process's peak resident size while it
-trains, one process per step; and what XLA plans (arguments + temporaries). Processor seconds, system
-time included, stand beside the speeds: they say more where the machine has other work.
+trains, one process per step; and what XLA plans (arguments + temporaries). Processor seconds, the
+system's included, stand beside the speeds: they say more where the machine has other work.
 """
 
 from __future__ import annotations
