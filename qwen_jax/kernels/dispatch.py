@@ -22,9 +22,9 @@ from qwen_jax.parallel import context_size, on_mesh, platform, reshard, spec, zi
 IMPLEMENTATIONS = ("auto", "pallas_tpu", "pallas_gpu", "cudnn", "splash", "chunked", "reference")
 
 # Scores of one head and row up to this size are materialised whole (1 MiB in float32) where queries
-# are a handful, and on CPUs also for one block of them. Above it blocks win.
+# are a handful. Above it, or with a block of queries, blocks win.
 _WHOLE_SCORES = 512 * 512
-_FEW_QUERIES = 128
+_BLOCK = 128  # queries from which it is worth while to skip what the mask hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,7 @@ def _automatic(request: Request) -> tuple[str, str]:
     if request.dropout:
         return "reference", "the only one with dropout on attention weights"
     few = request.q_len * request.k_len <= _WHOLE_SCORES
-    enough = _FEW_QUERIES + (request.platform == "cpu")
-    if request.context == 1 and few and request.q_len < enough:
+    if request.context == 1 and few and request.q_len < _BLOCK:
         return "reference", "few scores: all at once"
     reasons = []
     for name in ("pallas_tpu", "pallas_gpu", "cudnn"):
