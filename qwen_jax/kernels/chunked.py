@@ -9,9 +9,11 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels.flash import FlashKernel
 from qwen_jax.kernels.mask import MASKED, Mask, key_bounds, visible
+from qwen_jax.kernels.products import accumulated
 
-CHUNK = 256
-"""Queries and keys a block; 256² scores of a head are 256 KiB in float32, about a core's cache."""
+CHUNK = 128
+"""Queries and keys a block; 128² scores of 32 heads and rows are 2 MiB in float32, about a core's
+cache."""
 
 
 def _heads_first(x: jax.Array, repeat: int = 1) -> jax.Array:
@@ -72,7 +74,7 @@ class _Blocks:
     def scores(self, i, j, scale) -> tuple[jax.Array, jax.Array]:
         """(scores float32 [B,N,chunk_q,chunk_k], mask)."""
         q, k = self.queries(self.q, i), self.keys(self.k, j)
-        s = jnp.einsum("BNTH,BNSH->BNTS", q, k, preferred_element_type=jnp.float32) * scale
+        s = accumulated("BNTH,BNSH->BNTS", q, k) * scale
         return s, self.seen(i, j)
 
 
@@ -88,11 +90,7 @@ def _forward(q, k, v, mask: Mask, scale: float, chunk: int):
             p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
             keep = jnp.exp(highest - new)
             v_block = blocks.keys(blocks.v, j)
-            product = jnp.einsum(
-                "BNTS,BNSH->BNTH",
-                *(p.astype(v.dtype), v_block),
-                preferred_element_type=jnp.float32,
-            )
+            product = accumulated("BNTS,BNSH->BNTH", p.astype(v.dtype), v_block)
             return out * keep[..., None] + product, new, total * keep + p.sum(axis=-1)
 
         rows = (batch, heads, blocks.chunk_q)
@@ -116,7 +114,6 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
     blocks = _Blocks(q, k, v, mask, chunk)
     d_out = _pad(_heads_first(d_out), 2, blocks.rows)
     lse, delta = (_pad(x, 2, blocks.rows) for x in (lse, delta))
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def query_block(i, carry):
         q_i, d_out_i = blocks.queries(blocks.q, i), blocks.queries(d_out, i)
@@ -126,11 +123,11 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
             dq_i, dk, dv = carry
             s, seen = blocks.scores(i, j, scale)
             p = jnp.where(seen, jnp.exp(s - lse_i), 0.0)
-            dp = product("BNTH,BNSH->BNTS", d_out_i, blocks.keys(blocks.v, j))
+            dp = accumulated("BNTH,BNSH->BNTS", d_out_i, blocks.keys(blocks.v, j))
             ds = (p * (dp - delta_i) * scale).astype(q.dtype)
-            dq_i += product("BNTS,BNSH->BNTH", ds, blocks.keys(blocks.k, j))
-            dk = _add(dk, product("BNTS,BNTH->BNSH", ds, q_i), j * blocks.chunk_k)
-            dv_j = product("BNTS,BNTH->BNSH", p.astype(q.dtype), d_out_i)
+            dq_i += accumulated("BNTS,BNSH->BNTH", ds, blocks.keys(blocks.k, j))
+            dk = _add(dk, accumulated("BNTH,BNTS->BNHS", q_i, ds), j * blocks.chunk_k)
+            dv_j = accumulated("BNTH,BNTS->BNHS", d_out_i, p.astype(q.dtype))
             return dq_i, dk, _add(dv, dv_j, j * blocks.chunk_k)
 
         dq, dk, dv = carry
@@ -138,8 +135,11 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
         dq_i, dk, dv = jax.lax.fori_loop(blocks.low[i], blocks.high[i], key_block, start)
         return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * blocks.chunk_q, 2), dk, dv
 
-    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (blocks.q, blocks.k, blocks.v))
-    dq, dk, dv = jax.lax.fori_loop(0, blocks.n_q, query_block, tuple(zeros))
+    # Of keys and values the narrow operand is transposed, not the scores: [B,N,H,S].
+    wide = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (blocks.k, blocks.v))
+    start = (jnp.zeros(blocks.q.shape, jnp.float32), *wide)
+    dq, dk, dv = jax.lax.fori_loop(0, blocks.n_q, query_block, start)
+    dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
 
     def shape(x, like):  # [B,N,rows,H] -> [B,S,K,H], summed over the heads of a group
         batch, length, heads, width = like.shape
@@ -150,9 +150,9 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
 
 
 def _add(total, part, start):
-    """total[:, :, start:start+n] += part."""
-    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[2], 2)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 2)
+    """total[..., start:start+n] += part."""
+    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[3], 3)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 3)
 
 
 def chunked_kernel() -> FlashKernel:

@@ -21,9 +21,10 @@ from qwen_jax.parallel import context_size, on_mesh, platform, reshard, spec, zi
 
 IMPLEMENTATIONS = ("auto", "pallas_tpu", "pallas_gpu", "cudnn", "splash", "chunked", "reference")
 
-# Scores of one head and row up to this size are materialised whole (1 MiB in float32): fastest on
-# CPU at training lengths up to 512, and everywhere for a handful of queries. Above it blocks win.
+# Scores of one head and row up to this size are materialised whole (1 MiB in float32) where queries
+# are a handful. Above it, or with a block of queries, blocks win.
 _WHOLE_SCORES = 512 * 512
+_BLOCK = 128  # queries from which it is worth while to skip what the mask hides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def _automatic(request: Request) -> tuple[str, str]:
     if request.dropout:
         return "reference", "the only one with dropout on attention weights"
     few = request.q_len * request.k_len <= _WHOLE_SCORES
-    if request.context == 1 and few and (request.platform == "cpu" or request.q_len < 128):
+    if request.context == 1 and few and request.q_len < _BLOCK:
         return "reference", "few scores: all at once"
     reasons = []
     for name in ("pallas_tpu", "pallas_gpu", "cudnn"):

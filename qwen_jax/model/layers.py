@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
+from qwen_jax.kernels.products import einsum
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.options import ForwardOptions
 from qwen_jax.model.quantised import is_quantised, quantised_product
@@ -96,7 +97,7 @@ class Layer(nn.Module):
         if is_quantised(stored):
             return quantised_product(equation, x, stored, shape, axes, out)
         w = self.weight(name, shape, axes, init)
-        return jnp.einsum(equation, x, w, out_sharding=None if out is None else spec(*out))
+        return einsum(equation, x, w, out_sharding=None if out is None else spec(*out))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -17,6 +17,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.kernels.products import accumulated
 from qwen_jax.parallel import RULES, current_mesh, on_mesh, spec
 from qwen_jax.train.vocab_split import vocab_split
 
@@ -46,7 +47,7 @@ def _chunk_loss(hidden, kernel, targets, weights, z_loss, split):
     """
     first, real = split.first_column()
     columns = jnp.arange(kernel.shape[-1], dtype=jnp.int32)
-    logits = jnp.einsum("CD,DV->CV", hidden, kernel, preferred_element_type=jnp.float32)
+    logits = accumulated("CD,DV->CV", hidden, kernel)
     if split.padding:
         logits = jnp.where(columns < real, logits, _NEVER)
     own = jnp.where(targets - first < real, targets - first, -1)
@@ -88,8 +89,8 @@ def _per_device(hidden, kernel, targets, weights, *, z_loss, chunk, split, shard
             return (total, d_kernel), None
         # Made once and read twice: fused into both products, the exponentials are taken per tile.
         d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
-        d_h = jnp.einsum("CV,DV->CD", d_logits, kernel, preferred_element_type=jnp.float32)
-        d_kernel += jnp.einsum("CD,CV->DV", h, d_logits, preferred_element_type=jnp.float32)
+        d_h = accumulated("CV,DV->CD", d_logits, kernel)
+        d_kernel += accumulated("CD,CV->DV", h, d_logits)
         return (total, d_kernel), split.scatter_tokens(d_h).astype(dtype)
 
     zero = jnp.zeros((), jnp.float32)

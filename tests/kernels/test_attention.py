@@ -151,7 +151,8 @@ def test_dispatch_refuses_with_the_reason():
 
 
 def test_auto_chooses_by_size_and_place():
-    assert choose_attention("auto", request(256)) == "reference"
+    assert choose_attention("auto", request(127)) == "reference"
+    assert choose_attention("auto", request(128)) == "chunked"
     assert choose_attention("auto", request(4096)) == "chunked"
     assert choose_attention("auto", request(256, context=2)) == "chunked"  # a ring needs blocks
     assert choose_attention("auto", request(4096, dropout=True)) == "reference"
