@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks.train_gpu import register_causal_sdpa
+from benchmarks.torch_attention import register_causal_sdpa
 
 
 @pytest.mark.slow
