@@ -80,6 +80,9 @@ MOUNT = flags.DEFINE_multi_string(
     "/FOLDER=gs://BUCKET/FOLDER: storage for the program (gke, tpu_vm); on gke /FOLDER=CLAIM too.",
 )
 REPORT = flags.DEFINE_multi_string("report", [], "cost: NAME=FILE or FILE, report of launch.aot.")
+RATE = flags.DEFINE_multi_string(
+    "rate", [], "cost: NAME=TOKENS_PER_SECOND_PER_CHIP, a throughput you measured."
+)
 TOKENS = flags.DEFINE_float("tokens", None, "cost: tokens to train on.")
 CHIPS = flags.DEFINE_integer("chips", None, "cost: chips that run at once; gives the days.")
 PRICE = flags.DEFINE_float("price_per_chip_hour", None, "cost: your price, in any currency.")
@@ -95,15 +98,28 @@ def main(command: str) -> None:
         print(text, end="")
 
 
-def cost_table() -> str:
-    """A Markdown table with a row for each --report."""
-    if not REPORT.value or TOKENS.value is None:
-        raise UserError("cost needs --report=FILE.json and --tokens, such as --tokens=2.4e12")
-    rows = [costs.HEADER]
+def _rates() -> list[tuple[str, float, str]]:
+    """(name, tokens per second per chip, where it is from) of each --report and --rate."""
+    rates = []
     for item in REPORT.value:
         name, separator, path = item.partition("=")
         path = path if separator else name
-        rate = costs.read_rate(path)
+        name = name if separator else os.path.basename(path).removesuffix(".json")
+        rates.append((name, costs.read_rate(path), "predicted"))
+    for name, text in parse_pairs("rate", RATE.value).items():
+        rates.append((name, costs.parse_rate(name, text), "given"))
+    return rates
+
+
+def cost_table() -> str:
+    """A Markdown table with a row for each --report and --rate."""
+    if not (REPORT.value or RATE.value) or TOKENS.value is None:
+        raise UserError(
+            "cost needs --report=FILE.json or --rate=NAME=NUMBER, and --tokens, such as "
+            "--tokens=2.4e12"
+        )
+    rows = [costs.HEADER]
+    for name, rate, source in _rates():
         found = costs.cost(
             TOKENS.value,
             rate,
@@ -111,8 +127,7 @@ def cost_table() -> str:
             price_per_chip_hour=PRICE.value,
             goodput=GOODPUT.value,
         )
-        name = name if separator else os.path.basename(path).removesuffix(".json")
-        rows.append(costs.table_row(name, TOKENS.value, rate, found, CHIPS.value))
+        rows.append(costs.table_row(name, TOKENS.value, rate, source, found, CHIPS.value))
     return "\n".join(rows) + "\n"
 
 

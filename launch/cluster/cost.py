@@ -78,6 +78,11 @@ def read_rate(path: str) -> float:
             f"--report={path} says that the step does not fit {report.get('topology')}; give the "
             "report of one that does"
         )
+    if isinstance(report.get("roofline"), dict) and prediction is None:
+        raise UserError(
+            f"--report={path} is of GPUs, for which no rate is predicted; give the one you "
+            "measured with --rate=NAME=TOKENS_PER_SECOND_PER_GPU"
+        )
     rate = prediction.get("tokens_per_second_per_chip") if isinstance(prediction, dict) else None
     if isinstance(rate, bool) or not isinstance(rate, int | float):
         raise UserError(
@@ -87,12 +92,28 @@ def read_rate(path: str) -> float:
     return float(rate)
 
 
-def table_row(name: str, tokens: float, rate: float, found: Cost, chips: int | None) -> str:
-    """One row of the table in docs/launch.md, Markdown."""
+def parse_rate(name: str, text: str) -> float:
+    """Tokens per second per chip of --rate=NAME=RATE.
+
+    Raises:
+      UserError: not a number.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(
+            f"--rate={name}={text} must be NAME=TOKENS_PER_SECOND_PER_CHIP, such as --rate=7B=9500"
+        ) from None
+
+
+def table_row(
+    name: str, tokens: float, rate: float, source: str, found: Cost, chips: int | None
+) -> str:
+    """One row of the table in docs/launch.md, Markdown; source: where the rate is from."""
     cells = [
         name,
         f"{tokens:.3g}",
-        f"{rate:,.0f}",
+        f"{rate:,.0f} ({source})",
         f"{found.chip_hours:,.0f}",
         f"{chips:,}" if chips else "-",
         "-" if found.days is None else f"{found.days:,.1f}",
@@ -102,6 +123,6 @@ def table_row(name: str, tokens: float, rate: float, found: Cost, chips: int | N
 
 
 HEADER = (
-    "| run | tokens | tokens/s per chip (predicted) | chip-hours | chips | days | cost |\n"
+    "| run | tokens | tokens/s per chip | chip-hours | chips | days | cost |\n"
     "|---|---|---|---|---|---|---|"
 )

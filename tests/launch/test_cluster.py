@@ -316,6 +316,7 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
     report = tmp_path / "7b.json"
     report.write_text(json.dumps({"prediction": {"tokens_per_second_per_chip": 2000.0}}))
     (tmp_path / "bad.json").write_text("[1]")
+    (tmp_path / "gpu.json").write_text('{"prediction": null, "roofline": {"mfu": 0.7}}')
     (tmp_path / "big.json").write_text('{"topology": "v5e:4x4", "memory": {"fits": false}}')
     recipe = ["--config=configs/pretrain.py:7b", "--config.data.sources=/data/web=1"]
     gke = ["gke", *recipe, "--slice=v5e-256", "--image=i", "--workdir=/w", "--mount=/w=claim"]
@@ -325,7 +326,14 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
     calls = [
         [*gke, f"--out={out}", "--slices=2", "--compile_cache=/w/cache", "--start_timeout=900"],
         [*slurm, "--tasks_per_node=1"],
-        ["cost", f"--report=a={report}", f"--report={report}", "--tokens=2.4e12", *price],
+        [
+            "cost",
+            f"--report=a={report}",
+            f"--report={report}",
+            "--rate=m=2000",
+            "--tokens=2.4e12",
+            *price,
+        ],
         ["gke", *recipe, "--slice=v5e-256"],
         [*gke, "--config.mesh.fsdp=7"],
         [*gke, "--config.mesh.fdsp=7"],
@@ -334,17 +342,21 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
         ["cost", f"--report={tmp_path}/bad.json", "--tokens=1"],
         ["cost", f"--report={tmp_path}/none.json", "--tokens=1"],
         ["cost", f"--report={tmp_path}/big.json", "--tokens=1"],
+        ["cost", f"--report={tmp_path}/gpu.json", "--tokens=1"],
+        ["cost", "--rate=m=fast", "--tokens=1"],
     ]
     done = programs.run([["launch.cluster", *call] for call in calls])
-    assert [d.status for d in done] == [0, 0, 0] + [2] * 8, [d.output for d in done]
+    assert [d.status for d in done] == [0, 0, 0] + [2] * 10, [d.output for d in done]
     command = pods(out.read_text())["containers"][0]["command"]
     assert command[3:8] == [*recipe, "--compile_cache=/w/cache", "--start_timeout=900.0",
                             "--config.mesh.data=2"]  # fmt: skip
     assert not pathlib.Path("/w").exists()  # a folder of the pod's, not of this machine
     assert "--ntasks-per-node=1\n" in done[1].output
     hours = 2.4e12 / 2000 / 3600
-    row = f"| 2.4e+12 | 2,000 | {hours:,.0f} | 256 | {hours / 256 / 24:,.1f} | {hours * 1.5:,.0f} |"
-    assert f"| a {row}" in done[2].output and f"| 7b {row}" in done[2].output
+    for name, source in (("a", "predicted"), ("7b", "predicted"), ("m", "given")):
+        row = f"| {name} | 2.4e+12 | 2,000 ({source}) | {hours:,.0f} | 256 | "
+        row += f"{hours / 256 / 24:,.1f} | {hours * 1.5:,.0f} |"
+        assert row in done[2].output
     for end, said in zip(
         done[3:],
         (
@@ -356,6 +368,8 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
             "bad.json has no number at prediction.tokens_per_second_per_chip",
             "none.json cannot be read",
             "big.json says that the step does not fit v5e:4x4",
+            "gpu.json is of GPUs, for which no rate is predicted",
+            "--rate=m=fast must be NAME=TOKENS_PER_SECOND_PER_CHIP",
         ),
         strict=True,
     ):
