@@ -52,7 +52,7 @@ class Runner:
     def row(self, **job) -> dict:
         """The row of a job."""
         if not self._seconds:
-            return importlib.import_module(self._module).row(**job)
+            return _row(_loaded(self._module), job)
         key = job.get("implementation")
         if self._lost[key] >= _PATIENCE:
             return {"failed": f"not tried: {_PATIENCE} rows of it hung or crashed"}
@@ -122,6 +122,21 @@ def _read(child: subprocess.Popen, lines: queue.SimpleQueue) -> None:
     lines.put(None)
 
 
+def _loaded(module: str):
+    """The module; where it is the program itself, that one, whose flags are defined already."""
+    program = sys.modules["__main__"]
+    if getattr(getattr(program, "__spec__", None), "name", None) == module:
+        return program
+    return importlib.import_module(module)
+
+
+def _row(module, job: dict) -> dict:
+    try:
+        return module.row(**job)
+    except Exception as problem:
+        return {"failed": reason(problem)}
+
+
 def _device_well() -> bool:
     """Whether the device still computes; after a fault in a kernel it doesn't."""
     import jax
@@ -135,13 +150,10 @@ def _device_well() -> bool:
 
 def serve(module: str) -> None:
     """The child: a line of JSON in, a row out, until the input ends or the device is lost."""
-    row = importlib.import_module(module).row
+    loaded = importlib.import_module(module)
     print(_MARK + json.dumps(environment()), flush=True)
     for line in sys.stdin:
-        try:
-            answer = row(**json.loads(line))
-        except Exception as problem:
-            answer = {"failed": reason(problem)}
+        answer = _row(loaded, json.loads(line))
         well = _device_well()
         print(_MARK + json.dumps({"row": answer, "device_well": well}), flush=True)
         if not well:

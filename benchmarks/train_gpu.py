@@ -106,6 +106,7 @@ def ours(name: str) -> dict:
     import jax
 
     from qwen_jax.model import ForwardOptions, count_params
+    from qwen_jax.train.compiling import xla_options
     from qwen_jax.train.flops import peak_flops, train_flops_per_token
     from qwen_jax.train.optimizer import OptimizerConfig
     from qwen_jax.train.step import LossConfig, StepConfig, init_state, train_step
@@ -123,7 +124,7 @@ def ours(name: str) -> dict:
     compiled = (
         jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
         .lower(held["state"], data)
-        .compile()
+        .compile(compiler_options=xla_options(jax.devices()[0].device_kind))
     )
     compile_seconds = time.perf_counter() - start
 
