@@ -45,7 +45,7 @@ class CompiledStep:
     memory: Memory
     seconds: float
     mesh: jax.sharding.Mesh
-    options: dict[str, str]
+    options: dict[str, str | bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class TooLarge:
     message: str
     seconds: float
     mesh: jax.sharding.Mesh
-    options: dict[str, str]
+    options: dict[str, str | bool]
 
 
 def abstract_batch(job: PretrainJob, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -115,7 +115,7 @@ def _scheduled_hlo(folder: str, compiled: jax.stages.Compiled) -> str:
 
 
 def compile_for(
-    job: PretrainJob, pod: Pod | Nodes, extra_options: dict[str, str] | None = None
+    job: PretrainJob, pod: Pod | Nodes, extra_options: dict[str, str | bool] | None = None
 ) -> CompiledStep | TooLarge:
     """Traces and compiles the job's step for the pod; minutes for hundreds of chips.
 

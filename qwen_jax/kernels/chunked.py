@@ -126,8 +126,8 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
             dp = accumulated("BNTH,BNSH->BNTS", d_out_i, blocks.keys(blocks.v, j))
             ds = (p * (dp - delta_i) * scale).astype(q.dtype)
             dq_i += accumulated("BNTS,BNSH->BNTH", ds, blocks.keys(blocks.k, j))
-            dk = _add(dk, accumulated("BNTH,BNTS->BNHS", q_i, ds), j * blocks.chunk_k)
-            dv_j = accumulated("BNTH,BNTS->BNHS", d_out_i, p.astype(q.dtype))
+            dk = _add(dk, accumulated("BNTS,BNTH->BNSH", ds, q_i), j * blocks.chunk_k)
+            dv_j = accumulated("BNTS,BNTH->BNSH", p.astype(q.dtype), d_out_i)
             return dq_i, dk, _add(dv, dv_j, j * blocks.chunk_k)
 
         dq, dk, dv = carry
@@ -135,11 +135,8 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
         dq_i, dk, dv = jax.lax.fori_loop(blocks.low[i], blocks.high[i], key_block, start)
         return jax.lax.dynamic_update_slice_in_dim(dq, dq_i, i * blocks.chunk_q, 2), dk, dv
 
-    # Of keys and values the narrow operand is transposed, not the scores: [B,N,H,S].
-    wide = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (blocks.k, blocks.v))
-    start = (jnp.zeros(blocks.q.shape, jnp.float32), *wide)
-    dq, dk, dv = jax.lax.fori_loop(0, blocks.n_q, query_block, start)
-    dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
+    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (blocks.q, blocks.k, blocks.v))
+    dq, dk, dv = jax.lax.fori_loop(0, blocks.n_q, query_block, tuple(zeros))
 
     def shape(x, like):  # [B,N,rows,H] -> [B,S,K,H], summed over the heads of a group
         batch, length, heads, width = like.shape
@@ -150,9 +147,9 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
 
 
 def _add(total, part, start):
-    """total[..., start:start+n] += part."""
-    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[3], 3)
-    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 3)
+    """total[:, :, start:start+n] += part."""
+    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[2], 2)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, 2)
 
 
 def chunked_kernel() -> FlashKernel:

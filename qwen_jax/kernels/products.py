@@ -5,7 +5,9 @@ any) only where the result is float32 and the operands lie as [rows, inner] and 
 any other product is converted to float32 first, whole operands at a time, and runs at half the
 speed. `jnp.einsum` of bfloat16 asks for a bfloat16 result, and the gradient of a weight contracts
 over the leading axis: neither has the form. Here products accumulate in float32, are rounded once,
-and operands that lie otherwise are transposed first, which costs little beside the product.
+and operands that lie otherwise are transposed first, which costs little beside the product. The
+result lies as it is asked for: were it transposed afterwards, XLA (jax 0.10.2) would fold that into
+the product, which then has a form that no kernel takes, and fail when it runs.
 
 Other platforms get `jnp.einsum` as it is: their matrix units read any order.
 """
@@ -59,7 +61,11 @@ def accumulated(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None)
     """The product in float32; on CPUs operands are brought into the order the kernel reads.
 
     Args:
-      equation: as in `einsum`. a, b: of one dtype. out_sharding: as in `jnp.einsum`.
+      equation: as in `einsum`, its result in the order batch, rows, columns, or batch, columns,
+        rows. a, b: of one dtype. out_sharding: as in `jnp.einsum`.
+
+    Raises:
+      ValueError: on a CPU, the result in another order.
     """
     if not _on_cpu():
         return _float32(equation, a, b, out_sharding=out_sharding)
@@ -69,6 +75,8 @@ def accumulated(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None)
     columns = "".join(c for c in out if c not in left)
     if rows and columns and out.endswith(columns + rows):
         return accumulated(f"{right},{left}->{out}", b, a, out_sharding=out_sharding)
+    if out != batch + rows + columns:
+        raise ValueError(f"{equation}: the result's axes must be {batch}, {rows}, {columns}")
     inner = "".join(c for c in right if c in left and c not in out)
     a_order, b_order = batch + rows + inner, batch + inner + columns
     # [columns, inner] is read as well, where each is one axis.
