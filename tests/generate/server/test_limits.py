@@ -152,7 +152,7 @@ def test_a_client_that_goes_away_frees_the_engine(slow, stream, n):
 def test_a_client_that_goes_away_before_the_first_token(slow):
     slow.hold()
     with serve(slow) as server, raw(server, {**FOREVER, "stream": True}) as connection:
-        server.wait_until(lambda: server.service.stats().waiting == 1)
+        server.wait_until(lambda: slow.added)  # before, nothing would be cancelled in the engine
         hang_up(connection)
         server.wait_until(lambda: len(slow.cancelled) == 1)
 
