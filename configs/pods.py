@@ -69,8 +69,8 @@ class Layout:
 # Rows first: gathering a layer costs the same for one row as for eight. Then the rung, by the sum
 # of 16 bytes per parameter over the chips that share it; the residual stream and what the rung
 # keeps (bytes per layer and token in model/options.py); and 2 to 5 GB for a gathered layer, its
-# gradients and the loss (7B on v5e-256, compiled: 2.2). docs/pods.md says which of them have been
-# compiled; `python -m launch.aot --search` tries the neighbours.
+# gradients and the loss (7B on v5e-256, compiled: 2.2). All have been compiled: docs/pods.md has what
+# came out, and `python -m launch.aot --search` tries the neighbours.
 #
 # Weights are shared by the whole slice. On v5p that makes the compiler (libtpu 0.0.51) gather them
 # by all-reduces, at twice the bytes, but on the SparseCores and hidden; shared along two of the
@@ -99,7 +99,7 @@ LAYOUTS = {
     ("7b", "h100-8"): Layout(4, "products"),
     ("7b", "h200-8"): Layout(8, "products"),
     # 5,120 rows of a weight over 256 chips are 20 each, no multiple of a tile's 8, and are laid out
-    # anew for every product: 14 % of the step. Over 128 chips they are 40.
+    # anew for every product: a seventh of the step. Over 128 chips they are 40.
     ("14b", "v5e-256"): Layout(4, "out_mid", data=2),
     ("14b", "v6e-64"): Layout(8, "out_mid"),
     ("14b", "v6e-256"): Layout(8, "out_mid", data=2),
