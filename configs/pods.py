@@ -69,8 +69,8 @@ class Layout:
 # Rows first: gathering a layer costs the same for one row as for eight. Then the rung, by the sum
 # of 16 bytes per parameter over the chips that share it; the residual stream and what the rung
 # keeps (bytes per layer and token in model/options.py); and 2 to 5 GB for a gathered layer, its
-# gradients and the loss (7B on v5e-256, compiled: 2.2). All have been compiled: docs/pods.md has what
-# came out, and `python -m launch.aot --search` tries the neighbours.
+# gradients and the loss (7B on v5e-256, compiled: 2.2). All have been compiled (docs/pods.md has
+# what came out); `python -m launch.aot --search` tries the neighbours.
 #
 # Weights are shared by the whole slice. On v5p that makes the compiler (libtpu 0.0.51) gather them
 # by all-reduces, at twice the bytes, but on the SparseCores and hidden; shared along two of the
