@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qwen_jax.kernels import attention
 from qwen_jax.kernels.products import accumulated, einsum
 from qwen_jax.parallel import named_sharding, spec
 from tests import toy
@@ -91,3 +92,30 @@ def test_the_compiled_step_multiplies_bfloat16_natively(equation):
         for inside in re.findall(r" dot\(([^)]*)\)", text)
     ]
     assert dots == [{"bf16"}] * 3
+
+
+def test_another_order_of_the_result_is_refused():
+    """XLA would transpose the product, fold that into it, and fail when it runs."""
+    with pytest.raises(ValueError, match="the result's axes must be"):
+        accumulated("BTD,DF->BFT", operand("BTD", 0), operand("DF", 1))
+
+
+@pytest.mark.parametrize("length", [64, 100, 128, 257])
+@pytest.mark.parametrize("heads", [(8, 2), (4, 4)])
+def test_attention_in_blocks_differentiates_in_bfloat16_at_every_length(heads, length):
+    """With one block nothing stands between a product and what moves its axes afterwards."""
+    n, k = heads
+    shapes = ((2, length, n, 64), (2, length, k, 64), (2, length, k, 64), (2, length, n, 64))
+    q, k, v, d = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes))
+
+    def run(dtype):
+        def out(q, k, v):
+            return attention(q, k, v, implementation="chunked")
+
+        return jax.jit(lambda q, k, v, d: jax.vjp(out, q, k, v)[1](d))(
+            *(x.astype(dtype) for x in (q, k, v, d))
+        )
+
+    for got, want in zip(run(jnp.bfloat16), run(jnp.float32), strict=True):
+        error = jnp.linalg.norm(got.astype(jnp.float32) - want) / jnp.linalg.norm(want)
+        assert error < 2e-2
