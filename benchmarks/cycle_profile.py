@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 
+from qwen_jax.aot.topology import ENVIRONMENT
+
 _ROW = re.compile(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)\s+num_equivalent_hlos: (\d+)')
 
 
@@ -22,15 +24,16 @@ def child(module: str, case: dict) -> dict:
     The case has its `chip`; the child gets it with `dump`, the folder of the profile, for `cycles`.
     """
     with tempfile.TemporaryDirectory() as dump:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            # On v5e the profile can't walk prefetched scalars that lie in VMEM.
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={dump} "
-            + ("--xla_vf_vmem_memory_space_assignment=false" if case["chip"] == "v5e" else ""),
-        }
+        environment = (
+            os.environ
+            | ENVIRONMENT
+            | {
+                "JAX_PLATFORMS": "cpu",
+                # On v5e the profile can't walk prefetched scalars that lie in VMEM.
+                "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={dump} "
+                + ("--xla_vf_vmem_memory_space_assignment=false" if case["chip"] == "v5e" else ""),
+            }
+        )
         command = [sys.executable, "-m", module, f"--case={json.dumps(case | {'dump': dump})}"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -26,6 +26,7 @@ from absl import app, flags
 
 from benchmarks.hlo_cycles import predicted_cycles
 from benchmarks.report import emit
+from qwen_jax.aot.topology import ENVIRONMENT
 from qwen_jax.parallel import (
     MeshConfig,
     gather_weight,
@@ -52,13 +53,6 @@ _SMALL = flags.DEFINE_list(
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each form, taking turns.")
 _OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
 _WORKER = flags.DEFINE_string("worker", "", "Internal: the topology a child process compiles for.")
-
-_COMPILE_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 
 
 def plain_loss(hidden, kernel, targets, weights) -> LossSums:
@@ -183,7 +177,7 @@ def measure() -> list[dict]:
 def child(topology: str) -> list[dict]:
     command = [sys.executable, "-m", "benchmarks.vocab_loss", f"--worker={topology}"]
     command += [f"--{f.name}={f.value}" for f in (_TOKENS, _D_MODEL, _VOCAB, _CHUNK)]
-    environment = os.environ | _COMPILE_ENVIRONMENT
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
     return json.loads(output.splitlines()[-1])
 

@@ -11,17 +11,14 @@ from typing import Any
 
 import pytest
 
+from qwen_jax.aot.topology import ENVIRONMENT
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="compiles for TPUs: libtpu is not installed (pip install -r requirements/dev.txt)",
 )
 
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+_ENVIRONMENT = ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
 
 
 def compiled(module: str, *arguments: str) -> Any:

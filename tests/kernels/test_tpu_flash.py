@@ -15,6 +15,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
+from qwen_jax.aot.topology import ENVIRONMENT
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel, flash_attention
 from qwen_jax.kernels.mask import MASKED, Mask, full_blocks, visible
@@ -409,12 +410,7 @@ COMPILED = [
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_compiles_for(topology):
     """Mosaic accepts the kernels under shard_map, inside the chip's vector memory."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
+    environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
     arguments = [sys.executable, "-c", textwrap.dedent(COMPILE), topology, json.dumps(COMPILED)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

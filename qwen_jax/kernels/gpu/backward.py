@@ -139,7 +139,6 @@ class _Keys:
 
     def load(self) -> None:
         """The warpgroup that loads: keys and values of an item, then queries step by step."""
-        plgpu.set_max_registers(24, action="decrease")
         k_memory, v_memory, q_memory, o_memory, lse_memory, delta_memory = self.memory
         ready, consumed = self.k_barriers
         size = self.blocks.block
@@ -179,7 +178,6 @@ class _Keys:
 
     def compute(self) -> None:
         """A warpgroup that computes, on 64 keys of the item."""
-        plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
         for_my_items(
             self.queue, self.ctas, self.table, functools.partial(self._item, group), ahead=False

@@ -101,7 +101,6 @@ class _Queries:
 
     def load(self) -> None:
         """The warpgroup that loads: q and d_out of an item, then keys and values step by step."""
-        plgpu.set_max_registers(24, action="decrease")
         q_memory, o_memory, k_memory, v_memory = self.memory
         ready, consumed = self.q_barriers
 
@@ -131,7 +130,6 @@ class _Queries:
 
     def compute(self) -> None:
         """A warpgroup that computes, on 64 queries of the item."""
-        plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
         for_my_items(
             self.queue, self.ctas, self.table, functools.partial(self._item, group), ahead=False

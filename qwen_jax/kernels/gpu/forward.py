@@ -116,7 +116,6 @@ class _Forward:
 
         Keys go a step ahead of values, in the order in which buffers become free.
         """
-        plgpu.set_max_registers(24, action="decrease")
         q_memory, k_memory, v_memory = self.memory[:3]
         q_ready, q_consumed = self.q_barriers
 
@@ -150,7 +149,6 @@ class _Forward:
 
     def compute(self) -> None:
         """A warpgroup that computes, from queries in shared memory to the output."""
-        plgpu.set_max_registers(240, action="increase")
         group = lax.axis_index("wg")
         # The first warpgroup has the first turn, and takes note of the last one given to it.
         pl.when(group == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))

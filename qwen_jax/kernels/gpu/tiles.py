@@ -97,10 +97,22 @@ def launch(name: str, body, out_type: tuple, scratch: list, ctas: int):
 
 
 def run(unit) -> None:
-    """Sends the warpgroups to unit.compute, and the last one to unit.load."""
+    """Sends the warpgroups to unit.compute, and the last, with few registers, to unit.load.
+
+    Two with 240 and one with 24 for each of 128 threads fit the 65,536 of a multiprocessor.
+    """
+
+    def compute():
+        plgpu.set_max_registers(240, action="increase")
+        unit.compute()
+
+    def load():
+        plgpu.set_max_registers(24, action="decrease")
+        unit.load()
+
     computes = lax.axis_index("wg") < WARPGROUPS
-    pl.when(computes)(unit.compute)
-    pl.when(jnp.logical_not(computes))(unit.load)
+    pl.when(computes)(compute)
+    pl.when(jnp.logical_not(computes))(load)
 
 
 def for_my_items(queue: Queue, ctas: int, table_ref, body, *, ahead: bool) -> jax.Array:
