@@ -32,8 +32,8 @@ from absl import app, flags
 
 from benchmarks import cycle_profile
 from qwen_jax.kernels.mask import Mask
-from qwen_jax.kernels.tpu.layout import key_ranges, make_layout
-from qwen_jax.kernels.tpu.tiles import CHIPS
+from qwen_jax.kernels.tpu.block_sizes import CHIPS
+from qwen_jax.kernels.tpu.flash_blocks import key_ranges, make_layout
 
 _CHIPS = flags.DEFINE_list("chips", list(CHIPS), "Chips to compile for.")
 _LENGTH = flags.DEFINE_integer("length", 4096, "Tokens in the row.")

@@ -26,9 +26,9 @@ import transformers
 from absl import app, flags
 
 from benchmarks.report import emit
-from qwen_jax.generate.engine import Engine
-from qwen_jax.generate.options import EngineOptions
-from qwen_jax.generate.request import Request, SamplingParams
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.options import EngineOptions
+from qwen_jax.engine.request import Request, SamplingParams
 from qwen_jax.interop import load_params, read_config, save_hf
 from qwen_jax.model import ForwardOptions, ModelConfig, abstract_params, init_params
 

@@ -36,7 +36,7 @@ suite() {
     part decode 90 "$python" -m benchmarks.decode --quick --row_seconds=60
     left=$((seconds - SECONDS))
     part train "$left" "$python" -m benchmarks.train_gpu --quick --seconds=$((left - 10))
-    "$python" -m benchmarks.bars "$out"
+    "$python" -m benchmarks.targets "$out"
     if ((${#failed[@]})); then
         echo "failed: ${failed[*]}"
         return 1

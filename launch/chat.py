@@ -25,10 +25,10 @@ from absl import flags, logging
 from launch import program
 from launch.repl import SETTINGS, WORDS, Repl
 from launch.terminal import PlainLines, Terminal, printable
+from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.load import load
-from qwen_jax.generate.request import SamplingParams
 from qwen_jax.generate.service import EngineFailed
 from qwen_jax.generate.session import with_options
 from qwen_jax.model import count_params

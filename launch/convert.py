@@ -24,6 +24,7 @@ from qwen_jax import interop, parallel
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.interop import folder as hf_folder
+from qwen_jax.json_files import read_json
 from qwen_jax.model import ModelConfig, abstract_params
 from qwen_jax.train.checkpoint import Checkpoints, read_identity, restore_params
 
@@ -124,7 +125,7 @@ def _assets(path: str) -> dict[str, Any]:
         "config_extra": {name: config[name] for name in TOKEN_IDS if config.get(name) is not None},
     }
     if (source / "generation_config.json").is_file():
-        extras["generation_config"] = hf_folder.read_json(source / "generation_config.json")
+        extras["generation_config"] = read_json(source / "generation_config.json")
     return extras
 
 

@@ -34,7 +34,7 @@ from qwen_jax.corpus.prepare import pack_source, stdlib_sources, write_source
 from qwen_jax.data import data_fingerprint, epochs_at
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate.baselines import SEES, Baselines, compute_baselines
-from qwen_jax.generate.sampler import sample
+from qwen_jax.generate.dense_sampler import sample
 from qwen_jax.model import abstract_params, count_params
 from qwen_jax.progress import format_count, format_duration
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer

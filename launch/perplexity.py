@@ -30,7 +30,7 @@ from qwen_jax.corpus.texts import read_texts
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate.long_context import MODES, Plan, measure
 from qwen_jax.evaluate.long_context_report import as_json, as_text, picture
-from qwen_jax.generate.model import Source, find_model, load_weights
+from qwen_jax.generate.source import Source, find_model, load_weights
 from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, batch_devices, make_mesh
 from qwen_jax.tokenizer import Tokenizer

@@ -15,8 +15,8 @@ from typing import TextIO
 
 from launch.terminal import Lines, printable, unquote
 from qwen_jax.artifact import write_text
+from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.generate.request import SamplingParams
 from qwen_jax.generate.service import Answer
 from qwen_jax.generate.session import Reply, Session, with_options
 

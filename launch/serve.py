@@ -17,12 +17,12 @@ import time
 from absl import flags, logging
 
 from launch import program
+from qwen_jax.engine.options import KV_DTYPES
 from qwen_jax.errors import UserError
 from qwen_jax.generate.load import load
-from qwen_jax.generate.options import KV_DTYPES
-from qwen_jax.generate.server.app import create_app
-from qwen_jax.generate.server.run import Server, bind, is_local, url
-from qwen_jax.generate.server.served import Limits, served_model
+from qwen_jax.server.app import create_app
+from qwen_jax.server.config import Limits, served_model
+from qwen_jax.server.run import Server, bind, is_local, url
 
 KEYS = "QWEN_JAX_API_KEYS"
 

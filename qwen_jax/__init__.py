@@ -1,9 +1,9 @@
-"""Qwen in JAX: the whole road of the Qwen Technical Report (arXiv:2309.16609).
+"""Qwen in JAX: the system of the Qwen Technical Report (arXiv:2309.16609).
 
-Floors, imports go down only::
+Subpackages, each of which imports only from those after it::
 
-    evaluate -> generate -> train -> data -> corpus -> interop -> model -> kernels -> parallel
-    -> tokenizer
+    server -> evaluate -> generate -> engine -> aot -> train -> data -> corpus -> interop -> model
+    -> kernels -> parallel -> chat -> tokenizer
 
 From a path to an answer::
 

@@ -11,13 +11,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Size-1 mesh axes carry no information; without this, every array type names them.
 jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
 
-DATA = pathlib.Path(__file__).parent / "data"
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
 
 
 @pytest.fixture(scope="session")
 def qwen1_small() -> pathlib.Path:
     """Tiny Qwen v1 checkpoint with what the released modelling code computes on it."""
-    return DATA / "qwen1-small"
+    return FIXTURES / "qwen1-small"
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,18 @@ def qwen_tiktoken() -> pathlib.Path:
     path = pathlib.Path(spec.origin).parent / "resources" / "qwen.tiktoken"
     assert path.is_file(), f"{path} is missing from the installed dashscope"
     return path
+
+
+@pytest.fixture(scope="session")
+def qwen(qwen_tiktoken):
+    from qwen_jax.tokenizer import load_tokenizer
+
+    return load_tokenizer(qwen_tiktoken)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    from qwen_jax.tokenizer import Tokenizer
+    from qwen_jax.tokenizer.huggingface import byte_order
+
+    return Tokenizer(tuple(bytes([byte]) for byte in byte_order()))

@@ -14,7 +14,7 @@ import jinja2
 from launch.cluster.job import STOPPED_STATUS, ClusterJob, below
 from launch.cluster.slices import CHIPS_PER_HOST
 from qwen_jax.errors import UserError
-from qwen_jax.parallel.meeting import NotAllHere
+from qwen_jax.parallel.rendezvous import NotAllHere
 
 TEMPLATES = {
     "gke": "gke.yaml.j2",

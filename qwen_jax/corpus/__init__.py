@@ -5,7 +5,7 @@ Nothing here imports jax: packing runs on machines without an accelerator.
 
 from qwen_jax.corpus.documents import Document, JsonLines, Subset, write_jsonl
 from qwen_jax.corpus.packing import PackConfig, pack
-from qwen_jax.corpus.windows import Manifest, read_manifest
+from qwen_jax.corpus.records import Manifest, read_manifest
 
 __all__ = [
     "Document",

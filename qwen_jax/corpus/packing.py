@@ -38,7 +38,7 @@ from absl import logging
 from array_record.python import array_record_module
 
 from qwen_jax.corpus.documents import Document
-from qwen_jax.corpus.windows import (
+from qwen_jax.corpus.records import (
     FORMAT,
     MANIFEST,
     Manifest,

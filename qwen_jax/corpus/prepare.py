@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from qwen_jax.corpus import stdlib
 from qwen_jax.corpus.documents import Document, JsonLines, Subset, write_jsonl
 from qwen_jax.corpus.packing import PackConfig, PackTokenizer, pack
-from qwen_jax.corpus.windows import Manifest
+from qwen_jax.corpus.records import Manifest
 from qwen_jax.errors import UserError
 
 Sides = dict[str, Iterable[Document]]

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 
 from qwen_jax.corpus.documents import Document, JsonLines
-from qwen_jax.corpus.windows import MANIFEST
+from qwen_jax.corpus.records import MANIFEST
 from qwen_jax.errors import UserError
 
 

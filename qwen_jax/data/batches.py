@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qwen_jax.corpus.windows import decode_windows, record_size
+from qwen_jax.corpus.records import decode_windows, record_size
 from qwen_jax.data.config import DataConfig, Packing, check_packing
 from qwen_jax.data.mixture import WindowSource, mix, open_sources
 from qwen_jax.errors import UserError

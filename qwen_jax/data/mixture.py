@@ -21,7 +21,7 @@ from typing import Any
 
 import grain
 
-from qwen_jax.corpus.windows import (
+from qwen_jax.corpus.records import (
     Manifest,
     check_shards,
     differences,

@@ -1,1 +1,1 @@
-"""Text from a model."""
+"""Text generation on top of the engine: loading a model, chat sessions, a threaded service."""

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qwen_jax.generate.request import Output, Request
-from qwen_jax.generate.text import TextStream
+from qwen_jax.engine.request import Output, Request
+from qwen_jax.generate.detokenizer import TextStream
 from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 # Arrays of an `Output` and a `Chunk` that have one row per token.

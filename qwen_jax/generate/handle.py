@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from qwen_jax.errors import UserError
-from qwen_jax.generate.defaults import Defaults
+from qwen_jax.generate.generation_config import Defaults
 from qwen_jax.generate.service import Answer, Service
 from qwen_jax.generate.session import Reply, Session, with_options
 from qwen_jax.model import ModelConfig

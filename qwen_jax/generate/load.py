@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.options import EngineOptions
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.generate.engine import Engine
 from qwen_jax.generate.handle import Qwen
-from qwen_jax.generate.model import Source, find_model, load_weights
-from qwen_jax.generate.options import EngineOptions
 from qwen_jax.generate.service import Service
-from qwen_jax.generate.status import StatusLine, watch_log
+from qwen_jax.generate.source import Source, find_model, load_weights
+from qwen_jax.generate.status_line import StatusLine, watch_log
 from qwen_jax.model import ForwardOptions
 from qwen_jax.model import layer_windows as windows_of_layers
 from qwen_jax.model.options import DTYPES

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 
 from absl import logging
 
+from qwen_jax.engine.request import Output, Request, SamplingParams
 from qwen_jax.errors import UserError
 from qwen_jax.generate.answer import Answer, Chunk, Closed, EngineFailed, Job, Overloaded
-from qwen_jax.generate.counters import Counters, ServiceStats
-from qwen_jax.generate.request import Output, Request, SamplingParams
-from qwen_jax.generate.text import check_stop
+from qwen_jax.generate.detokenizer import check_stop
+from qwen_jax.generate.stats import Counters, ServiceStats
 from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
@@ -44,7 +44,7 @@ _IDLE_ROUND_S = 0.0005
 
 
 class EngineLike(Protocol):
-    """What the service asks of an engine; see `generate.engine.Engine`."""
+    """What the service asks of an engine; see `qwen_jax.engine.engine.Engine`."""
 
     max_length: int
 

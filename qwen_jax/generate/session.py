@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax.chat.chatml import build_context
+from qwen_jax.chat.template import ChatTemplate
+from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.generate.defaults import Defaults
-from qwen_jax.generate.request import SamplingParams
+from qwen_jax.generate.generation_config import Defaults
 from qwen_jax.generate.service import Answer, Chunk, Service
-from qwen_jax.generate.template import ChatTemplate
-from qwen_jax.tokenizer.chatml import build_context
 from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 

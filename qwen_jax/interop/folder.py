@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Mapping
@@ -11,27 +10,13 @@ from typing import Any
 from qwen_jax.errors import UserError
 from qwen_jax.interop import gptq
 from qwen_jax.interop.safetensors_io import FLOAT_DTYPES, TensorInfo, read_header
+from qwen_jax.json_files import read_json
 from qwen_jax.model.config import ModelConfig
 
 # Constants some exporters stored; every one is recomputed here from the config.
 _BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias|logn_tensor))$"
 )
-
-
-def read_json(file: pathlib.Path) -> dict[str, Any]:
-    """Reads one JSON object; UserError when the file is missing or is not one."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{file} does not exist; give the folder of a downloaded Hugging Face model"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file} is not readable JSON ({e}); download it again") from e
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is not a JSON object; download it again")
-    return value
 
 
 def read_config_json(folder: str | pathlib.Path) -> dict[str, Any]:

@@ -7,9 +7,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from qwen_jax.kernels.cpu_matmul import accumulated
 from qwen_jax.kernels.flash import FlashKernel
 from qwen_jax.kernels.mask import MASKED, Mask, key_bounds, visible
-from qwen_jax.kernels.products import accumulated
 
 CHUNK = 128
 """Queries and keys a block; 128² scores of 32 heads and rows are 2 MiB in float32, about a core's

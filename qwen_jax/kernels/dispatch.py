@@ -11,7 +11,7 @@ from absl import logging
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.errors import UserError, nearest
-from qwen_jax.kernels import library
+from qwen_jax.kernels import vendor_kernels
 from qwen_jax.kernels.chunked import chunked_kernel
 from qwen_jax.kernels.flash import OUTPUT, FlashKernel, flash_attention
 from qwen_jax.kernels.mask import make_mask
@@ -276,8 +276,8 @@ _LOCAL = {
     "pallas_tpu": functools.partial(_flash, kernel=_tpu_kernel),
     "pallas_gpu": functools.partial(_flash, kernel=_gpu_kernel),
     "chunked": functools.partial(_flash, kernel=chunked_kernel),
-    "splash": functools.partial(_opaque, kernel=library.splash),
-    "cudnn": functools.partial(_opaque, kernel=library.cudnn),
+    "splash": functools.partial(_opaque, kernel=vendor_kernels.splash),
+    "cudnn": functools.partial(_opaque, kernel=vendor_kernels.cudnn),
 }
 
 

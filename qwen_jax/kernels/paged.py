@@ -10,17 +10,17 @@ import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.cache import AXES, PagedCache, quantise
-from qwen_jax.kernels.choose import announce, choose
 from qwen_jax.kernels.flash import merge
 from qwen_jax.kernels.mask import MASKED
+from qwen_jax.kernels.selection import announce, choose
 from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, platform, spec
 
 MAX_QUERIES = 8
 """Most query tokens a request for the kernels: one, or a few when a draft is verified."""
 
 _MODULES = {
-    "pallas_tpu": "qwen_jax.kernels.tpu.decode",
-    "pallas_gpu": "qwen_jax.kernels.gpu.decode",
+    "pallas_tpu": "qwen_jax.kernels.tpu.paged_decode",
+    "pallas_gpu": "qwen_jax.kernels.gpu.paged_decode",
 }
 _BLOCK = 128
 """Tokens of each request that the plain form looks at in one go."""
@@ -294,7 +294,7 @@ def append(
         counts = jnp.full_like(lengths, k_new.shape[2])
     write = _scatter
     if platform()[0] == "tpu":
-        kernel = importlib.import_module("qwen_jax.kernels.tpu.append")
+        kernel = importlib.import_module("qwen_jax.kernels.tpu.paged_append")
         refusal = kernel.refusal(cache)
         write = _scatter if refusal else kernel.write
         announce(

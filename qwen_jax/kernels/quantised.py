@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
-from qwen_jax.kernels.choose import choose
+from qwen_jax.kernels.selection import choose
 from qwen_jax.parallel import platform
 
 _MODULES = {
-    "pallas_tpu": "qwen_jax.kernels.tpu.quantised",
-    "pallas_gpu": "qwen_jax.kernels.gpu.quantised",
+    "pallas_tpu": "qwen_jax.kernels.tpu.quantised_matmul",
+    "pallas_gpu": "qwen_jax.kernels.gpu.quantised_matmul",
 }
 
 

@@ -1,5 +1,6 @@
 """The network: configuration, parameters and forward pass of every dense Qwen."""
 
+from qwen_jax.model.attention_windows import layer_windows
 from qwen_jax.model.config import ModelConfig, Yarn
 from qwen_jax.model.dense_cache import KVCache, init_cache
 from qwen_jax.model.options import ForwardOptions
@@ -17,7 +18,6 @@ from qwen_jax.model.transformer import (
     network,
     output_kernel,
 )
-from qwen_jax.model.windows import layer_windows
 
 __all__ = [
     "ForwardOptions",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
-from qwen_jax.kernels.products import einsum
+from qwen_jax.kernels.cpu_matmul import einsum
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.options import ForwardOptions
 from qwen_jax.model.quantised import is_quantised, quantised_product

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from qwen_jax.errors import UserError
 from qwen_jax.parallel.launchers import VARIABLES, Group, find_group, given_group
-from qwen_jax.parallel.meeting import meet
+from qwen_jax.parallel.rendezvous import meet
 
 _OPEN_MPI = "OMPI_MCA_orte_hnp_uri"  # set by mpirun; jax reads the rest
 

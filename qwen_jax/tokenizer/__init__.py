@@ -1,4 +1,4 @@
-"""Text to ids and back: tiktoken BPE, control tokens, ChatML, vocabulary training."""
+"""Text to ids and back: tiktoken BPE, control tokens, vocabulary training."""
 
 from qwen_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
 

@@ -13,7 +13,7 @@ import numpy as np
 from qwen_jax.data import eval_batches
 from qwen_jax.errors import UserError
 from qwen_jax.model import Params
-from qwen_jax.parallel.feed import local_rows, to_global
+from qwen_jax.parallel.host_arrays import local_rows, to_global
 from qwen_jax.train.step import StepConfig, loss_sums
 
 

@@ -21,7 +21,7 @@ from qwen_jax.data import Batch, Batches, data_fingerprint, epochs_at
 from qwen_jax.errors import UserError
 from qwen_jax.model import count_params
 from qwen_jax.parallel import make_mesh
-from qwen_jax.parallel.feed import local_rows, to_global
+from qwen_jax.parallel.host_arrays import local_rows, to_global
 from qwen_jax.progress import format_count, format_duration
 from qwen_jax.tokenizer import load_tokenizer
 from qwen_jax.train.checkpoint import Checkpoints
@@ -32,8 +32,8 @@ from qwen_jax.train.job import PretrainJob, check_vocabulary, identity
 from qwen_jax.train.metrics import MultiWriter, make_writer, read_metrics
 from qwen_jax.train.preemption import Preemption
 from qwen_jax.train.profiling import Profiler, parse_steps
-from qwen_jax.train.progress import Throughput, memory_stats
 from qwen_jax.train.step import TrainState, abstract_state, check_mesh, init_state
+from qwen_jax.train.throughput import Throughput, memory_stats
 
 
 class TrainingDiverged(UserError):

@@ -17,7 +17,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.products import accumulated
+from qwen_jax.kernels.cpu_matmul import accumulated
 from qwen_jax.parallel import RULES, current_mesh, on_mesh, spec
 from qwen_jax.train.vocab_split import vocab_split
 

@@ -22,7 +22,7 @@ from absl import logging
 
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.progress import format_count, format_duration
-from qwen_jax.train.progress import Eta
+from qwen_jax.train.throughput import Eta
 
 WRITERS = ("console", "jsonl", "tensorboard", "wandb")
 

@@ -8,7 +8,7 @@ import subprocess
 import jax
 import pytest
 
-from benchmarks import bars
+from benchmarks import targets
 from benchmarks.report import save
 from benchmarks.runner import Runner
 
@@ -85,7 +85,9 @@ def test_bars_take_the_worst_case_that_counts():
     ours = {"mfu": 0.51}
     train = {"sequence": 2048, "results": [{"network": "qwen-1.8b", "ours": ours, "torch": {}}]}
     train["results"][0]["speed_ratio"] = 1.1
-    found = bars.bars({"attention": {"rows": rows}, "decode": {"results": decode}, "train": train})
+    found = targets.bars(
+        {"attention": {"rows": rows}, "decode": {"results": decode}, "train": train}
+    )
     assert [(x.found, x.cases, x.verdict) for x in found] == [
         (1.1, 2, "met"),
         (1.1, 2, "met"),
@@ -94,18 +96,18 @@ def test_bars_take_the_worst_case_that_counts():
         (0.51, 1, "met"),
         (1.1, 1, "MISSED"),
     ]
-    assert all(x.verdict == "not measured" for x in bars.bars({}))
+    assert all(x.verdict == "not measured" for x in targets.bars({}))
 
 
 def test_the_table_says_what_was_cut_off(tmp_path, capsys):
     save(
         {"rows": [attention_row("pallas_gpu", 1.0)], "complete": False}, tmp_path / "attention.json"
     )
-    assert bars.main([str(tmp_path)]) == 0
+    assert targets.main([str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "attention: cut off before its end" in text and "correctness: not measured" in text
     save({"wrong": ["cudnn, short"], "complete": True}, tmp_path / "correctness.json")
-    assert bars.main([str(tmp_path)]) == 1
+    assert targets.main([str(tmp_path)]) == 1
     assert "correctness: cudnn, short" in capsys.readouterr().out
 
 
@@ -118,7 +120,7 @@ def test_the_suite_goes_on_after_a_part_that_fails(tmp_path):
     )
     python.chmod(0o755)
     (tmp_path / "nvidia-smi").symlink_to("/bin/true")
-    script = pathlib.Path(bars.__file__).parent / "gpu_suite.sh"
+    script = pathlib.Path(targets.__file__).parent / "gpu_suite.sh"
     environment = os.environ | {"PYTHON": str(python), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     out = tmp_path / "out"
     done = subprocess.run(

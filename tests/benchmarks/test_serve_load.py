@@ -8,10 +8,10 @@ import pytest
 from benchmarks import serve_load
 from qwen_jax.generate.answer import Answer, Job
 from qwen_jax.generate.load import load
-from qwen_jax.generate.server.job import Job as HttpJob
-from qwen_jax.generate.server.served import Limits, served_model
+from qwen_jax.server.config import Limits, served_model
+from qwen_jax.server.job import Job as HttpJob
 from tests.generate.fake_engine import FakeEngine, default_answer
-from tests.generate.server.serving import running, serve
+from tests.server.serving import running, serve
 
 
 def drive(server, made, expected, **sizes):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from qwen_jax.corpus import packing
 from qwen_jax.corpus.documents import Document
 from qwen_jax.corpus.packing import PackConfig, pack
-from qwen_jax.corpus.windows import cut_windows, decode_windows, read_manifest
+from qwen_jax.corpus.records import cut_windows, decode_windows, read_manifest
 from qwen_jax.errors import UserError
 from tests.byte_tokenizer import ByteTokenizer
 

@@ -1,4 +1,4 @@
-"""A deterministic engine without a model, in the protocol of `generate.engine.Engine`.
+"""A deterministic engine without a model, in the protocol of `qwen_jax.engine.engine.Engine`.
 
 By default a request is answered with ids that follow from its prompt alone (`default_answer`), one
 token per step, `rows` requests at a time; it ends with "stop" at a stop id and with "length" after
@@ -10,8 +10,8 @@ import threading
 
 import numpy as np
 
+from qwen_jax.engine.request import Output, Request
 from qwen_jax.errors import UserError
-from qwen_jax.generate.request import Output, Request
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,16 +13,16 @@ import pytest
 
 import qwen_jax
 from qwen_jax import load
+from qwen_jax.chat.chatml import build_context
 from qwen_jax.errors import UserError
+from qwen_jax.generate.dense_sampler import sample
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.load import with_layer_windows
-from qwen_jax.generate.model import find_model, load_weights
-from qwen_jax.generate.sampler import sample
-from qwen_jax.generate.status import StatusLine, watch_log
+from qwen_jax.generate.source import find_model, load_weights
+from qwen_jax.generate.status_line import StatusLine, watch_log
 from qwen_jax.model import ForwardOptions
 from qwen_jax.model.quantised import weight_bytes
 from qwen_jax.progress import Progress
-from qwen_jax.tokenizer.chatml import build_context
 from qwen_jax.train.checkpoint import Checkpoints
 from tests.generate import tiny
 

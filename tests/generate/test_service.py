@@ -11,8 +11,8 @@ import weakref
 import numpy as np
 import pytest
 
+from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError
-from qwen_jax.generate.request import SamplingParams
 from qwen_jax.generate.service import Closed, EngineFailed, Overloaded, Service
 from qwen_jax.tokenizer import Tokenizer
 from tests.generate.fake_engine import FakeEngine, default_answer, logprob_of
@@ -397,7 +397,7 @@ def test_the_process_can_end_with_a_service_running():
     program = (
         "from qwen_jax.generate.service import Service; from qwen_jax.tokenizer import Tokenizer\n"
         "from tests.generate.fake_engine import FakeEngine\n"
-        "from qwen_jax.generate.request import SamplingParams\n"
+        "from qwen_jax.engine.request import SamplingParams\n"
         "s = Service(FakeEngine(max_length=10**9), Tokenizer([bytes([i]) for i in range(256)]))\n"
         "a = s.submit([1], SamplingParams(max_tokens=10**8), stream=True); next(a); print('up')\n"
     )

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
+from qwen_jax.chat.chatml import build_context, render
+from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError
-from qwen_jax.generate.defaults import Defaults
-from qwen_jax.generate.request import SamplingParams
+from qwen_jax.generate.generation_config import Defaults
 from qwen_jax.generate.service import Service
 from qwen_jax.generate.session import Session, chat_prompt
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.tokenizer.chatml import build_context, render
 from tests.generate.fake_engine import FakeEngine
 
 TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))

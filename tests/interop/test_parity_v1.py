@@ -1,7 +1,7 @@
 """The released Qwen v1 code on CPU in float32 against ours, through the files it saved.
 
-Reference arrays: tests/data/qwen1-small (its README says what each one is). Tolerances are the ones
-the reference itself supports.
+Reference arrays: tests/fixtures/qwen1-small (its README says what each one is). Tolerances are
+those the reference itself supports.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpret
 
-from qwen_jax.kernels.gpu import decode as gpu_decode
-from qwen_jax.kernels.gpu import decode_kernel, ops
+from qwen_jax.kernels.gpu import mosaic, paged_decode_kernel
+from qwen_jax.kernels.gpu import paged_decode as gpu_decode
 from tests.kernels.paged_cases import NO_WINDOW, check, make_case
 
 
@@ -75,8 +75,8 @@ def test_interpreted_matches_float64(name, monkeypatch):
         "accumulate": accumulate,
     }
     for attribute, function in plain.items():
-        monkeypatch.setattr(ops, attribute, function)
-    monkeypatch.setattr(decode_kernel, "_widen", widen)
+        monkeypatch.setattr(mosaic, attribute, function)
+    monkeypatch.setattr(paged_decode_kernel, "_widen", widen)
     how, what = CASES[name]
     how = dict(how)
     case = make_case(
@@ -111,7 +111,7 @@ def test_plan_takes_every_block_once():
     lengths = rng.integers(0, 1000, 40).astype(np.int32)
     for q_len, window, splits in ((1, NO_WINDOW, 5), (4, 100, 3), (8, 64, 16), (2, 1, 1)):
         start = lengths - q_len
-        sizes = decode_kernel.Sizes(1, 1, q_len, 8, 64, 64, 16, splits, 1.0, False)
+        sizes = paged_decode_kernel.Sizes(1, 1, q_len, 8, 64, 64, 16, splits, 1.0, False)
         plan = gpu_decode._plan(jnp.asarray(lengths), jnp.asarray(start), window, sizes)
         plan = np.asarray(plan).reshape(40, splits, -1)
         for r in range(40):

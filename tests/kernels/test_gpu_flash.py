@@ -21,9 +21,9 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams, forc
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import flash_attention
-from qwen_jax.kernels.gpu import forward, ops, plan
+from qwen_jax.kernels.gpu import flash_forward, flash_schedule, mosaic
 from qwen_jax.kernels.gpu.flash import KERNEL, why_not
-from qwen_jax.kernels.gpu.tiles import TILE, Blocks, Step
+from qwen_jax.kernels.gpu.flash_pipeline import TILE, Blocks, Step
 from qwen_jax.kernels.mask import MASKED, make_mask, visible
 
 CHECKS = [
@@ -136,7 +136,7 @@ def test_gradients_lower_where_a_model_takes_them():
 
 
 def test_more_shared_memory_than_there_is_is_refused(monkeypatch):
-    monkeypatch.setattr(forward, "forward_blocks", lambda width: Blocks(128, 4))
+    monkeypatch.setattr(flash_forward, "forward_blocks", lambda width: Blocks(128, 4))
     with pytest.raises(ValueError, match="exceeds available shared memory"):
         lower(gradients_of(MASKS[0]), *shapes(1, 512, 512, 2, 2, 128, jnp.bfloat16))
 
@@ -216,10 +216,10 @@ def test_rows_are_the_mask(case):
     mask, q_len, k_len = case
     pads = (-q_len % 16, -k_len % 16)
     seen = dense(mask, q_len, k_len)
-    queries = by_rows(plan.query_rows(mask, q_len, k_len, *pads))
+    queries = by_rows(flash_schedule.query_rows(mask, q_len, k_len, *pads))
     assert (queries[:, :q_len, :k_len] == seen).all()
     assert not queries[:, :, k_len:].any()
-    keys = by_rows(plan.key_rows(mask, q_len, k_len, *pads))
+    keys = by_rows(flash_schedule.key_rows(mask, q_len, k_len, *pads))
     assert (keys[:, :k_len, :q_len] == seen.swapaxes(1, 2)).all()
     assert not keys[:, k_len:, : q_len + pads[0]].any()
 
@@ -230,9 +230,9 @@ def test_every_pair_that_sees_is_visited_once_and_masked_where_needed(case, keys
     mask, q_len, k_len = case
     blocks = (8, 16)
     tiles = -(-k_len // 16) if keys else -(-q_len // 8)
-    queue = plan.make_queue(2, tiles, 4, 2, row_bytes=8, budget=100 if one_section else 4)
-    rows = plan.query_rows(mask, q_len, k_len, -q_len % 8, -k_len % 16)
-    table = plan.make_table(mask, rows, (q_len, k_len), blocks, 2, keys=keys, queue=queue)
+    queue = flash_schedule.make_queue(2, tiles, 4, 2, row_bytes=8, budget=100 if one_section else 4)
+    rows = flash_schedule.query_rows(mask, q_len, k_len, -q_len % 8, -k_len % 16)
+    table = flash_schedule.make_table(mask, rows, (q_len, k_len), blocks, 2, keys=keys, queue=queue)
     table = np.asarray(table)
     assert len(table) == 2 * tiles
     assert len({(b, t) for b, t, *_ in table}) == 2 * tiles
@@ -265,9 +265,11 @@ def test_every_pair_that_sees_is_visited_once_and_masked_where_needed(case, keys
 
 def test_causality_alone_skips_half_and_masks_the_diagonal_only():
     mask = make_mask(None, None, None, None)
-    rows = plan.query_rows(mask, 1024, 1024, 0, 0)
-    queue = plan.make_queue(1, 8, 1, 1, 1, 1)
-    table = plan.make_table(mask, rows, (1024, 1024), (128, 128), 1, keys=False, queue=queue)
+    rows = flash_schedule.query_rows(mask, 1024, 1024, 0, 0)
+    queue = flash_schedule.make_queue(1, 8, 1, 1, 1, 1)
+    table = flash_schedule.make_table(
+        mask, rows, (1024, 1024), (128, 128), 1, keys=False, queue=queue
+    )
     table = np.asarray(table).tolist()
     assert table[:-1] == [[0, i, 0, 0, i, i + 1] for i in reversed(range(1, 8))]
     assert table[-1] == [0, 0, 0, 1, 1, 1]
@@ -276,9 +278,11 @@ def test_causality_alone_skips_half_and_masks_the_diagonal_only():
 def test_packed_rows_skip_other_documents():
     ids = jnp.repeat(jnp.arange(1, 5, dtype=jnp.int32), 256)[None]
     mask = make_mask(None, ids, ids, None)
-    rows = plan.query_rows(mask, 1024, 1024, 0, 0)
-    queue = plan.make_queue(1, 8, 1, 1, 1, 1)
-    table = plan.make_table(mask, rows, (1024, 1024), (128, 128), 1, keys=False, queue=queue)
+    rows = flash_schedule.query_rows(mask, 1024, 1024, 0, 0)
+    queue = flash_schedule.make_queue(1, 8, 1, 1, 1, 1)
+    table = flash_schedule.make_table(
+        mask, rows, (1024, 1024), (128, 128), 1, keys=False, queue=queue
+    )
     steps = {int(tile): (int(low), int(high)) for _, tile, low, _, _, high in np.asarray(table)}
     assert steps == {i: (i // 2 * 2, i + 1) for i in range(8)}
 
@@ -286,24 +290,28 @@ def test_packed_rows_skip_other_documents():
 def test_a_tile_that_sees_nothing_takes_one_masked_step():
     ids = jnp.where(jnp.arange(512) < 100, 1, 0)[None]
     mask = make_mask(None, ids, ids, None)
-    rows = plan.query_rows(mask, 512, 512, 0, 0)
-    queue = plan.make_queue(1, 4, 1, 1, 1, 1)
-    table = plan.make_table(mask, rows, (512, 512), (128, 128), 1, keys=False, queue=queue)
-    for _, tile, *ranges in np.asarray(plan.at_least_one_step(table)):
+    rows = flash_schedule.query_rows(mask, 512, 512, 0, 0)
+    queue = flash_schedule.make_queue(1, 4, 1, 1, 1, 1)
+    table = flash_schedule.make_table(
+        mask, rows, (512, 512), (128, 128), 1, keys=False, queue=queue
+    )
+    for _, tile, *ranges in np.asarray(flash_schedule.at_least_one_step(table)):
         step = Step(*(int(x) for x in ranges))
         assert (step.steps, step.masked, int(step.block(0))) == (1, 1, 0), tile
-    causal = plan.make_table(
-        *(make_mask(None, None, None, None), plan.query_rows(mask, 512, 512, 0, 0)),
+    causal = flash_schedule.make_table(
+        *(make_mask(None, None, None, None), flash_schedule.query_rows(mask, 512, 512, 0, 0)),
         *((512, 512), (128, 128), 1),
         keys=False,
         queue=queue,
     )
-    assert (plan.at_least_one_step(causal) == causal).all()
+    assert (flash_schedule.at_least_one_step(causal) == causal).all()
 
 
 @pytest.mark.parametrize("budget", [1, 40, 1000])
 def test_the_queue_deals_each_tile_of_each_head_once(budget):
-    queue = plan.make_queue(batch=3, tiles=5, heads=8, groups=2, row_bytes=60, budget=budget)
+    queue = flash_schedule.make_queue(
+        batch=3, tiles=5, heads=8, groups=2, row_bytes=60, budget=budget
+    )
     places = zip(*jax.vmap(queue.locate)(jnp.arange(queue.items)), strict=True)
     places = [(int(row), int(head)) for row, head in places]
     assert len(set(places)) == queue.items == 3 * 5 * 8
@@ -322,7 +330,7 @@ def on_cpu(monkeypatch):
     jax 0.11 interprets wgmma of two operands in shared memory, transposed or cut as they may be;
     there those stand, unless races are looked for, which it does not see in them.
     """
-    real = ops.product, ops.two_products
+    real = mosaic.product, mosaic.two_products
 
     def dot(a, b):
         # Plain reads need a fence before the copy engine writes again; wgmma's own reads do not.
@@ -339,7 +347,7 @@ def on_cpu(monkeypatch):
         return total + dot(a, b_ref[...])
 
     def product_beside(total, a, b_ref, q_ref, k_ref, issued, consume, after, results):
-        scores, added = ops.product(q_ref, k_ref), dot(a, b_ref[...])
+        scores, added = mosaic.product(q_ref, k_ref), dot(a, b_ref[...])
         issued()
         made = consume(scores)
         after()
@@ -347,12 +355,12 @@ def on_cpu(monkeypatch):
         return total + added, *made
 
     def key_gradients(dk, dv, k_ref, v_ref, q_ref, o_ref, weights, gradient):
-        p = weights(ops.product(k_ref, q_ref))
-        ds = gradient(p, ops.product(v_ref, o_ref))
+        p = weights(mosaic.product(k_ref, q_ref))
+        ds = gradient(p, mosaic.product(v_ref, o_ref))
         return accumulate(dk, ds, q_ref), accumulate(dv, p.astype(ds.dtype), o_ref)
 
     def sum_of_products(factors):
-        if ops.product is not real[0]:
+        if mosaic.product is not real[0]:
             return sum(dot(a_ref[...].T, b_ref[...]) for a_ref, b_ref in factors)
 
         def compute(acc_ref):
@@ -394,13 +402,13 @@ def on_cpu(monkeypatch):
         },
     }
     for name, function in plain.items():
-        monkeypatch.setattr(ops, name, function)
+        monkeypatch.setattr(mosaic, name, function)
 
     @contextlib.contextmanager
     def interpreted(**options):
         if jax.__version_info__ >= (0, 11) and not options:
             for function in real:
-                monkeypatch.setattr(ops, function.__name__, function)
+                monkeypatch.setattr(mosaic, function.__name__, function)
         try:
             with force_gpu_interpret_mode(InterpretGPUParams(**options)):
                 yield
@@ -483,7 +491,7 @@ def test_the_kernels_compute_attention_and_its_gradients(case, on_cpu, monkeypat
         got, got_lse = jax.jit(lambda *x: KERNEL.forward(*x, mask, scale))(q, k, v)
         numbers = (jnp.asarray(lse, jnp.float32), d_out, jnp.asarray(delta, jnp.float32))
         # Here, adding to memory is no single operation: one thread block.
-        monkeypatch.setattr(ops, "ctas", lambda: 1)
+        monkeypatch.setattr(mosaic, "ctas", lambda: 1)
         got_gradients = jax.jit(
             lambda q, k, v, *x: KERNEL.backward(q, k, v, mask, scale, *x, jnp.float32)
         )(q, k, v, *numbers)
@@ -532,7 +540,7 @@ def test_no_warpgroup_touches_what_another_still_uses(on_cpu, monkeypatch):
         jax.block_until_ready(jax.jit(lambda *x: KERNEL.forward(*x, mask, 1.0))(q, k, v))
         assert not interpreter.get_races().races_found
     # Two thread blocks add to the same memory: one instruction there, none of the interpreter's.
-    monkeypatch.setattr(ops, "ctas", lambda: 1)
+    monkeypatch.setattr(mosaic, "ctas", lambda: 1)
     assert not backward_races(case, on_cpu)
 
 
@@ -544,15 +552,15 @@ def test_no_warpgroup_touches_what_another_still_uses_reproducibly(on_cpu, repro
 @pytest.mark.slow
 def test_the_race_detector_sees_warpgroups_that_do_not_meet(on_cpu, monkeypatch):
     """Without the barrier at which each has laid down its ds."""
-    monkeypatch.setattr(ops, "ctas", lambda: 1)
-    monkeypatch.setattr("qwen_jax.kernels.gpu.backward.meet", lambda barrier: None)
+    monkeypatch.setattr(mosaic, "ctas", lambda: 1)
+    monkeypatch.setattr("qwen_jax.kernels.gpu.flash_backward.meet", lambda barrier: None)
     assert backward_races(build("races", length=TILE, heads=2, kv_heads=2), on_cpu)
 
 
 @pytest.mark.slow
 def test_the_race_detector_sees_a_missing_wait(on_cpu, monkeypatch):
     """What makes the test above one that can fail."""
-    monkeypatch.setattr("qwen_jax.kernels.gpu.tiles.Stream.wait", lambda self, step: None)
+    monkeypatch.setattr("qwen_jax.kernels.gpu.flash_pipeline.Stream.wait", lambda self, step: None)
     (q, k, v, _), mask, _ = build("races", length=TILE, kv_heads=2)
     with on_cpu(detect_races=True):
         jax.block_until_ready(jax.jit(lambda *x: KERNEL.forward(*x, mask, 1.0))(q, k, v))

@@ -7,8 +7,8 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpret
 
 from qwen_jax.kernels import quantised
-from qwen_jax.kernels.gpu import ops
-from qwen_jax.kernels.gpu import quantised as gpu_quantised
+from qwen_jax.kernels.gpu import mosaic
+from qwen_jax.kernels.gpu import quantised_matmul as gpu_quantised
 from tests.kernels.test_quantised import error, make_case
 
 CASES = {
@@ -47,7 +47,7 @@ def test_interpreted_is_the_product(name, monkeypatch):
         "full": lambda shape, value, layout: jnp.full(shape, value, jnp.float32),
     }
     for attribute, function in plain.items():
-        monkeypatch.setattr(ops, attribute, function)
+        monkeypatch.setattr(mosaic, attribute, function)
     monkeypatch.setattr(
         gpu_quantised,
         "_product",
@@ -83,7 +83,7 @@ def test_the_gpu_takes_what_its_kernel_can_and_names_the_rest(monkeypatch):
     choose = quantised.choose_group_matmul
     # This machine's device is a CPU, which the kernel is not made for.
     assert choose("auto", weight, 2, jnp.bfloat16) == "reference"
-    monkeypatch.setattr(ops, "is_hopper", lambda kind: True)
+    monkeypatch.setattr(mosaic, "is_hopper", lambda kind: True)
     assert choose("auto", weight, 2, jnp.bfloat16) == "pallas_gpu"
     refused = gpu_quantised.refusal
     assert "float32" in refused(weight, rows=2, dtype=jnp.float32)

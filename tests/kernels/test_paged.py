@@ -10,8 +10,8 @@ import pytest
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import paged
 from qwen_jax.kernels.cache import PagedCache, dequantise, init_paged_cache, quantise
-from qwen_jax.kernels.choose import announce
 from qwen_jax.kernels.paged import append, paged_attention
+from qwen_jax.kernels.selection import announce
 from tests.kernels.paged_cases import by_loops, check, make_case, release_quantise
 
 LENGTHS = (0, 1, 31, 32, 33, 100)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import quantised
 from qwen_jax.kernels.quantised import GroupWeight, dequantise, group_matmul, pack, unpack
-from qwen_jax.kernels.tpu import quantised as tpu_quantised
+from qwen_jax.kernels.tpu import quantised_matmul as tpu_quantised
 from tests.tpu import compiled, needs_libtpu
 
 

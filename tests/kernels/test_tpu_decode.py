@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen_jax.kernels import paged
 from qwen_jax.kernels.cache import PagedCache
 from qwen_jax.kernels.paged import append, paged_attention
-from qwen_jax.kernels.tpu import decode as tpu_decode
+from qwen_jax.kernels.tpu import paged_decode as tpu_decode
 from tests.kernels.paged_cases import NO_WINDOW, check, make_case
 from tests.tpu import compiled, needs_libtpu
 

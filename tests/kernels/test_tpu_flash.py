@@ -19,10 +19,10 @@ from qwen_jax.aot.topology import ENVIRONMENT
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel, flash_attention
 from qwen_jax.kernels.mask import MASKED, Mask, full_blocks, visible
-from qwen_jax.kernels.tpu import backward, forward
+from qwen_jax.kernels.tpu import flash_backward, flash_forward
+from qwen_jax.kernels.tpu.block_sizes import CHIPS, MIB, Chip, Tiles
 from qwen_jax.kernels.tpu.flash import KERNEL, tpu_kernel, why_not
-from qwen_jax.kernels.tpu.layout import make_layout
-from qwen_jax.kernels.tpu.tiles import CHIPS, MIB, Chip, Tiles
+from qwen_jax.kernels.tpu.flash_blocks import make_layout
 from tests.tpu import needs_libtpu
 
 SCALE = 0.11
@@ -38,8 +38,8 @@ def kernel(tiles=SMALL, interpret=True) -> FlashKernel:
     chip = Chip(tiles, tiles, 60 * MIB)
     return FlashKernel(
         "interpreted",
-        functools.partial(forward.forward, chip=chip, interpret=interpret),
-        functools.partial(backward.backward, chip=chip, interpret=interpret),
+        functools.partial(flash_forward.forward, chip=chip, interpret=interpret),
+        functools.partial(flash_backward.backward, chip=chip, interpret=interpret),
     )
 
 

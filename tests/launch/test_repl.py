@@ -8,8 +8,8 @@ import pytest
 
 from launch.repl import COMMANDS, Repl
 from launch.terminal import PlainLines
-from qwen_jax.generate.defaults import Defaults
-from qwen_jax.generate.request import SamplingParams
+from qwen_jax.engine.request import SamplingParams
+from qwen_jax.generate.generation_config import Defaults
 from qwen_jax.generate.service import Service
 from qwen_jax.generate.session import Session
 from qwen_jax.tokenizer import Tokenizer

@@ -14,7 +14,7 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import distributed, launchers
-from qwen_jax.parallel.meeting import meet
+from qwen_jax.parallel.rendezvous import meet
 from tests import multiprocess
 
 NAMES = launchers.VARIABLES

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from qwen_jax.data import Batches
 from qwen_jax.parallel import MeshConfig, make_mesh
-from qwen_jax.parallel.feed import local_rows, to_global
+from qwen_jax.parallel.host_arrays import local_rows, to_global
 from qwen_jax.train import loop
 from qwen_jax.train.loop import pretrain
 from qwen_jax.train.step import abstract_state, init_state, train_step

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel
-from qwen_jax.kernels.gpu import backward, backward_queries, forward, ops
-from qwen_jax.kernels.gpu.plan import (
+from qwen_jax.kernels.gpu import flash_backward, flash_backward_dq, flash_forward, mosaic
+from qwen_jax.kernels.gpu.flash_pipeline import TILE
+from qwen_jax.kernels.gpu.flash_schedule import (
     LOG2E,
     at_least_one_step,
     key_rows,
@@ -18,7 +19,6 @@ from qwen_jax.kernels.gpu.plan import (
     make_table,
     query_rows,
 )
-from qwen_jax.kernels.gpu.tiles import TILE
 from qwen_jax.kernels.mask import Mask
 
 _STREAMED = 32 * 2**20
@@ -27,7 +27,7 @@ _STREAMED = 32 * 2**20
 
 def why_not(*, head_dim: int, dtype, device_kind: str) -> str | None:
     """One clause that says why the kernel can't serve a request, or None if it can."""
-    if not ops.is_hopper(device_kind):
+    if not mosaic.is_hopper(device_kind):
         return f"it is written for Hopper GPUs (H100, H200), not for {device_kind!r}"
     if head_dim not in (64, 128):
         return f"it has head dimensions 64 and 128, not {head_dim}"
@@ -61,7 +61,7 @@ def _up(length: int, block: int) -> int:
 def _forward(q, k, v, mask: Mask, scale: float):
     _check(q, k, v, scale)
     (batch, q_len, heads, width), (k_len, kv_heads) = q.shape, k.shape[1:3]
-    blocks = forward.forward_blocks(width)
+    blocks = flash_forward.forward_blocks(width)
     rows_, columns = _up(q_len, TILE), _up(k_len, blocks.block)
     rows = query_rows(mask, q_len, k_len, rows_ - q_len, columns - k_len)
     queue = make_queue(
@@ -71,13 +71,13 @@ def _forward(q, k, v, mask: Mask, scale: float):
     table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=False, queue=queue)
     table = at_least_one_step(table)
     q, k, v = _pad(q, 1, rows_), _pad(k, 1, columns), _pad(v, 1, columns)
-    out, lse = forward.forward(q, k, v, rows, table, queue, scale, blocks)
+    out, lse = flash_forward.forward(q, k, v, rows, table, queue, scale, blocks)
     return out[:, :q_len], lse[:, :, :q_len]
 
 
 def _parts(batch: int, tiles: int, kv_heads: int, groups: int) -> int:
     """Into how many items the query heads of a kv head are dealt: enough for two items a CTA."""
-    wanted = 2 * ops.ctas()
+    wanted = 2 * mosaic.ctas()
     for parts in range(1, groups + 1):
         if groups % parts == 0 and batch * tiles * kv_heads * parts >= wanted:
             return parts
@@ -108,12 +108,12 @@ def _backward(q, k, v, mask: Mask, scale, lse, d_out, delta, grad_dtype):
     parts = _parts(batch, columns // TILE, kv_heads, groups)
     bytes_ = (4 if with_dq else 2) * q.nbytes // batch
     queue = make_queue(batch, columns // TILE, kv_heads * parts, 1, bytes_, _STREAMED)
-    sizes = (backward.keys_blocks(width, with_dq).block, TILE)
+    sizes = (flash_backward.keys_blocks(width, with_dq).block, TILE)
     table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=True, queue=queue)
     k_dtype = grad_dtype or k.dtype
     partial = k_dtype if parts == 1 else jnp.float32
     transposed = key_rows(mask, *lengths)
-    dk, dv, dq = backward.backward(
+    dk, dv, dq = flash_backward.backward(
         *operands, transposed, table, queue, scale, partial, with_dq=with_dq
     )
     if parts > 1:
@@ -124,11 +124,11 @@ def _backward(q, k, v, mask: Mask, scale, lse, d_out, delta, grad_dtype):
     if with_dq:
         dq = (dq * scale).astype(q_dtype)
     else:
-        by_queries = backward_queries.queries_blocks(width)
+        by_queries = flash_backward_dq.queries_blocks(width)
         queue = make_queue(batch, rows_ // TILE, heads, groups, 2 * k.nbytes // batch, _STREAMED)
         sizes = (TILE, by_queries.block)
         table = make_table(mask, rows, (q_len, k_len), sizes, batch, keys=False, queue=queue)
-        dq = backward_queries.backward_queries(
+        dq = flash_backward_dq.backward_queries(
             *operands, rows, table, queue, scale, by_queries, q_dtype
         )
     return dq[:, :q_len], dk[:, :k_len], dv[:, :k_len]

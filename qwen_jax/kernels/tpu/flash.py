@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel
-from qwen_jax.kernels.tpu import backward, forward
-from qwen_jax.kernels.tpu.tiles import CHIPS, Chip, chip_of
+from qwen_jax.kernels.tpu import flash_backward, flash_forward
+from qwen_jax.kernels.tpu.block_sizes import CHIPS, Chip, chip_of
 from qwen_jax.parallel import platform
 
 DTYPES = ("bfloat16", "float32")
@@ -57,11 +57,11 @@ def tpu_kernel(chip: str | None = None, interpret: bool = False) -> FlashKernel:
     """
 
     def run_forward(q, k, v, mask, scale):
-        return forward.forward(q, k, v, mask, scale, chip=_chip(chip, q), interpret=interpret)
+        return flash_forward.forward(q, k, v, mask, scale, chip=_chip(chip, q), interpret=interpret)
 
     def run_backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype):
         operands = (q, k, v, mask, scale, lse, d_out, delta, grad_dtype)
-        return backward.backward(*operands, chip=_chip(chip, q), interpret=interpret)
+        return flash_backward.backward(*operands, chip=_chip(chip, q), interpret=interpret)
 
     return FlashKernel("pallas_tpu", run_forward, run_backward)
 

@@ -1,0 +1,1 @@
+"""Conversations as token ids: ChatML, chat templates, tool-call formats. Needs only a tokenizer."""

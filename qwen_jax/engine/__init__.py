@@ -1,0 +1,1 @@
+"""Continuous-batching inference engine: scheduler, paged KV cache, compiled steps, sampling."""

@@ -1,0 +1,141 @@
+"""Text as it comes: joined, it is the whole decode up to the first stop string, for any pushes."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen_jax.errors import UserError
+from qwen_jax.generate.detokenizer import TextStream
+from qwen_jax.tokenizer import Tokenizer
+
+# All bytes, and merges that make stop strings straddle tokens in every way.
+MERGES = (
+    b"ab",
+    b"ba",
+    b"abc",
+    b"bc",
+    "é".encode(),
+    "你".encode()[:2],
+    "你".encode(),
+    b"\n\n",
+    b"aa",
+)
+TOKENIZER = Tokenizer((*(bytes([i]) for i in range(256)), *MERGES))
+SPECIAL = [TOKENIZER.eod_id, TOKENIZER.im_start_id, TOKENIZER.vocab_size + 3]
+
+# Mostly a small alphabet, so that stop strings are met; then any byte, merges, control tokens.
+IDS = st.lists(
+    st.one_of(
+        st.sampled_from([*b"abc\n"]),
+        st.integers(256, 256 + len(MERGES) - 1),
+        st.sampled_from([*"你é😀".encode()]),
+        st.integers(0, 255),
+        st.sampled_from(SPECIAL),
+    ),
+    max_size=40,
+)
+STOPS = st.lists(
+    st.one_of(
+        st.text("abc", min_size=1, max_size=5),
+        st.text("ab你é\ufffd\n😀", min_size=1, max_size=4),
+    ),
+    max_size=4,
+)
+
+
+def first_stop(text, stops):
+    """(cut, stop string): the stop complete first, the longest of several; by brute force."""
+    for end in range(1, len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return end - len(stop), stop
+    return len(text), None
+
+
+def decoded(ids):
+    return TOKENIZER.decode(ids, skip_special_tokens=True)
+
+
+@settings(max_examples=400, deadline=None)
+@given(IDS, STOPS, st.data())
+def test_pieces_are_the_whole_up_to_the_first_stop(ids, stops, data):
+    stream = TextStream(TOKENIZER, stops)
+    given_out, at = "", 0
+    cut, stop = first_stop(decoded(ids), stops)
+    while at < len(ids):
+        size = data.draw(st.integers(0, 5)) if at else data.draw(st.integers(1, 5))
+        given_out += stream.push(ids[at : at + size])
+        at += size
+        # Never more than the certain text, and the kept tokens are those that spell it.
+        assert decoded(ids)[:cut].startswith(given_out)
+        if stream.stopped is None:
+            assert stream.seen == min(at, len(ids))
+        assert_kept(stream, ids, given_out)
+    given_out += stream.finish()
+    assert given_out == decoded(ids)[:cut]
+    assert stream.stopped == stop
+    if stop is None:
+        assert stream.kept == len(ids)
+    else:
+        assert_kept(stream, ids, given_out)
+    assert stream.finish() == "" and (stop is None or stream.push([97]) == "")
+
+
+def assert_kept(stream, ids, text):
+    """`kept` tokens spell at least the text and one fewer does not."""
+
+    def spelt(n):  # characters that n tokens have completed
+        raw = b"".join(TOKENIZER.token_bytes(i) for i in ids[:n] if not TOKENIZER.n_ranks <= i)
+        return len(raw.decode("utf-8", "replace")) - unfinished(raw)
+
+    if text:
+        assert spelt(stream.kept) >= len(text) > spelt(stream.kept - 1)
+    else:
+        assert stream.kept == 0
+
+
+def unfinished(raw):
+    """1 when `raw` ends inside a character that more bytes may still complete."""
+    import codecs
+
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decoder.decode(raw)
+    return int(bool(decoder.getstate()[0]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("abc", max_size=30), STOPS)
+def test_exactly_the_longest_beginning_of_a_stop_is_held_back(text, stops):
+    stream = TextStream(TOKENIZER, stops)
+    out = ""
+    for character in text:
+        out += stream.push(TOKENIZER.encode(character))
+        if stream.stopped is not None:
+            return
+        done = text[: stream.seen]
+        held = max((n for s in stops for n in range(len(s)) if done.endswith(s[:n])), default=0)
+        assert out == done[: len(done) - held]
+
+
+def test_half_a_character_is_never_given_out():
+    stream = TextStream(TOKENIZER)
+    pieces = [stream.push([byte]) for byte in "你好😀".encode()]
+    assert "".join(pieces) == "你好😀"
+    assert [i for i, piece in enumerate(pieces) if piece] == [2, 5, 9]
+    assert stream.push([0xE4]) == "" and stream.finish() == "\ufffd"
+
+
+def test_a_stop_string_is_found_across_tokens_and_inside_one():
+    stream = TextStream(TOKENIZER, ["bca"])
+    abc = 256 + MERGES.index(b"abc")
+    assert stream.push([abc]) == "a" and stream.stopped is None
+    assert stream.push([97, 98]) == "" and stream.stopped == "bca"
+    assert stream.kept == 1 and stream.finish() == ""
+    inside = TextStream(TOKENIZER, ["b"])
+    assert inside.push([abc, 97]) == "a" and (inside.kept, inside.seen) == (1, 1)
+
+
+def test_bad_stop_strings_are_refused():
+    for stop in ("ab", [""], ["a", None], [3]):
+        with pytest.raises(UserError, match="stop"):
+            TextStream(TOKENIZER, stop)
