@@ -1,1 +1,1 @@
-"""Conversations as token ids: ChatML, chat templates, tool-call formats. Needs only a tokenizer."""
+"""Conversations as token ids: ChatML, chat templates and tool-call formats, on a tokenizer only."""

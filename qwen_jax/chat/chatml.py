@@ -1,8 +1,8 @@
-"""ChatML: conversations as ids, with the tokens that carry loss (report, sections 3.1, A.1.1).
+"""ChatML: encodes conversations as token ids with loss masks (report, sections 3.1 and A.1.1).
 
-A turn is `<|im_start|>role\\ncontent<|im_end|>\\n`. Role, newline and content are encoded apart and
-joined, as the released code does, so that no merge crosses a seam; and with control tokens
-disallowed, so that a user who types `<|im_end|>` sends plain text, not the end of a turn.
+A turn is `<|im_start|>role\\ncontent<|im_end|>\\n`. Role, newline and content are encoded one by
+one and concatenated, as in the released code, so that no BPE merge crosses their boundaries.
+Control tokens are disallowed in them: `<|im_end|>` typed by a user is plain text and ends no turn.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
-# Tokens of context that the chat models of 7B (first release), 1.8B and 14B keep.
+# `max_window_size` of the chat models 7B (first release), 1.8B and 14B, in tokens.
 DEFAULT_MAX_WINDOW = 6_144
 
 LossMask = Literal["released", "assistant"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rendered:
-    """A conversation as ids.
+class RenderedConversation:
+    """A conversation encoded as token ids, with its loss mask. T is the number of tokens.
 
     Attributes:
-      ids: np.int32[T].
-      loss_mask: np.bool[T]; True where the token, as a target, carries loss. It is aligned with
-        `ids`, not shifted: the prediction made at position t-1 counts where loss_mask[t] is True.
+      ids: np.int32[T], token ids.
+      loss_mask: np.bool[T], True where the token contributes to the loss as a target. It is aligned
+        with `ids`, not shifted: the prediction made at position t-1 counts if loss_mask[t] is True.
     """
 
     ids: np.ndarray
@@ -44,23 +44,29 @@ def render(
     *,
     add_generation_prompt: bool = False,
     mask: LossMask = "released",
-) -> Rendered:
-    """Renders `messages`, each a dict with `role` and `content` (other keys are not looked at).
+) -> RenderedConversation:
+    """Encodes a conversation in ChatML and marks the tokens that contribute to the loss.
 
-    Nothing is added: for the default system prompt put it first, `DEFAULT_SYSTEM`. Rendering is
-    prefix-preserving: the first k turns with a generation prompt are the beginning of the whole.
+    No turn is added; for the default system prompt, pass it as the first message with the content
+    `DEFAULT_SYSTEM`. Rendering preserves prefixes: the first k messages with a generation prompt
+    give a prefix of the whole conversation if message k + 1 is the assistant's.
 
     Args:
-      messages: at least one turn.
-      tokenizer: the tokenizer.
-      add_generation_prompt: end with an open assistant turn, `<|im_start|>assistant\\n`.
-      mask: which targets carry loss. "released": every `<|im_start|>`, `<|im_end|>` and the
-        newline after it, and the content of the assistant; neither role names with their newline
-        nor the content of system and user (maintainers' rule for Qwen-7B-Chat and the released
-        finetune.py). "assistant": only the content of the assistant and its `<|im_end|>`.
+      messages: at least one dict with `role` and `content`; other keys are ignored.
+      tokenizer: encodes roles and contents.
+      add_generation_prompt: whether to end with an open assistant turn, `<|im_start|>assistant\\n`.
+      mask: which targets contribute to the loss. "released": every `<|im_start|>`, every
+        `<|im_end|>` with the newline after it, and the content of assistant turns, but neither role
+        names with their newline nor the content of system and user turns (maintainers' rule for
+        Qwen-7B-Chat and the released finetune.py). "assistant": only the content of assistant turns
+        and their `<|im_end|>`.
+
+    Returns:
+      Token ids and loss mask of the conversation.
 
     Raises:
-      UserError: no messages, a missing key, an unknown role or mask, content that is no string.
+      UserError: `messages` is empty, a message lacks a key, a role or `mask` is unknown, or a
+        content is not a string.
     """
     if mask not in get_args(LossMask):
         raise UserError(
@@ -74,22 +80,22 @@ def render(
     ids: list[int] = []
     loss: list[bool] = []
 
-    def append(tokens: list[int], carries_loss: bool) -> None:
+    def append(tokens: list[int], in_loss: bool) -> None:
         ids.extend(tokens)
-        loss.extend([carries_loss] * len(tokens))
+        loss.extend([in_loss] * len(tokens))
 
     for number, message in enumerate(messages, start=1):
         role, content = _check_message(message, number)
-        answer = role == "assistant"
+        is_assistant = role == "assistant"
         append([tokenizer.im_start_id], released)
         append(tokenizer.encode(role) + newline, False)
-        append(tokenizer.encode(content), answer)
-        append([tokenizer.im_end_id], released or answer)
+        append(tokenizer.encode(content), is_assistant)
+        append([tokenizer.im_end_id], released or is_assistant)
         append(newline, released)
     if add_generation_prompt:
         append([tokenizer.im_start_id], released)
         append(tokenizer.encode("assistant") + newline, False)
-    return Rendered(np.asarray(ids, np.int32), np.asarray(loss, np.bool_))
+    return RenderedConversation(np.asarray(ids, np.int32), np.asarray(loss, np.bool_))
 
 
 def build_context(
@@ -99,20 +105,23 @@ def build_context(
     tokenizer: Tokenizer,
     max_window_tokens: int = DEFAULT_MAX_WINDOW,
 ) -> np.ndarray:
-    """Returns the prompt for the next answer, np.int32[T], as the released `make_context`.
+    """Returns the ChatML prompt for the next answer, truncated as by the released `make_context`.
 
-    Past pairs are taken newest first while the system turn, the pair and the pairs kept so far are
-    together shorter than `max_window_tokens`; the first pair that does not fit, and all before it,
-    are dropped whole. The query is always there and is not counted, so that the prompt can be
+    Pairs of the history are kept, newest first, as long as the system turn and the kept pairs have
+    fewer than `max_window_tokens` tokens in total; the first pair that does not fit and all older
+    ones are dropped as a whole. The query is always included and not counted, so the prompt can be
     longer than the window.
 
     Args:
-      query: what the user says now.
-      history: pairs (query, answer), oldest first.
+      query: the user's new message.
+      history: pairs (query, answer) of earlier turns, oldest first.
       system: the system prompt; "" gives an empty system turn, as in the released code.
-      tokenizer: the tokenizer.
+      tokenizer: encodes roles and contents.
       max_window_tokens: `max_window_size` of the generation config; 6,144, or 24,000 for the last
-        Qwen-7B-Chat.
+        release of Qwen-7B-Chat.
+
+    Returns:
+      np.int32[T], the T token ids of the prompt; it ends with an open assistant turn.
     """
     newline = tokenizer.encode("\n")
 
@@ -133,11 +142,11 @@ def build_context(
 
 
 def _check_message(message: Mapping[str, str], number: int) -> tuple[str, str]:
-    """Returns role and content of the `number`-th message, or says what is wrong with it."""
+    """Returns role and content of the `number`-th message (from 1), or raises UserError."""
     if not isinstance(message, Mapping):
         raise UserError(
-            f"Message {number} is a {type(message).__name__}: a dict with role and content was "
-            "expected."
+            f"Message {number} is a {type(message).__name__}; it must be a dict with role and "
+            "content."
         )
     for key in ("role", "content"):
         if key not in message:
@@ -153,7 +162,7 @@ def _check_message(message: Mapping[str, str], number: int) -> tuple[str, str]:
         )
     if not isinstance(content, str):
         raise UserError(
-            f"Message {number} ({role}) has content of type {type(content).__name__}: a string "
-            "was expected."
+            f"Message {number} ({role}) has content of type {type(content).__name__}; it must be "
+            "a string."
         )
     return role, content

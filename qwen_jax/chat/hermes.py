@@ -1,9 +1,9 @@
-"""The tool format of Qwen2.5 and Qwen3: JSON calls between `<tool_call>` tags, and `<think>`.
+"""Hermes tool-call format of Qwen1.5 to Qwen3: JSON calls in `<tool_call>` tags, and `<think>`.
 
-The system turn shows the tools as JSON between `<tools>` tags; the model asks for a call with
-`<tool_call>{"name": …, "arguments": {…}}</tool_call>`, several of them if it likes, and gets the
-results in a user turn between `<tool_response>` tags. The tags are the published ones
-(the models' chat templates); the sentences are our own. Qwen3 thinks between `<think>` tags first.
+The system turn lists the tools as JSON between `<tools>` tags. The model requests one or several
+calls with `<tool_call>{"name": …, "arguments": {…}}</tool_call>`; the results follow in a user turn
+between `<tool_response>` tags. The tags are the published ones (the models' chat templates); the
+sentences around them are our own. Qwen3 first writes its reasoning between `<think>` tags.
 """
 
 from __future__ import annotations
@@ -12,21 +12,31 @@ import json
 import re
 from collections.abc import Sequence
 
-from qwen_jax.chat.reply import Call, Part, Reasoning, Text, Tool, dump_json, held_back
+from qwen_jax.chat.reply import (
+    ReasoningPart,
+    ReplyParser,
+    ReplyPart,
+    TextPart,
+    ToolCall,
+    ToolDefinition,
+    dump_json,
+    partial_mark_length,
+)
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-RESPONSE_OPEN, RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
+TOOL_CALL_OPEN, TOOL_CALL_CLOSE = "<tool_call>", "</tool_call>"
+TOOL_RESPONSE_OPEN, TOOL_RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-CALL_TAGS = (OPEN, CLOSE, THINK_OPEN, THINK_CLOSE)
-RESPONSE_TAGS = (RESPONSE_OPEN, RESPONSE_CLOSE)
-"""Tags of an assistant's turn and of a tool's; the models have tokens for those of them they know.
+ASSISTANT_TAGS = (TOOL_CALL_OPEN, TOOL_CALL_CLOSE, THINK_OPEN, THINK_CLOSE)
+TOOL_RESPONSE_TAGS = (TOOL_RESPONSE_OPEN, TOOL_RESPONSE_CLOSE)
+"""Tags of assistant turns, and of user turns with tool results. Which of them are single tokens
+depends on the model's vocabulary.
 """
 
-_NAME = re.compile(r'\s*\{\s*"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,\s*"arguments"\s*:\s*')
+_CALL_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"(?P<name>[^"\\]*)"\s*,\s*"arguments"\s*:\s*')
 
 
-def system(text: str, tools: Sequence[Tool]) -> str:
-    """The system turn that says `text` and offers `tools`."""
+def format_system_prompt(text: str, tools: Sequence[ToolDefinition]) -> str:
+    """Returns the content of a system turn: the system prompt `text`, then a list of `tools`."""
     lines = "\n".join(
         dump_json(
             {
@@ -46,136 +56,154 @@ def system(text: str, tools: Sequence[Tool]) -> str:
         "signatures stand between <tools></tools> tags:\n"
         f"<tools>\n{lines}\n</tools>\n\n"
         "To call one, write a JSON object with its name and arguments between "
-        f"{OPEN}{CLOSE} tags:\n"
-        f'{OPEN}\n{{"name": <function-name>, "arguments": <args-json-object>}}\n{CLOSE}'
+        f"{TOOL_CALL_OPEN}{TOOL_CALL_CLOSE} tags:\n"
+        f'{TOOL_CALL_OPEN}\n{{"name": <function-name>, "arguments": <args-json-object>}}\n'
+        f"{TOOL_CALL_CLOSE}"
     )
 
 
-def call_text(call: Call) -> str:
-    """How the model wrote that it asks for a tool."""
+def format_tool_call(call: ToolCall) -> str:
+    """Returns the text of an assistant turn that requests `call`, tags included."""
     try:
         arguments = dump_json(json.loads(call.arguments))
     except (ValueError, RecursionError):
         arguments = dump_json(call.arguments)
-    return f'{OPEN}\n{{"name": {dump_json(call.name)}, "arguments": {arguments}}}\n{CLOSE}'
+    name = dump_json(call.name)
+    return f'{TOOL_CALL_OPEN}\n{{"name": {name}, "arguments": {arguments}}}\n{TOOL_CALL_CLOSE}'
 
 
-def response_text(result: str) -> str:
-    """How a tool's result stands in the user turn after the call."""
-    return f"{RESPONSE_OPEN}\n{result}\n{RESPONSE_CLOSE}"
+def format_tool_response(result: str) -> str:
+    """Returns the text of a user turn that contains a tool's result, tags included."""
+    return f"{TOOL_RESPONSE_OPEN}\n{result}\n{TOOL_RESPONSE_CLOSE}"
 
 
-def thought_text(thought: str) -> str:
-    """A `<think>` block, as a turn begins with it; an empty one ends thinking before it begins."""
-    return f"{THINK_OPEN}\n{thought.strip()}\n{THINK_CLOSE}\n\n"
+def format_think_block(reasoning: str) -> str:
+    """Returns a `<think>` block for the beginning of an assistant turn.
+
+    Empty `reasoning` gives the empty block that disables thinking.
+    """
+    return f"{THINK_OPEN}\n{reasoning.strip()}\n{THINK_CLOSE}\n\n"
 
 
-def opening(name: str | None = None) -> str:
-    """The beginning of a turn that can only go on as a call, of tool `name` where it is given."""
-    if name is None:
-        return f'{OPEN}\n{{"name": "'
-    return f'{OPEN}\n{{"name": {dump_json(name)}, "arguments": '
-
-
-class ReplyReader:
-    """Reads a reply as it comes: text at once, each call when its tag is closed.
-
-    What stands between the tags and is no call of a known tool is text again, tags and all. However
-    the text is cut into pushes, the parts joined are the same.
+def tool_call_prefix(name: str | None = None) -> str:
+    """Returns the beginning of an assistant turn that forces the model to call a tool.
 
     Args:
-      names: the tools there are.
-      begun: what the turn began with in the prompt, `opening()`; read as the model's own.
-      parallel: whether more than one call is wanted; what follows the first is else left out.
+      name: the tool to call; None lets the model choose one.
+    """
+    if name is None:
+        return f'{TOOL_CALL_OPEN}\n{{"name": "'
+    return f'{TOOL_CALL_OPEN}\n{{"name": {dump_json(name)}, "arguments": '
+
+
+class HermesReplyParser:
+    """Streaming parser of replies with `<tool_call>` tags (a `ReplyParser`).
+
+    Text is returned as it is generated, a tool call when its closing tag is complete. Tags whose
+    content is not a call of an available tool are returned as text, tags included.
+
+    Args:
+      names: names of the available tools.
+      reply_prefix: beginning of the assistant turn that is part of the prompt, from
+        `tool_call_prefix()`. The reply is parsed as its continuation.
+      parallel: whether to return more than one call; if False, everything after the first call is
+        dropped.
     """
 
-    def __init__(self, names: Sequence[str], begun: str = "", parallel: bool = True):
+    def __init__(self, names: Sequence[str], reply_prefix: str = "", parallel: bool = True):
         self._names = tuple(names)
-        self._text = begun
+        self._text = reply_prefix  # not yet returned
         self._parallel = parallel
-        self._calls = 0
+        self._num_calls = 0
 
-    def push(self, text: str) -> list[Part]:
-        """Takes the next piece of the reply; returns the parts that are certain by now."""
+    def push(self, text: str) -> list[ReplyPart]:
+        """Appends `text` to the reply and returns the parts that are now certain."""
         self._text += text
-        parts: list[Part] = []
-        while (start := self._text.find(OPEN)) >= 0:
-            end = self._text.find(CLOSE, start)
-            self._say(parts, self._text[:start].rstrip())
+        parts: list[ReplyPart] = []
+        while (start := self._text.find(TOOL_CALL_OPEN)) >= 0:
+            end = self._text.find(TOOL_CALL_CLOSE, start)
+            self._append_text(parts, self._text[:start].rstrip())
             self._text = self._text[start:]
             if end < 0:
                 return parts
-            size = end - start + len(CLOSE)
-            self._call(parts, self._text[:size])
+            size = end - start + len(TOOL_CALL_CLOSE)
+            self._append_call(parts, self._text[:size])
             self._text = self._text[size:]
-        # Whitespace before a call is not shown, so it waits for what follows.
-        shown = self._text[: len(self._text) - held_back(self._text, (OPEN,))].rstrip()
-        self._say(parts, shown)
-        self._text = self._text[len(shown) :]
+        # Whitespace before a call is not returned, so it is withheld until other text follows.
+        withheld = partial_mark_length(self._text, (TOOL_CALL_OPEN,))
+        visible = self._text[: len(self._text) - withheld].rstrip()
+        self._append_text(parts, visible)
+        self._text = self._text[len(visible) :]
         return parts
 
-    def finish(self) -> list[Part]:
-        """Ends the reply; returns the rest of it."""
-        parts: list[Part] = []
+    def finish(self) -> list[ReplyPart]:
+        """Marks the end of the reply and returns what was withheld, an unclosed call included."""
+        parts: list[ReplyPart] = []
         rest, self._text = self._text, ""
-        if rest.startswith(OPEN):
-            self._call(parts, rest)
+        if rest.startswith(TOOL_CALL_OPEN):
+            self._append_call(parts, rest)
         else:
-            self._say(parts, rest)
+            self._append_text(parts, rest)
         return parts
 
-    def _say(self, parts: list[Part], text: str) -> None:
-        if text.strip() and (self._parallel or not self._calls):
-            parts.append(Text(text))
+    def _append_text(self, parts: list[ReplyPart], text: str) -> None:
+        """Appends `text` to `parts` unless it is blank or follows the only call wanted."""
+        if text.strip() and (self._parallel or not self._num_calls):
+            parts.append(TextPart(text))
 
-    def _call(self, parts: list[Part], raw: str) -> None:
-        if self._calls and not self._parallel:
+    def _append_call(self, parts: list[ReplyPart], raw: str) -> None:
+        """Appends the call written in `raw` (tags included) to `parts`, or `raw` as text."""
+        if self._num_calls and not self._parallel:
             return
-        body = raw.removeprefix(OPEN).removesuffix(CLOSE).strip()
-        call = parse_call(body)
+        body = raw.removeprefix(TOOL_CALL_OPEN).removesuffix(TOOL_CALL_CLOSE).strip()
+        call = parse_tool_call(body)
         if call is None or call.name not in self._names:
-            self._say(parts, raw)
+            self._append_text(parts, raw)
             return
-        self._calls += 1
+        self._num_calls += 1
         parts.append(call)
 
 
-def parse_call(body: str) -> Call | None:
-    """Reads `{"name": …, "arguments": …}`; None when it is something else.
+def parse_tool_call(body: str) -> ToolCall | None:
+    """Parses the text `{"name": …, "arguments": …}` between tags; None if it has another form.
 
-    Arguments keep the text that the model gave them, also where it is not valid JSON.
+    Arguments that are invalid JSON are kept as the model wrote them.
     """
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
-        found = _NAME.match(body)
+        found = _CALL_HEAD.match(body)
         if not found:
             return None
-        return Call(found["name"], body[found.end() :].strip().removesuffix("}").strip())
+        return ToolCall(found["name"], body[found.end() :].strip().removesuffix("}").strip())
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", {})
-    return Call(value["name"], arguments if isinstance(arguments, str) else dump_json(arguments))
+    return ToolCall(
+        value["name"], arguments if isinstance(arguments, str) else dump_json(arguments)
+    )
 
 
-class ThinkReader:
-    """Splits a reply into what stands between `<think>` tags at its beginning and what follows.
+class ThinkParser:
+    """Streaming parser that separates a leading `<think>` block from the reply (a `ReplyParser`).
+
+    The content of the block is returned as `ReasoningPart`s, what follows is passed on to `inner`.
 
     Args:
-      inner: reads what follows: an object with `push` and `finish`, or None to show it as it is.
-      thinking: the prompt has opened the block already.
+      inner: parser of the text after the block; None returns it as `TextPart`s.
+      thinking: whether the prompt ends inside an open `<think>` block.
     """
 
-    def __init__(self, inner: ReplyReader | None = None, thinking: bool = False):
+    def __init__(self, inner: ReplyParser | None = None, thinking: bool = False):
         self._inner = inner
-        self._text = ""
+        self._text = ""  # not yet returned or passed on
         self._mode = "gap" if thinking else "start"
-        self._next = "thinking"  # after the gap of whitespace
+        self._mode_after_gap = "thinking"  # "gap": skipping whitespace
 
-    def push(self, text: str) -> list[Part]:
-        """Takes the next piece of the reply; returns the parts that are certain by now."""
+    def push(self, text: str) -> list[ReplyPart]:
+        """Appends `text` to the reply and returns the parts that are now certain."""
         self._text += text
-        parts: list[Part] = []
+        parts: list[ReplyPart] = []
         if self._mode == "start":
             head = self._text.lstrip()
             if head.startswith(THINK_OPEN):
@@ -183,37 +211,42 @@ class ThinkReader:
             elif not THINK_OPEN.startswith(head):
                 self._mode = "answer"
         if self._mode == "gap" and (head := self._text.lstrip()):
-            self._text, self._mode = head, self._next
+            self._text, self._mode = head, self._mode_after_gap
         if self._mode == "thinking":
-            self._think(parts)
+            self._append_reasoning(parts)
         if self._mode == "gap" and (head := self._text.lstrip()):
-            self._text, self._mode = head, self._next
+            self._text, self._mode = head, self._mode_after_gap
         if self._mode == "answer":
             rest, self._text = self._text, ""
-            parts += self._show(rest)
+            parts += self._push_answer(rest)
         return parts
 
-    def finish(self) -> list[Part]:
-        """Ends the reply; returns the rest of it."""
+    def finish(self) -> list[ReplyPart]:
+        """Marks the end of the reply and returns the parts that were withheld until now."""
         rest, self._text = self._text, ""
         if self._mode == "thinking":
-            return [Reasoning(rest)] if rest.strip() else []
-        parts = self._show(rest) if self._mode in ("start", "answer") else []
+            return [ReasoningPart(rest)] if rest.strip() else []
+        parts = self._push_answer(rest) if self._mode in ("start", "answer") else []
         return [*parts, *(self._inner.finish() if self._inner else [])]
 
-    def _think(self, parts: list[Part]) -> None:
+    def _append_reasoning(self, parts: list[ReplyPart]) -> None:
+        """Moves buffered reasoning to `parts`, and leaves mode "thinking" at the closing tag."""
         end = self._text.find(THINK_CLOSE)
-        keep = len(self._text) - held_back(self._text, (THINK_CLOSE,)) if end < 0 else end
-        shown = self._text[:keep].rstrip()
-        if shown:
-            parts.append(Reasoning(shown))
         if end < 0:
-            self._text = self._text[len(shown) :]
+            keep = len(self._text) - partial_mark_length(self._text, (THINK_CLOSE,))
+        else:
+            keep = end
+        visible = self._text[:keep].rstrip()
+        if visible:
+            parts.append(ReasoningPart(visible))
+        if end < 0:
+            self._text = self._text[len(visible) :]
         else:
             self._text = self._text[end + len(THINK_CLOSE) :]
-            self._mode, self._next = "gap", "answer"
+            self._mode, self._mode_after_gap = "gap", "answer"
 
-    def _show(self, text: str) -> list[Part]:
+    def _push_answer(self, text: str) -> list[ReplyPart]:
+        """Passes text after the block to the inner parser and returns the resulting parts."""
         if self._inner:
             return self._inner.push(text)
-        return [Text(text)] if text else []
+        return [TextPart(text)] if text else []

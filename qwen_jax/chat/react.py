@@ -1,12 +1,13 @@
-"""The ReAct format of Qwen v1: tools in a prompt, calls and answers in the text of a reply.
+"""ReAct tool-call format of Qwen v1: builds prompts with tools and parses replies into tool calls.
 
 The published form (report §3.4; examples/react_prompt.md of the release): one user turn lists the
-tools, explains the lines Question, Thought, Action, Action Input, Observation and Final Answer,
-and ends with the question. The model writes a thought and an action and is stopped at
-`Observation:`; whoever runs the tool appends its result and `Thought:` to the same assistant turn,
-which goes on until a final answer. The labels are the published ones; the sentences are our own.
+tools, explains the labels Question, Thought, Action, Action Input, Observation and Final Answer,
+and ends with the question. The model writes a thought and an action, and generation is stopped at
+`Observation:`. The caller runs the tool and appends its result and `Thought:` to the same assistant
+turn, which is then continued, until the model writes a final answer. The labels are the published
+ones; the sentences around them are our own.
 
-Pure functions of text, for the server and for agents alike.
+Pure functions of text, used by the server and usable by agents.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from qwen_jax.chat.reply import Call, Part, Text, Tool, dump_json, json_text
+from qwen_jax.chat.reply import (
+    ReplyPart,
+    TextPart,
+    ToolCall,
+    ToolDefinition,
+    dump_json,
+    leading_json,
+)
 
-STOP = "Observation:"
-"""Where a reply that asks for a tool must be stopped: the next line is the tool's, not the model's.
-"""
+STOP_STRING = "Observation:"
+"""Stop string of replies to prompts with tools: a tool's result follows it, not generated text."""
 
 FINAL_THOUGHT = "I now know the final answer."
 
@@ -33,10 +40,10 @@ _CALL = re.compile(
 )
 
 
-def question(tools: Sequence[Tool], query: str) -> str:
-    """The user turn that asks `query` and offers `tools`."""
+def format_question(tools: Sequence[ToolDefinition], query: str) -> str:
+    """Returns the text of a user turn that lists `tools`, explains the format and asks `query`."""
     names = ", ".join(tool.name for tool in tools)
-    lines = "\n\n".join(_describe(tool) for tool in tools)
+    lines = "\n\n".join(_format_tool(tool) for tool in tools)
     return (
         "Answer the question below as well as you can. These tools are available:\n\n"
         f"{lines}\n\n"
@@ -54,7 +61,8 @@ def question(tools: Sequence[Tool], query: str) -> str:
     )
 
 
-def _describe(tool: Tool) -> str:
+def _format_tool(tool: ToolDefinition) -> str:
+    """Returns the line of a prompt that describes one tool and its parameters."""
     title = tool.title or tool.name
     return (
         f"{tool.name}: Use this tool to reach the {title} API. What is the {title} API for? "
@@ -63,100 +71,113 @@ def _describe(tool: Tool) -> str:
     )
 
 
-def call_text(thought: str, call: Call) -> str:
-    """How the model wrote that it asks for a tool: what stands in its turn afterwards."""
+def format_tool_call(thought: str, call: ToolCall) -> str:
+    """Returns the lines of an assistant turn that contain a thought and a tool call.
+
+    An empty thought is replaced by a generic one.
+    """
     thought = thought.strip() or f"I should use {call.name}."
     return f"Thought: {thought}\nAction: {call.name}\nAction Input: {call.arguments.strip()}"
 
 
-def observation_text(result: str) -> str:
-    """The line of the assistant's turn that says what the tool has returned."""
+def format_observation(result: str) -> str:
+    """Returns the line of an assistant turn that contains a tool's result."""
     return f"Observation: {result}"
 
 
-def answer_text(answer: str) -> str:
-    """A finished answer, as it stands in an assistant turn of a conversation with tools."""
+def format_final_answer(answer: str) -> str:
+    """Returns the lines of an assistant turn that end it with a final answer."""
     return f"Thought: {FINAL_THOUGHT}\nFinal Answer: {answer}"
 
 
-def opening(name: str | None = None) -> str:
-    """The beginning of a turn that can only go on as a call, of tool `name` where it is given."""
+def tool_call_prefix(name: str | None = None) -> str:
+    """Returns the beginning of an assistant turn that forces the model to call a tool.
+
+    Args:
+      name: the tool to call; None lets the model choose one.
+    """
     if name is None:
         return "Thought: I should use a tool.\nAction:"
     return f"Thought: I should use {name}.\nAction: {name}\nAction Input:"
 
 
-class ReplyReader:
-    """Reads a reply as it comes: the answer at once, thoughts held until it is known what they are.
+class ReactReplyParser:
+    """Streaming parser of replies in the ReAct format (a `ReplyParser`).
 
-    A reply that follows no format is an answer as it stands. The thought before a call is given
-    as `Text`, the one before a final answer is dropped, both as in the release. However the text is
-    cut into pushes, the texts joined and the call are the same.
+    A final answer is returned as it is generated, and so is a reply without labels. Text after the
+    label `Thought:` is withheld until the next label shows what follows it: before a tool call the
+    thought is returned as a `TextPart`, before a final answer it is dropped, both as in the
+    release. A tool call is returned by `finish`.
 
     Args:
-      names: the tools there are; a call of another one is no call but text.
-      begun: what the turn began with in the prompt, such as "Thought:" after an observation, or
-        `opening()`; the reply is read as its continuation.
+      names: names of the available tools; a call of any other tool is returned as text.
+      reply_prefix: beginning of the assistant turn that is part of the prompt, such as "Thought:"
+        after an observation, or `tool_call_prefix()`. The reply is parsed as its continuation.
     """
 
-    def __init__(self, names: Sequence[str], begun: str = ""):
+    def __init__(self, names: Sequence[str], reply_prefix: str = ""):
         self._names = tuple(names)
-        self._text = begun
-        # What was put into the model's mouth is not the model's to tell.
-        self._forced = begun if "Action:" in begun else ""
+        self._text = reply_prefix  # not yet returned
+        # A forced call's prefix was not written by the model, so its thought is not returned.
+        self._forced_prefix = reply_prefix if "Action:" in reply_prefix else ""
         self._mode = "start"
-        self._gap = ""  # between text that is already shown and what comes after labels
+        self._separator = ""  # goes between text returned before the labels and text after them
 
-    def push(self, text: str) -> list[Part]:
-        """Takes the next piece of the reply; returns what can be shown of it by now."""
+    def push(self, text: str) -> list[ReplyPart]:
+        """Appends `text` to the reply and returns the text that is now certain to be visible."""
         self._text += text
-        shown = ""
+        visible = ""
         if self._mode == "start":
-            self._start()
+            self._detect_format()
         if self._mode == "plain":
-            shown += self._plain()
+            visible += self._take_plain_text()
         if self._mode in ("thought", "answer-start"):
-            self._decide()
+            self._detect_action_or_answer()
         if self._mode == "answer":
-            shown += self._answer()
-        return [Text(shown)] if shown else []
+            visible += self._take_answer()
+        return [TextPart(visible)] if visible else []
 
-    def finish(self) -> list[Part]:
-        """Ends the reply; returns the rest of it, a call among it where there is one."""
-        parts = self.push("")  # what the turn began with, where nothing came after it
+    def finish(self) -> list[ReplyPart]:
+        """Marks the end of the reply and returns the withheld text and the tool call, if any."""
+        parts = self.push("")  # parses the prefix if nothing was generated
         rest, self._text = self._text, ""
         if self._mode.startswith("answer"):
             return parts
         if self._mode == "call":
-            return parts + self._called(rest)
+            return parts + self._parse_call(rest)
         if self._mode == "thought":
             rest = rest.strip().removeprefix("Thought:").strip()
-            rest = self._gap + rest if rest else ""
-        return parts + ([Text(rest)] if rest else [])
+            rest = self._separator + rest if rest else ""
+        return parts + ([TextPart(rest)] if rest else [])
 
-    def _start(self) -> None:
+    def _detect_format(self) -> None:
+        """Leaves mode "start" once the text begins with a label or can no longer do so."""
         head = self._text.lstrip()
         if head.startswith(_LABELS):
             self._mode = "thought"
         elif not any(label.startswith(head) for label in _LABELS):
             self._mode = "plain"
 
-    def _plain(self) -> str:
-        """What is shown of text without a label; a line that begins like one waits for its end."""
+    def _take_plain_text(self) -> str:
+        """Removes and returns the unlabelled text that is certain; enters "thought" at a label.
+
+        Trailing whitespace, and a last line that may become a label, stay in the buffer.
+        """
         if label := _LABEL.search(self._text):
             end = len(self._text[: label.start()].rstrip())
             self._mode = "thought"
         else:
             last = self._text.rfind("\n")
             line = self._text[last + 1 :].lstrip()
-            opens = last >= 0 and any(label.startswith(line) for label in _LABELS)
-            end = len((self._text[:last] if opens else self._text).rstrip())
-        shown, self._text = self._text[:end], self._text[end:]
-        if shown:
-            self._gap = "\n\n"
-        return shown
+            may_be_label = last >= 0 and any(label.startswith(line) for label in _LABELS)
+            end = len((self._text[:last] if may_be_label else self._text).rstrip())
+        visible, self._text = self._text[:end], self._text[end:]
+        if visible:
+            self._separator = "\n\n"
+        return visible
 
-    def _decide(self) -> None:
+    def _detect_action_or_answer(self) -> None:
+        """Enters mode "call" at a label `Action:`, or "answer" at a non-empty final answer."""
         if self._mode == "thought" and (found := _DECISION.search(self._text)):
             if found[1] == "Action:":
                 self._mode = "call"
@@ -164,27 +185,40 @@ class ReplyReader:
                 self._text = self._text[found.end() :]
                 self._mode = "answer-start"
         if self._mode == "answer-start" and self._text.lstrip():
-            self._text = self._gap + self._text.lstrip()
+            self._text = self._separator + self._text.lstrip()
             self._mode = "answer"
 
-    def _answer(self) -> str:
+    def _take_answer(self) -> str:
+        """Removes and returns the buffered answer up to trailing whitespace."""
         end = len(self._text.rstrip())
-        shown, self._text = self._text[:end], self._text[end:]
-        return shown
+        visible, self._text = self._text[:end], self._text[end:]
+        return visible
 
-    def _called(self, rest: str) -> list[Part]:
-        start = _DECISION.search(rest).start(1)
+    def _parse_call(self, rest: str) -> list[ReplyPart]:
+        """Returns the parts of a complete text that contains the label `Action:`.
+
+        If it has no call of an available tool, these are its final answer or else all its text.
+        """
+        decision = _DECISION.search(rest)
+        assert decision is not None, "mode is 'call' without an action"
+        start = decision.start(1)
         found = _CALL.match(rest, start)
-        name = self._known(found["name"]) if found else None
-        if name is None:
+        name = self._find_tool(found["name"]) if found else None
+        if found is None or name is None:
             final = _FINAL.search(rest)
-            rest = rest[final.end() :] if final else rest.removeprefix(self._forced)
-            return [Text(self._gap + rest.strip())] if rest.strip() else []
+            rest = rest[final.end() :] if final else rest.removeprefix(self._forced_prefix)
+            return [TextPart(self._separator + rest.strip())] if rest.strip() else []
+        parts: list[ReplyPart] = []
         thought = rest[:start].strip().removeprefix("Thought:").strip()
-        told = [Text(self._gap + thought)] if thought and not self._forced else []
-        return [*told, Call(name, json_text(found["input"]))]
+        if thought and not self._forced_prefix:
+            parts.append(TextPart(self._separator + thought))
+        return [*parts, ToolCall(name, leading_json(found["input"]))]
 
-    def _known(self, name: str) -> str | None:
+    def _find_tool(self, name: str) -> str | None:
+        """Returns the available tool that the model's spelling `name` refers to, or None.
+
+        Surrounding quotes and brackets are ignored, and letter case if no name matches exactly.
+        """
         name = name.strip().strip("`\"'[]").strip()
         if name in self._names:
             return name

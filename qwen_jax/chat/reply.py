@@ -1,7 +1,7 @@
-"""What tools a model is shown, and the parts that its reply is read into.
+"""Tool definitions shown to a model, and the typed parts that its replies are parsed into.
 
-`react` and `hermes` write tools into prompts and read replies in the two formats of the Qwen
-family; both speak in these records.
+The tool-call formats of the Qwen family (`react` for Qwen v1, `hermes` for later models) write
+`ToolDefinition`s into prompts and parse generated text into `ReplyPart`s.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclasses.dataclass(frozen=True)
-class Tool:
-    """A function that the model may ask for.
+class ToolDefinition:
+    """A function that the model may call, as described to it in the prompt.
 
     Attributes:
-      name: what the model writes to call it (`name_for_model` of the release).
-      description: what it is good for.
-      parameters: its arguments, a JSON schema or the release's list of parameter records.
-      title: its name for people; "" takes `name`.
+      name: name that the model writes to call the function (`name_for_model` of the release).
+      description: what the function does.
+      parameters: its arguments: a JSON schema, or the release's list of parameter records.
+      title: human-readable name (`name_for_human` of the release); "" means `name`.
     """
 
     name: str
@@ -30,39 +30,81 @@ class Tool:
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
-    """A piece of the answer, for the reader to see."""
+class TextPart:
+    """A piece of the user-visible text of a reply.
+
+    Attributes:
+      text: the characters of this piece.
+    """
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Reasoning:
-    """A piece of what the model thinks before it answers (`<think>` of Qwen3)."""
+class ReasoningPart:
+    """A piece of the reasoning that precedes an answer (the `<think>` block of Qwen3).
+
+    Attributes:
+      text: the characters of this piece, without tags.
+    """
 
     text: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """The model asks for `name` with `arguments`, the text it wrote: JSON when it did well."""
+class ToolCall:
+    """A function call requested by the model.
+
+    Attributes:
+      name: name of the function.
+      arguments: arguments as the model wrote them: JSON text if the model kept to the format.
+    """
 
     name: str
     arguments: str
 
 
-Part = Text | Reasoning | Call
+ReplyPart = TextPart | ReasoningPart | ToolCall
+
+
+class ReplyParser(Protocol):
+    """Streaming parser of one generated reply, in any format.
+
+    The concatenated parts do not depend on how the reply is split into pushes.
+    """
+
+    def push(self, text: str) -> list[ReplyPart]:
+        """Appends `text` to the reply and returns the parts that are now certain."""
+
+    def finish(self) -> list[ReplyPart]:
+        """Marks the end of the reply and returns the parts that were withheld until now."""
+
+
+class PlainReplyParser:
+    """Reply parser for prompts without tools or reasoning: every character is visible text."""
+
+    def push(self, text: str) -> list[ReplyPart]:
+        """Returns `text` as one `TextPart`; nothing for an empty string."""
+        return [TextPart(text)] if text else []
+
+    def finish(self) -> list[ReplyPart]:
+        """Returns an empty list: nothing is ever withheld."""
+        return []
 
 
 def dump_json(value: Any) -> str:
-    """JSON as the release writes it into prompts: characters as they are, `", "` and `": "`."""
+    """Serialises `value` as the release writes JSON into prompts.
+
+    Non-ASCII characters are kept unescaped, and the separators are `", "` and `": "`.
+    """
     return json.dumps(value, ensure_ascii=False)
 
 
-def json_text(text: str) -> str:
-    """The JSON value that `text` is or begins with; `text` itself, stripped, when there is none.
+def leading_json(text: str) -> str:
+    """Returns the text of the JSON value at the beginning of `text`, without parsing it.
 
-    A fence of back-ticks around it and anything after it are left out: models add both.
+    Leading whitespace, a Markdown code fence and anything after the value are removed, because
+    models add them. Returns `text` stripped of whitespace if it does not begin with JSON.
     """
     text = text.strip()
     body = text
@@ -75,8 +117,12 @@ def json_text(text: str) -> str:
     return body[:end]
 
 
-def held_back(text: str, marks: tuple[str, ...]) -> int:
-    """Length of the longest end of `text` that is the beginning of a mark, but not all of it."""
+def partial_mark_length(text: str, marks: tuple[str, ...]) -> int:
+    """Returns the length of the longest suffix of `text` that is an incomplete mark, or 0.
+
+    An incomplete mark is a non-empty proper prefix of one of `marks`. Streaming parsers withhold
+    these characters until later text shows whether the mark is completed.
+    """
     longest = max(map(len, marks)) - 1
     for size in range(min(len(text), longest), 0, -1):
         if any(len(mark) > size and mark.startswith(text[-size:]) for mark in marks):

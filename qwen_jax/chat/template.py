@@ -1,8 +1,9 @@
-"""Chat templates: the Jinja program with which a model folder says how a conversation is written.
+"""Jinja chat templates: reads a model folder's template and encodes conversations with it.
 
-Qwen1.5 to Qwen3 carry one, with the very words that they were trained on, for tools too. It runs in
-Jinja's sandbox. What people wrote cannot forge control tokens: their names are broken up before
-the template runs and put together again as plain text afterwards.
+Folders of Qwen1.5 to Qwen3 contain a template with the exact wording used in training, tools
+included. Templates run in Jinja's sandbox. A control token spelled out in a message is encoded as
+plain text: a marker character is inserted into its name before the template runs, and removed from
+the rendered text once it is split at control tokens.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import datetime
 import json
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.sandbox
@@ -23,10 +24,10 @@ from qwen_jax.tokenizer.tokenizer import CONTROL_TOKENS, Tokenizer
 
 
 def read_template(folder: pathlib.Path | None) -> str | None:
-    """The chat template of a model folder; None where it has none.
+    """Reads the source of a model folder's chat template; returns None if there is none.
 
     Raises:
-      UserError: tokenizer_config.json is broken.
+      UserError: tokenizer_config.json is not valid JSON.
     """
     if folder is None:
         return None
@@ -39,113 +40,131 @@ def read_template(folder: pathlib.Path | None) -> str | None:
 
 
 class ChatTemplate:
-    """A compiled chat template."""
+    """A compiled Jinja chat template."""
 
     def __init__(self, source: str):
-        """Compiles `source`.
+        """Compiles the template source.
 
         Raises:
-          UserError: it is no Jinja template.
+          UserError: `source` is not a valid Jinja template.
         """
-        # Whitespace, filters and functions as transformers gives them to templates.
+        # Whitespace control, filters and functions as transformers provides them to templates.
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
+        environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise UserError(f"The chat template is broken ({error}); download it again.") from None
 
-    def text(
+    def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> str:
-        """The conversation as the template writes it, ending where the assistant is to speak.
+        """Returns a conversation as the template's text, ending with an open assistant turn.
 
         Args:
-          messages: dicts with role and content, `tool_calls` among them as OpenAI has them, with
-            arguments as objects. tools: OpenAI's tools.
-          **options: further variables of the template, such as `enable_thinking`.
+          messages: dicts with role and content, and optionally OpenAI's `tool_calls` with their
+            arguments as objects.
+          tools: tool definitions in OpenAI's format; None for no tools.
+          **options: further template variables, such as `enable_thinking`.
 
         Raises:
-          UserError: the template refuses the conversation, or fails on it.
+          UserError: the template rejects the conversation or fails on it.
         """
-        given = {"messages": messages, "tools": tools, "documents": None, **options}
+        variables = {"messages": messages, "tools": tools, "documents": None, **options}
         try:
-            return self._template.render(**given, add_generation_prompt=True)
-        except Exception as error:  # a template is somebody's program: anything may go wrong in it
-            known = isinstance(error, jinja2.TemplateError)
-            found = f"does not take it ({error!s:.200})" if known else f"fails ({error!r:.200})"
+            return self._template.render(**variables, add_generation_prompt=True)
+        except Exception as error:  # templates are third-party programs: any exception can occur
+            rejected = isinstance(error, jinja2.TemplateError)
+            found = f"rejects it ({error!s:.200})" if rejected else f"fails on it ({error!r:.200})"
             raise UserError(
-                f"The model's chat template {found}; write the conversation as the model knows it."
+                f"The conversation cannot be formatted: the model's chat template {found}; change "
+                "the conversation to a form that the template supports."
             ) from error
 
-    def ids(
+    def encode(
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> list[int]:
-        """`text` as token ids; control tokens are those that the template itself wrote.
+        """Returns the token ids of `render(messages, tools, **options)`.
 
-        Tags such as <think>, which a tokenizer has as ordinary text, are the template's to judge in
-        the assistant's messages; everywhere else a tag that somebody wrote is text.
+        Control tokens are encoded as such only where the template itself wrote them. In assistant
+        messages this restriction does not hold for tags such as <think> that the tokenizer marks as
+        ordinary text (`AddedToken.special` is False): the template decides what to do with them.
         """
         names = tokenizer.special_tokens
-        plain = {token.text for token in tokenizer.added_tokens if not token.special}
-        control = [name for name in {*CONTROL_TOKENS, *names} if name not in plain]
-        mark = _unused(json.dumps([messages, tools], ensure_ascii=False))
+        ordinary = {token.text for token in tokenizer.added_tokens if not token.special}
+        control = [name for name in {*CONTROL_TOKENS, *names} if name not in ordinary]
+        marker = _unused_character(json.dumps([messages, tools], ensure_ascii=False))
+        escape_control = _name_escaper(control, marker)
+        escape_all = _name_escaper([*names, *control], marker)
 
-        def broken(message: Mapping[str, Any]) -> Any:
-            own = message.get("role") == "assistant"
-            return _map(message, _breaker(control if own else [*names, *control], mark))
+        def escaped(message: Mapping[str, Any]) -> Any:
+            by_assistant = message.get("role") == "assistant"
+            return _map_strings(message, escape_control if by_assistant else escape_all)
 
-        everywhere = _breaker([*names, *control], mark)
-        text = self.text(list(map(broken, messages)), _map(tools, everywhere), **options)
+        text = self.render(
+            [escaped(message) for message in messages], _map_strings(tools, escape_all), **options
+        )
         pieces = re.split("(" + "|".join(map(re.escape, _longest_first(names))) + ")", text)
         ids: list[int] = []
         for i, piece in enumerate(pieces):
-            ids += [names[piece]] if i % 2 else tokenizer.encode(piece.replace(mark, ""))
+            # With a capturing group, re.split returns separators at odd indices.
+            ids += [names[piece]] if i % 2 else tokenizer.encode(piece.replace(marker, ""))
         return ids
 
 
-def _longest_first(names: Any) -> list[str]:
+def _longest_first(names: Iterable[str]) -> list[str]:
+    """Returns `names` by descending length, so that a regex alternation prefers the longest."""
     return sorted(names, key=len, reverse=True)
 
 
-def _breaker(names: Sequence[str], mark: str) -> Callable[[str], str]:
-    """Puts `mark` behind the first sign of every name."""
+def _name_escaper(names: Iterable[str], marker: str) -> Callable[[str], str]:
+    """Returns a function that breaks up each of `names` in a text.
+
+    The function inserts `marker` after the first character of each occurrence.
+    """
     pattern = re.compile("|".join(map(re.escape, _longest_first(set(names)))))
-    return lambda text: pattern.sub(lambda found: found[0][0] + mark + found[0][1:], text)
+    return lambda text: pattern.sub(lambda found: found[0][0] + marker + found[0][1:], text)
 
 
-def _unused(text: str) -> str:
-    """A character that does not occur: one of those that Unicode leaves to programs."""
+def _unused_character(text: str) -> str:
+    """Returns a character of Unicode's private use area that does not occur in `text`."""
     return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
 
 
-def _map(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with every string in it changed."""
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns a JSON-like `value` with `change` applied to every string in it, keys included."""
     match value:
         case str():
             return change(value)
         case Mapping():
-            return {_map(key, change): _map(inner, change) for key, inner in value.items()}
+            return {
+                _map_strings(key, change): _map_strings(inner, change)
+                for key, inner in value.items()
+            }
         case list() | tuple():
-            return [_map(inner, change) for inner in value]
+            return [_map_strings(inner, change) for inner in value]
     return value
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """Jinja's own filter would escape signs of HTML."""
+    """Serialises `value` for the Jinja filter `tojson`.
+
+    Jinja's own filter would escape HTML characters.
+    """
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> NoReturn:
+    """Raises a TemplateError: the function `raise_exception` that templates call."""
     raise jinja2.TemplateError(message)

@@ -129,7 +129,7 @@ def _template_system(source: str | None, folder: pathlib.Path | None) -> str | N
     if source is None:
         return DEFAULT_SYSTEM
     try:
-        text = ChatTemplate(source).text([{"role": "user", "content": "-"}])
+        text = ChatTemplate(source).render([{"role": "user", "content": "-"}])
     except UserError as error:
         logging.warning("%s: %s", folder, error)
         return DEFAULT_SYSTEM

@@ -146,7 +146,7 @@ class Session:
         """The prompt that the model's own chat template writes, without the oldest pairs."""
         messages = [*self.messages(dropped), {"role": "user", "content": query}]
         options = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        ids = self._template.ids(self._service.tokenizer, messages, **options)
+        ids = self._template.encode(self._service.tokenizer, messages, **options)
         return np.asarray(ids, np.int32)
 
     def ask(self, query: str, *, stream: bool = True, **options: Any) -> Reply:

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qwen_jax.chat.reply import Call, Part, Reasoning, Text
+from qwen_jax.chat.reply import ReasoningPart, ReplyPart, TextPart, ToolCall
 from qwen_jax.generate.service import Chunk
 from qwen_jax.server import schema
 from qwen_jax.server.app_state import Front, endpoint, new_id
@@ -98,7 +98,7 @@ class _Choice:
     def __init__(self, number: int, prompt: ChatPrompt, model: ServedModel, logprobs_of: str):
         self._number, self._model, self._logprobs_of = number, model, logprobs_of
         self._reader = prompt.reader()
-        self._parts: list[Part] = []
+        self._parts: list[ReplyPart] = []
         self._calls: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
         self._told = 0
@@ -124,14 +124,14 @@ class _Choice:
             events.append(self.event({}, self._finish))
         return events
 
-    def _delta(self, part: Part) -> dict[str, Any]:
+    def _delta(self, part: ReplyPart) -> dict[str, Any]:
         self._parts.append(part)
         match part:
-            case Text(text):
+            case TextPart(text):
                 return {"content": text}
-            case Reasoning(text):
+            case ReasoningPart(text):
                 return {"reasoning_content": text}
-            case Call(name, arguments):
+            case ToolCall(name, arguments):
                 call = {
                     "id": f"call_{uuid.uuid4().hex[:24]}",
                     "type": "function",
@@ -142,8 +142,8 @@ class _Choice:
 
     def whole(self, logprobs: bool) -> dict[str, Any]:
         """This choice in a response that is no stream."""
-        content = "".join(part.text for part in self._parts if isinstance(part, Text))
-        thoughts = "".join(part.text for part in self._parts if isinstance(part, Reasoning))
+        content = "".join(part.text for part in self._parts if isinstance(part, TextPart))
+        thoughts = "".join(part.text for part in self._parts if isinstance(part, ReasoningPart))
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if thoughts:
             message["reasoning_content"] = thoughts

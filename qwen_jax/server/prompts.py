@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from qwen_jax.chat import hermes, react
-from qwen_jax.chat.reply import Call, Part, Text, Tool
+from qwen_jax.chat.reply import ReplyPart, TextPart, ToolCall, ToolDefinition
 from qwen_jax.server import schema
 from qwen_jax.server.config import ServedModel
 from qwen_jax.server.errors import ApiError
@@ -19,21 +19,21 @@ from qwen_jax.tokenizer.tokenizer import Tokenizer
 class Reader(Protocol):
     """Reads a reply as it comes, whatever its format."""
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[ReplyPart]:
         """Takes the next piece; returns the parts that are certain by now."""
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[ReplyPart]:
         """Ends the reply; returns the rest."""
 
 
 class PlainReader:
     """A reply that is nothing but its text."""
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[ReplyPart]:
         """The text."""
-        return [Text(text)] if text else []
+        return [TextPart(text)] if text else []
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[ReplyPart]:
         """Nothing is ever held back."""
         return []
 
@@ -101,12 +101,12 @@ class ChatPrompt:
     def reader(self) -> Reader:
         """Reads one reply to this prompt."""
         if self.react:
-            return react.ReplyReader(self.names, self.begun)
+            return react.ReactReplyParser(self.names, self.begun)
         inner = None
         if self.names:
-            inner = hermes.ReplyReader(self.names, self.begun, self.parallel)
+            inner = hermes.HermesReplyParser(self.names, self.begun, self.parallel)
         if self.thinks:
-            return hermes.ThinkReader(inner, self.thinking)
+            return hermes.ThinkParser(inner, self.thinking)
         return inner or PlainReader()
 
 
@@ -142,7 +142,7 @@ def chat_prompt(request: schema.ChatRequest, model: ServedModel) -> ChatPrompt:
 class _Offer:
     """Which tools the model is shown, and whether it must call: one, any ("") or none (None)."""
 
-    tools: tuple[Tool, ...] = ()
+    tools: tuple[ToolDefinition, ...] = ()
     forced: str | None = None
     barred: bool = False
     parallel: bool = True
@@ -154,7 +154,7 @@ class _Offer:
 
 def _offer(request: schema.ChatRequest) -> _Offer:
     tools = tuple(
-        Tool(t.function.name, t.function.description or "", t.function.parameters or {})
+        ToolDefinition(t.function.name, t.function.description or "", t.function.parameters or {})
         for t in request.tools or ()
     )
     names = [tool.name for tool in tools]
@@ -232,16 +232,18 @@ def _react_prompt(
                 turns.append(Turn("assistant", "\n".join(steps)))
                 steps = []
             if offer.tools and i == shown_at:
-                text = react.question(offer.tools, text)
+                text = react.format_question(offer.tools, text)
             turns.append(Turn("user", text))
         elif message.tool_calls:
             for k, called in enumerate(message.tool_calls):
-                call = Call(called.function.name, called.function.arguments)
-                steps.append(react.call_text(message.text if k == 0 else "", call))
-                steps.append(react.observation_text(results[called.id]))
+                call = ToolCall(called.function.name, called.function.arguments)
+                steps.append(react.format_tool_call(message.text if k == 0 else "", call))
+                steps.append(react.format_observation(results[called.id]))
         elif message.role == "assistant" and (offer.tools or steps):
             turns.append(
-                Turn("assistant", "\n".join([*steps, react.answer_text(_trim(message.text))]))
+                Turn(
+                    "assistant", "\n".join([*steps, react.format_final_answer(_trim(message.text))])
+                )
             )
             steps = []
         elif message.role == "assistant":
@@ -251,9 +253,9 @@ def _react_prompt(
 
 def _open_react(turns: list[Turn], steps: list[str], offer: _Offer) -> ChatPrompt:
     if offer.forced is not None:
-        begun = react.opening(offer.forced or None)
+        begun = react.tool_call_prefix(offer.forced or None)
     elif steps:
-        begun = react.answer_text("").rstrip() if offer.barred else "Thought:"
+        begun = react.format_final_answer("").rstrip() if offer.barred else "Thought:"
     else:
         begun = ""
     in_form = bool(offer.tools or steps)
@@ -263,7 +265,7 @@ def _open_react(turns: list[Turn], steps: list[str], offer: _Offer) -> ChatPromp
         begun=begun,
         names=offer.names,
         react=in_form,
-        stop=(react.STOP,) if in_form else (),
+        stop=(react.STOP_STRING,) if in_form else (),
     )
 
 
@@ -276,35 +278,39 @@ def _hermes_prompt(
 ) -> ChatPrompt:
     """The tools stand in the system turn, results in user turns, thoughts in no past turn."""
     if offer.tools:
-        system = hermes.system(system or "", offer.tools)
+        system = hermes.format_system_prompt(system or "", offer.tools)
     turns = [] if system is None else [Turn("system", system)]
     last_user = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
     for i, message in enumerate(messages):
         if message.role == "tool":
-            text = hermes.response_text(message.text)
+            text = hermes.format_tool_response(message.text)
             if i and messages[i - 1].role == "tool":
                 text = f"{turns.pop().text}\n{text}"
-            turns.append(Turn("user", text, hermes.RESPONSE_TAGS))
+            turns.append(Turn("user", text, hermes.TOOL_RESPONSE_TAGS))
         elif message.role == "user":
             turns.append(Turn("user", message.text))
         else:
-            calls = [Call(c.function.name, c.function.arguments) for c in message.tool_calls or ()]
-            parts = [message.text] * bool(message.text) + [hermes.call_text(call) for call in calls]
+            calls = [
+                ToolCall(c.function.name, c.function.arguments) for c in message.tool_calls or ()
+            ]
+            parts = [message.text] * bool(message.text) + [
+                hermes.format_tool_call(call) for call in calls
+            ]
             text = "\n".join(parts)
             if thinks and i > last_user and message.reasoning_content:
-                text = hermes.thought_text(message.reasoning_content) + text
-            turns.append(Turn("assistant", text, hermes.CALL_TAGS))
-    begun = "" if offer.forced is None else hermes.opening(offer.forced or None)
+                text = hermes.format_think_block(message.reasoning_content) + text
+            turns.append(Turn("assistant", text, hermes.ASSISTANT_TAGS))
+    begun = "" if offer.forced is None else hermes.tool_call_prefix(offer.forced or None)
     silent = thinks and (silent or bool(begun))
     return ChatPrompt(
         tuple(turns),
-        opening=(hermes.thought_text("") if silent else "") + begun,
-        tags=hermes.CALL_TAGS,
+        opening=(hermes.format_think_block("") if silent else "") + begun,
+        tags=hermes.ASSISTANT_TAGS,
         begun=begun,
         names=offer.names,
         thinks=thinks,
         parallel=offer.parallel,
-        stop=() if offer.parallel or not offer.names else (hermes.CLOSE,),
+        stop=() if offer.parallel or not offer.names else (hermes.TOOL_CALL_CLOSE,),
     )
 
 
@@ -312,12 +318,12 @@ def _template_prompt(
     request: schema.ChatRequest, model: ServedModel, offer: _Offer, silent: bool
 ) -> ChatPrompt:
     """The model's own template writes everything but the beginning of a call that is forced."""
-    begun = "" if offer.forced is None else hermes.opening(offer.forced or None)
+    begun = "" if offer.forced is None else hermes.tool_call_prefix(offer.forced or None)
     options = {"enable_thinking": False} if silent or begun else {}
     tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
     messages = [_as_template_wants(message) for message in request.messages]
     tools = tools if offer.tools else None
-    head = model.template.ids(model.tokenizer, messages, tools, **options)
+    head = model.template.encode(model.tokenizer, messages, tools, **options)
     # Templates of models that always think open the block themselves.
     thinking = model.tokenizer.decode(head[-8:]).rstrip().endswith(hermes.THINK_OPEN)
     closed = f"\n{hermes.THINK_CLOSE}\n\n" if thinking and begun else ""
@@ -325,13 +331,13 @@ def _template_prompt(
         turns=None,
         head=tuple(head),
         opening=closed + begun,
-        tags=hermes.CALL_TAGS,
+        tags=hermes.ASSISTANT_TAGS,
         begun=begun,
         names=offer.names,
         thinks=thinking or hermes.THINK_OPEN in model.tokenizer.special_tokens,
         thinking=thinking and not begun,
         parallel=offer.parallel,
-        stop=() if offer.parallel or not offer.names else (hermes.CLOSE,),
+        stop=() if offer.parallel or not offer.names else (hermes.TOOL_CALL_CLOSE,),
     )
 
 

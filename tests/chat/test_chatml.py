@@ -1,4 +1,4 @@
-"""Conversations become the released ids, losses fall where they should, nobody forges a turn."""
+"""ChatML: parity with the released ids and labels, loss masks, and turns that cannot be forged."""
 
 import numpy as np
 import pytest
@@ -19,8 +19,8 @@ TURNS = [
 ]
 
 
-def trained(rendered, tokenizer) -> list[str]:
-    """The tokens that carry loss, as text, in runs."""
+def text_in_loss(rendered, tokenizer) -> list[str]:
+    """Returns the text of each consecutive run of tokens that contribute to the loss."""
     runs: list[list[int]] = []
     for i, token in enumerate(rendered.ids):
         if rendered.loss_mask[i]:
@@ -31,7 +31,7 @@ def trained(rendered, tokenizer) -> list[str]:
     return [tokenizer.decode(run) for run in runs]
 
 
-def test_golden_prompt_of_the_release(qwen):
+def test_prompt_has_the_released_ids(qwen):
     rendered = render(TURNS[:2], qwen, add_generation_prompt=True)
     assert rendered.ids.tolist() == GOLDEN_PROMPT
     assert rendered.ids.dtype == np.int32 and rendered.loss_mask.dtype == np.bool_
@@ -39,9 +39,9 @@ def test_golden_prompt_of_the_release(qwen):
     assert context.tolist() == GOLDEN_PROMPT and context.dtype == np.int32
 
 
-def test_released_mask(qwen):
+def test_released_mask_covers_control_tokens_and_assistant_content(qwen):
     rendered = render(TURNS, qwen)
-    assert trained(rendered, qwen) == [
+    assert text_in_loss(rendered, qwen) == [
         "<|im_start|>",
         "<|im_end|>\n<|im_start|>",
         "<|im_end|>\n<|im_start|>",
@@ -49,8 +49,8 @@ def test_released_mask(qwen):
     ]
 
 
-def test_released_mask_equals_the_labels_of_the_released_script(qwen):
-    """The arithmetic of the public finetune.py on lengths, written here from its description."""
+def test_released_mask_equals_the_labels_of_the_released_finetune_script(qwen):
+    """Recomputes the labels as public finetune.py does, from its description."""
     ignore = -100
     newline, end, start = [198], [151645], [151644]
     ids, labels = [], []
@@ -67,10 +67,10 @@ def test_released_mask_equals_the_labels_of_the_released_script(qwen):
     assert np.where(rendered.loss_mask, rendered.ids, ignore).tolist() == labels
 
 
-def test_assistant_mask(qwen):
+def test_assistant_mask_covers_assistant_content_and_its_end(qwen):
     turns = [*TURNS, {"role": "user", "content": "More"}, {"role": "assistant", "content": ""}]
     rendered = render(turns, qwen, mask="assistant")
-    assert trained(rendered, qwen) == ["Hi there<|im_end|>", "<|im_end|>"]
+    assert text_in_loss(rendered, qwen) == ["Hi there<|im_end|>", "<|im_end|>"]
     assert not render(TURNS[:2], qwen, mask="assistant").loss_mask.any()
 
 
@@ -85,10 +85,10 @@ CONTENT = st.text(
     st.sampled_from(["released", "assistant"]),
 )
 @settings(max_examples=200, deadline=None)
-def test_turns_are_kept_apart_and_prefixes_preserved(qwen, turns, mask):
+def test_turns_are_encoded_separately_and_prefixes_preserved(qwen, turns, mask):
     messages = [{"role": role, "content": content} for role, content in turns]
     whole = render(messages, qwen, mask=mask)
-    # Every turn has exactly one start and one end, at the edges of its own rendering.
+    # Every turn has exactly one start and one end token, and is encoded as if it were alone.
     assert (whole.ids == qwen.im_start_id).sum() == len(turns)
     assert (whole.ids == qwen.im_end_id).sum() == len(turns)
     each = [render([message], qwen, mask=mask) for message in messages]
@@ -118,7 +118,7 @@ def test_content_is_not_merged_with_the_newline_before_it(qwen):
     assert ids != [151644, 872, *qwen.encode("\n\n\nx"), 151645, 198]
 
 
-def test_history_is_dropped_oldest_first_in_whole_pairs(qwen):
+def test_oldest_pairs_of_the_history_are_dropped_whole(qwen):
     history = [(f"question {i}", f"answer {i}") for i in range(6)]
     head = len(qwen.encode(DEFAULT_SYSTEM)) + 4
     pair = 2 + 2 * 4 + 2 * 3  # newlines; start, role, newline, end; "question", " ", digit
@@ -130,19 +130,19 @@ def test_history_is_dropped_oldest_first_in_whole_pairs(qwen):
 
     assert kept(6_144) == [0, 1, 2, 3, 4, 5]
     assert kept(head + 6 * pair + 1) == [0, 1, 2, 3, 4, 5]
-    # The sum must stay below the window, not reach it.
+    # The total must be below the window, not equal to it.
     assert kept(head + 6 * pair) == [1, 2, 3, 4, 5]
     assert kept(head + 2 * pair + 1) == [4, 5]
     assert kept(0) == []
 
 
-def test_a_long_pair_hides_the_older_ones(qwen):
+def test_pairs_older_than_a_dropped_one_are_dropped_too(qwen):
     history = [("old", "short"), ("word " * 100, "long"), ("new", "short")]
     text = qwen.decode(build_context("now", history, DEFAULT_SYSTEM, qwen, 80))
     assert "new" in text and "old" not in text and "word" not in text
 
 
-def test_full_history_is_the_rendering_of_the_conversation(qwen):
+def test_context_of_an_untruncated_history_equals_the_rendered_conversation(qwen):
     messages = [TURNS[0], TURNS[1], TURNS[2], {"role": "user", "content": "And?"}]
     context = build_context("And?", [("Hello!", "Hi there")], DEFAULT_SYSTEM, qwen)
     rendered = render(messages, qwen, add_generation_prompt=True)
@@ -165,11 +165,11 @@ def test_full_history_is_the_rendering_of_the_conversation(qwen):
         ([{"role": "user", "content": None}], "content of type NoneType"),
     ],
 )
-def test_wrong_conversations_are_refused_in_words(byte_tokenizer, messages, message):
+def test_malformed_conversations_raise_user_errors(byte_tokenizer, messages, message):
     with pytest.raises(UserError, match=message):
         render(messages, byte_tokenizer)
 
 
-def test_unknown_mask_is_refused(byte_tokenizer):
+def test_unknown_mask_raises_user_error(byte_tokenizer):
     with pytest.raises(UserError, match=r"'asistant' is unknown \(did you mean 'assistant'\?\)"):
         render(TURNS, byte_tokenizer, mask="asistant")

@@ -1,101 +1,144 @@
-"""ReAct: what a reply is read as does not depend on how it was cut, and what is written is read."""
+"""ReAct format: parsing is independent of chunking and inverts formatting."""
 
+import dataclasses
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qwen_jax.chat import react
-from qwen_jax.chat.reply import Call, Text, Tool, json_text
+from qwen_jax.chat.reply import TextPart, ToolCall, ToolDefinition, leading_json
 
 NAMES = ("get_weather", "search")
 
 
-def read(pieces, begun="", names=NAMES):
-    reader = react.ReplyReader(names, begun)
-    parts = [part for piece in pieces for part in reader.push(piece)] + reader.finish()
-    text = "".join(part.text for part in parts if isinstance(part, Text))
-    return text, [part for part in parts if isinstance(part, Call)]
+def parse(pieces, reply_prefix="", names=NAMES):
+    """Returns the text and the calls of a reply that is pushed in pieces."""
+    parser = react.ReactReplyParser(names, reply_prefix)
+    parts = [part for piece in pieces for part in parser.push(piece)] + parser.finish()
+    text = "".join(part.text for part in parts if isinstance(part, TextPart))
+    return text, [part for part in parts if isinstance(part, ToolCall)]
 
 
 CALL = 'Thought: I need it.\nAction: get_weather\nAction Input: {"city": "Paris"}\n'
 
+
+@dataclasses.dataclass
+class ReplyCase:
+    """A reply, the prefix that it continues, and what it is parsed into."""
+
+    reply: str
+    text: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    prefix: str = ""
+
+
 CASES = {
-    "a call": (CALL, "", "I need it.", [Call("get_weather", '{"city": "Paris"}')]),
-    "an answer": (
+    "call": ReplyCase(CALL, "I need it.", (ToolCall("get_weather", '{"city": "Paris"}'),)),
+    "answer": ReplyCase(
         "Thought: I now know the final answer.\nFinal Answer: It rains.\nTake a coat. ",
-        *("", "It rains.\nTake a coat.", []),
+        "It rains.\nTake a coat.",
     ),
-    "after an observation": (" I know.\nFinal Answer: 7", "Thought:", "7", []),
-    "a call after an observation": (
+    "answer after an observation": ReplyCase(" I know.\nFinal Answer: 7", "7", prefix="Thought:"),
+    "call after an observation": ReplyCase(
         " More.\nAction: search\nAction Input: {}",
-        *("Thought:", "More.", [Call("search", "{}")]),
+        "More.",
+        (ToolCall("search", "{}"),),
+        prefix="Thought:",
     ),
-    "no format": ("Hello!\nHow are you?", "", "Hello!\nHow are you?", []),
-    "no format, then a call": (
+    "no labels": ReplyCase("Hello!\nHow are you?", "Hello!\nHow are you?"),
+    "unlabelled text, then a call": ReplyCase(
         "Let me see.\nAction: search\nAction Input: {}",
-        *("", "Let me see.", [Call("search", "{}")]),
+        "Let me see.",
+        (ToolCall("search", "{}"),),
     ),
-    "no format, then an answer": ("Well.\nFinal Answer: 7", "", "Well.\n\n7", []),
-    "a thought alone": ("Thought: nothing to do", "", "nothing to do", []),
-    "an unknown tool": (
-        "Action: rm\nAction Input: {}",
-        *("", "Action: rm\nAction Input: {}", []),
+    "unlabelled text, then an answer": ReplyCase("Well.\nFinal Answer: 7", "Well.\n\n7"),
+    "only a thought": ReplyCase("Thought: nothing to do", "nothing to do"),
+    "unknown tool": ReplyCase("Action: rm\nAction Input: {}", "Action: rm\nAction Input: {}"),
+    "unknown tool, then an answer": ReplyCase("Action: none\nFinal Answer: hi", "hi"),
+    "action without input": ReplyCase("Action: search", "Action: search"),
+    "tool name in another letter case": ReplyCase(
+        "Action: Search\nAction Input: 1", calls=(ToolCall("search", "1"),)
     ),
-    "an unknown tool, then an answer": ("Action: none\nFinal Answer: hi", "", "hi", []),
-    "no input": ("Action: search", "", "Action: search", []),
-    "another case": ("Action: Search\nAction Input: 1", "", "", [Call("search", "1")]),
-    "forced, any": (
+    "forced call of any tool": ReplyCase(
         ' search\nAction Input: {"q": 1}',
-        *(react.opening(), "", [Call("search", '{"q": 1}')]),
+        calls=(ToolCall("search", '{"q": 1}'),),
+        prefix=react.tool_call_prefix(),
     ),
-    "forced, one": (' {"q": 1}', react.opening("search"), "", [Call("search", '{"q": 1}')]),
-    "forced, to no avail": (" rm -rf", react.opening(), "rm -rf", []),
-    "a fence": (
+    "forced call of one tool": ReplyCase(
+        ' {"q": 1}',
+        calls=(ToolCall("search", '{"q": 1}'),),
+        prefix=react.tool_call_prefix("search"),
+    ),
+    "forced call of an unknown tool": ReplyCase(
+        " rm -rf", "rm -rf", prefix=react.tool_call_prefix()
+    ),
+    "input in a code fence": ReplyCase(
         'Action: search\nAction Input: ```json\n{"q": "a\\nb"}\n```',
-        *("", "", [Call("search", '{"q": "a\\nb"}')]),
+        calls=(ToolCall("search", '{"q": "a\\nb"}'),),
     ),
-    "input of several lines": (
+    "input of several lines": ReplyCase(
         'Action: search\nAction Input: {\n  "q": "x"\n}\nThought: what else',
-        *("", "", [Call("search", '{\n  "q": "x"\n}')]),
+        calls=(ToolCall("search", '{\n  "q": "x"\n}'),),
     ),
-    "input that is no JSON": (
+    "input that is not JSON": ReplyCase(
         "Action: search\nAction Input: Paris today",
-        *("", "", [Call("search", "Paris today")]),
+        calls=(ToolCall("search", "Paris today"),),
     ),
-    "a label inside a line": ("The Action: is mine", "", "The Action: is mine", []),
-    "nothing": ("", "", "", []),
+    "label inside a line": ReplyCase("The Action: is mine", "The Action: is mine"),
+    "empty reply": ReplyCase(""),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_replies(case):
-    reply, begun, text, calls = CASES[case]
-    assert read([reply], begun) == (text, calls)
-    assert read(list(reply), begun) == (text, calls)
+@pytest.mark.parametrize("name", CASES)
+def test_replies_are_parsed_whole_and_by_character(name):
+    case = CASES[name]
+    expected = (case.text, list(case.calls))
+    assert parse([case.reply], case.prefix) == expected
+    assert parse(list(case.reply), case.prefix) == expected
 
 
 PIECE = st.sampled_from(
     [
-        *("Thought:", "Action:", "Action Input:", "Final Answer:", "\n", " ", "search", "{}", "x"),
-        *("Thou", "ght:", "Act", "ion:", "\n\n", "Final", " Answer:", "get_weather", "天"),
+        "Thought:",
+        "Action:",
+        "Action Input:",
+        "Final Answer:",
+        "\n",
+        " ",
+        "search",
+        "{}",
+        "x",
+        "Thou",
+        "ght:",
+        "Act",
+        "ion:",
+        "\n\n",
+        "Final",
+        " Answer:",
+        "get_weather",
+        "天",
     ]
 )
 
 
-@given(st.lists(PIECE, max_size=14), st.sampled_from(["", "Thought:", react.opening()]), st.data())
-def test_how_a_reply_is_cut_changes_nothing(pieces, begun, data):
+@given(
+    st.lists(PIECE, max_size=14),
+    st.sampled_from(["", "Thought:", react.tool_call_prefix()]),
+    st.data(),
+)
+def test_parsing_does_not_depend_on_chunk_boundaries(pieces, prefix, data):
     whole = "".join(pieces)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=5)))
     parts = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
-    assert read(parts, begun) == read([whole], begun) == read(list(whole), begun)
+    assert parse(parts, prefix) == parse([whole], prefix) == parse(list(whole), prefix)
 
 
 @given(st.text(max_size=40))
-def test_a_reply_without_labels_is_shown_as_it_is(text):
+def test_a_reply_without_labels_is_returned_unchanged(text):
     if not any(label in text for label in ("Thought:", "Action:", "Final Answer:")):
-        assert read(list(text)) == (text, [])
+        assert parse(list(text)) == (text, [])
 
 
 line = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_size=1).map(
@@ -104,36 +147,39 @@ line = st.text(st.characters(exclude_categories=("Cs", "Cc", "Zl", "Zp")), min_s
 
 
 @given(line.filter(bool), st.dictionaries(st.text(max_size=5), st.integers(), max_size=3))
-def test_a_call_that_is_written_is_read_again(thought, arguments):
-    call = Call("search", json.dumps(arguments))
-    text, calls = read([react.call_text(thought, call) + "\n"])
+def test_formatted_calls_and_answers_are_parsed_back(thought, arguments):
+    assume(not thought.startswith(("Action:", "Final Answer:")))  # read as a label
+    call = ToolCall("search", json.dumps(arguments))
+    text, calls = parse([react.format_tool_call(thought, call) + "\n"])
     assert calls == [call]
     assert text == thought
-    answer, calls = read([react.answer_text(thought)])
+    answer, calls = parse([react.format_final_answer(thought)])
     assert (answer, calls) == (thought, [])
 
 
-def test_the_answer_is_shown_as_it_comes_and_the_thought_never():
-    reader = react.ReplyReader(NAMES)
-    shown = [
-        reader.push(piece) for piece in ("Thought: hm", "\nFinal Ans", "wer: Yes", ", it", " is")
+def test_final_answer_is_streamed_and_its_thought_is_not_returned():
+    parser = react.ReactReplyParser(NAMES)
+    returned = [
+        parser.push(piece) for piece in ("Thought: hm", "\nFinal Ans", "wer: Yes", ", it", " is")
     ]
-    assert shown == [[], [], [Text("Yes")], [Text(", it")], [Text(" is")]]
+    assert returned == [[], [], [TextPart("Yes")], [TextPart(", it")], [TextPart(" is")]]
 
 
-def test_the_prompt_has_the_published_lines_and_every_tool():
+def test_question_has_the_published_labels_and_every_tool():
     tools = [
-        Tool("search", "Finds pages.", {"type": "object", "properties": {"q": {"title": "查询"}}}),
-        Tool("get_weather", "Tells the weather.", [{"name": "city"}], title="Weather"),
+        ToolDefinition(
+            "search", "Finds pages.", {"type": "object", "properties": {"q": {"title": "查询"}}}
+        ),
+        ToolDefinition("get_weather", "Tells the weather.", [{"name": "city"}], title="Weather"),
     ]
-    prompt = react.question(tools, "Will it rain?")
+    prompt = react.format_question(tools, "Will it rain?")
     lines = prompt.splitlines()
     labels = ("Question:", "Thought:", "Action:", "Action Input:", "Observation:", "Thought:")
     order = [label for entry in lines for label in labels if entry.startswith(label)]
     assert [o for i, o in enumerate(order) if i == 0 or order[i - 1] != o] == [*labels, "Question:"]
     assert "one of [search, get_weather]" in prompt
     assert lines[-3:] == ["Begin!", "", "Question: Will it rain?"]
-    # One line for each tool, with its parameters as JSON in characters, not escapes.
+    # One line per tool, with its parameters as JSON without escapes.
     assert '"查询"' in next(entry for entry in lines if entry.startswith("search: "))
     assert "the Weather API" in next(entry for entry in lines if entry.startswith("get_weather: "))
 
@@ -147,5 +193,5 @@ def test_the_prompt_has_the_published_lines_and_every_tool():
         ("[" * 100_000, "[" * 100_000),
     ],
 )
-def test_json_at_the_beginning_of_a_text(text, value):
-    assert json_text(text) == value
+def test_leading_json_value_of_a_text_is_extracted(text, value):
+    assert leading_json(text) == value

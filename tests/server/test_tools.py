@@ -253,9 +253,14 @@ def test_a_whole_round_with_the_clients_own_records(family, request):
     second = create(model="toy", messages=messages, tools=TOOLS).choices[0]
     assert (second.message.content, second.finish_reason) == ("Rain.", "stop")
     if family == "v1":
-        assert react.call_text("I look.", react.Call("weather", '{"city": "Köln"}')) in fake.prompt
+        assert (
+            react.format_tool_call("I look.", react.ToolCall("weather", '{"city": "Köln"}'))
+            in fake.prompt
+        )
     else:
-        assert hermes.call_text(hermes.Call("weather", '{"city": "Köln"}')) in fake.prompt
+        assert (
+            hermes.format_tool_call(hermes.ToolCall("weather", '{"city": "Köln"}')) in fake.prompt
+        )
 
 
 def test_logprobs_cover_what_is_hidden(v1):
@@ -283,9 +288,9 @@ def test_a_models_own_template_writes_its_prompts():
             assert told == ("", [("weather", '{"city": "Köln"}')], "Hm.", "tool_calls")
             parsed = {**CALL, "function": {"name": "weather", "arguments": {"a": 1}}}
             asked = {**ASKED, "tool_calls": [parsed]}
-            text = ChatTemplate(template).text([USER, asked, RESULT], TOOLS)
+            text = ChatTemplate(template).render([USER, asked, RESULT], TOOLS)
             assert fake.prompt == text and text.endswith(begins)
             answer = fake.ask(server.client(), "{}}", tools=TOOLS[:1], tool_choice="required")
             assert answer[:3] == ("", [("weather", "{}")], "")
-            assert fake.prompt.endswith("\n</think>\n\n" + hermes.opening("weather"))
+            assert fake.prompt.endswith("\n</think>\n\n" + hermes.tool_call_prefix("weather"))
             assert fake.prompt.count("<think>") == fake.prompt.count("</think>") == 1
