@@ -42,10 +42,15 @@ MODEL = ModelConfig(
 )
 
 
-def write_data(folder: pathlib.Path, order: list[int] | None = None) -> pathlib.Path:
+def write_data(
+    folder: pathlib.Path, order: list[int] | None = None, seq_len: int = SEQ_LEN
+) -> pathlib.Path:
     """Writes a byte tokenizer, sources `a` and `b` and held-out `h` into `folder`.
 
-    `order`: of the bytes in the vocabulary, the usual one by default.
+    Args:
+      folder: an existing folder.
+      order: of the bytes in the vocabulary; the released one by default.
+      seq_len: tokens per packed window.
     """
     tokenizer = Tokenizer(tuple(bytes([i]) for i in order or byte_order()))
     tokenizer.save(folder / "bytes.tiktoken")
@@ -55,7 +60,7 @@ def write_data(folder: pathlib.Path, order: list[int] | None = None) -> pathlib.
             Document(f"{name}{i}", " ".join(rng.choice(_WORDS, rng.integers(1, 9))))
             for i in range(count)
         ]
-        pack(documents, folder / name, tokenizer, PackConfig(SEQ_LEN))
+        pack(documents, folder / name, tokenizer, PackConfig(seq_len))
     return folder
 
 
