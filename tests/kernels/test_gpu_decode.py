@@ -1,4 +1,4 @@
-"""Hopper decode kernel: lowered on a CPU, and interpreted with plain products for wgmma."""
+"""Hopper decode kernel on a CPU: lowered for CUDA, interpreted with plain products, split plans."""
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_interpret
 
-from qwen_jax.kernels.gpu import mosaic, paged_decode_kernel
 from qwen_jax.kernels.gpu import paged_decode as gpu_decode
+from qwen_jax.kernels.gpu import paged_decode_kernel
+from tests.kernels import gpu_plain_ops
 from tests.kernels.paged_cases import NO_WINDOW, check, make_case
 
 
 def operands(case, window=None):
+    """Returns the positional arguments of `decode` for a case whose queries end the cache."""
     start = jnp.asarray(case.lengths - case.q.shape[1])
     window = jnp.int32(NO_WINDOW if window is None else window)
     return (jnp.asarray(case.q), *case.flat(), start, window)
@@ -29,7 +31,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_lowers_for_hopper(name):
-    """To Mosaic GPU's own code, with the check of shared memory; ptxas needs CUDA's wheels."""
+    """Down to Mosaic GPU's own code, with its check of shared memory; ptxas needs CUDA's wheels."""
     case = make_case((100, 200), page=64, **SHAPES[name])
     checks = [
         jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")
@@ -43,7 +45,7 @@ def test_lowers_for_hopper(name):
 
 
 CASES = {
-    "block borders, three parts": ({"splits": 3}, {"lengths": (0, 1, 63, 64, 65, 256)}),
+    "block borders, three splits": ({"splits": 3}, {"lengths": (0, 1, 63, 64, 65, 256)}),
     "8 bits": ({"splits": 2}, {"lengths": (1, 130), "dtype": jnp.uint8}),
     "window, heads of 64": ({"splits": 2, "window": 70}, {"lengths": (64, 200), "width": 64}),
     "8 bits, a draft, window": (
@@ -54,65 +56,62 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_interpreted_matches_float64(name, monkeypatch):
-    """Everything but layouts and wgmma, which a CPU can't run: plain products stand for those."""
+def test_interpreted_kernel_matches_float64(name, monkeypatch):
+    """All but register layouts and wgmma, which a CPU cannot run: plain products replace those."""
 
-    def product(a, b):
-        return jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
+    def widen_codes(codes_ref, widened_ref):
+        widened_ref[...] = (codes_ref[...].astype(jnp.float32) - 128).astype(widened_ref.dtype)
 
-    def accumulate(total, a, b):
-        return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-
-    def widen(codes, wide):
-        wide[...] = (codes[...].astype(jnp.float32) - 128).astype(wide.dtype)
-
-    plain = {
-        "share": lambda *memory: memory,
-        "load": lambda ref, layout: ref[...],
-        "full": lambda shape, value, layout: jnp.full(shape, value, jnp.float32),
-        "iota": lambda shape, axis: jax.lax.broadcasted_iota(jnp.int32, shape, axis),
-        "product": product,
-        "accumulate": accumulate,
-    }
-    for attribute, function in plain.items():
-        monkeypatch.setattr(mosaic, attribute, function)
-    monkeypatch.setattr(paged_decode_kernel, "_widen", widen)
-    how, what = CASES[name]
-    how = dict(how)
-    case = make_case(
-        what["lengths"],
-        page=64,
-        kv_heads=1 if "q_len" in what else 2,
-        **{key: value for key, value in what.items() if key != "lengths"},
+    gpu_plain_ops.replace(
+        monkeypatch,
+        *gpu_plain_ops.REGISTER_OPS,
+        gpu_plain_ops.smem_union,
+        gpu_plain_ops.matmul_transposed,
+        gpu_plain_ops.matmul_accumulate,
     )
-    window = how.pop("window", None)
+    monkeypatch.setattr(paged_decode_kernel, "_widen_codes", widen_codes)
+    options, sizes = (dict(x) for x in CASES[name])
+    kv_heads = 1 if "q_len" in sizes else 2
+    case = make_case(sizes.pop("lengths"), page=64, kv_heads=kv_heads, **sizes)
+    window = options.pop("window", None)
     with gpu_interpret.force_gpu_interpret_mode(gpu_interpret.InterpretGPUParams()):
-        got = gpu_decode.decode(*operands(case, window), scale=case.q.shape[-1] ** -0.5, **how)
+        got = gpu_decode.decode(*operands(case, window), scale=case.q.shape[-1] ** -0.5, **options)
     check(got, case.expected(window=window), 1e-2)
 
 
-def test_parts_fill_the_chip():
-    """Whole waves of the 264 blocks that run at once, from one request on."""
+def test_splits_occupy_the_gpu():
+    """CTAs come in nearly whole waves of the 264 that run at once, from one request on."""
     for pairs in (1, 2, 8, 64, 512):
         for blocks in (32, 128, 512):
             splits = gpu_decode.choose_splits(pairs, blocks)
-            parts = pairs * splits
+            ctas = pairs * splits
             assert 1 <= splits <= 128
             if pairs * min(blocks // 2, 128) >= 264:
-                waves = -(-parts // 264)
-                assert parts / (264 * waves) > 0.9, (pairs, blocks, splits)
+                waves = -(-ctas // 264)
+                assert ctas / (264 * waves) > 0.9, (pairs, blocks, splits)
     assert gpu_decode.choose_splits(8, 512) == 32
     assert gpu_decode.choose_splits(1, 1) == 1
 
 
-def test_plan_takes_every_block_once():
-    """All parts of a request together take the blocks it needs, masked ones where they must be."""
+def test_split_plan_covers_every_needed_block_once():
+    """The splits of a request cover the blocks it needs, and use the mask where it is needed."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(0, 1000, 40).astype(np.int32)
     for q_len, window, splits in ((1, NO_WINDOW, 5), (4, 100, 3), (8, 64, 16), (2, 1, 1)):
         start = lengths - q_len
-        sizes = paged_decode_kernel.Sizes(1, 1, q_len, 8, 64, 64, 16, splits, 1.0, False)
-        plan = gpu_decode._plan(jnp.asarray(lengths), jnp.asarray(start), window, sizes)
+        shape = paged_decode_kernel.DecodeShape(
+            kv_heads=1,
+            groups=1,
+            q_len=q_len,
+            rows=8,
+            head_dim=64,
+            page_size=64,
+            pages_per_request=16,
+            splits=splits,
+            scale=1.0,
+            quantised=False,
+        )
+        plan = gpu_decode._split_plan(jnp.asarray(lengths), jnp.asarray(start), window, shape)
         plan = np.asarray(plan).reshape(40, splits, -1)
         for r in range(40):
             seen = np.zeros((q_len, 1024), bool)

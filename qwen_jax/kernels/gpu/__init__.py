@@ -1,1 +1,1 @@
-"""Kernels for Hopper GPUs, in Pallas (Mosaic GPU)."""
+"""Pallas kernels for NVIDIA Hopper GPUs (Mosaic GPU): attention, paged decode, quantised matmul."""

@@ -1,8 +1,9 @@
-"""The forward kernel: output and log-sum-exp of 128 queries an item.
+"""Flash-attention forward kernel: output and log-sum-exp of 128 queries of one head per work item.
 
-FlashAttention-3 (arXiv:2407.08608), §3.1 and 3.2. A warpgroup gives the tensor cores a step's
-scores and the output of the step before together, and takes exponentials while they compute the
-latter; the two warpgroups take turns, so that the tensor cores have the other's products meanwhile.
+FlashAttention-3 (arXiv:2407.08608), §3.1 and 3.2. A warpgroup issues the scores of one block and
+the output product of the block before together, and computes the softmax of the former while the
+tensor cores compute the latter. The two computing warpgroups take turns to issue, so that the
+tensor cores have the other warpgroup's products meanwhile.
 """
 
 from __future__ import annotations
@@ -19,221 +20,328 @@ from jax import lax
 
 from qwen_jax.kernels.gpu import mosaic
 from qwen_jax.kernels.gpu.flash_pipeline import (
-    ROWS,
-    TILE,
-    WARPGROUPS,
-    Blocks,
-    Item,
-    Stream,
-    for_my_items,
-    hide,
-    launch,
-    load_bounds,
-    run,
-    stream_barriers,
+    COMPUTE_WARPGROUPS,
+    TILE_ROWS,
+    WARPGROUP_ROWS,
+    CopyRing,
+    PipelineConfig,
+    WorkItem,
+    apply_mask,
+    launch_kernel,
+    load_row_bounds,
+    persistent_loop,
+    run_warp_specialised,
 )
-from qwen_jax.kernels.gpu.flash_schedule import Queue, Rows, fold_scale
+from qwen_jax.kernels.gpu.flash_schedule import RowMask, WorkQueue, base2_scale
+from qwen_jax.kernels.gpu.mosaic import Ref
 from qwen_jax.kernels.mask import MASKED
 
 
-def forward_blocks(head_dim: int) -> Blocks:
-    """Fills shared memory: 192 KiB of tiles at head_dim 128, 160 KiB at 64."""
-    return Blocks(128, 2) if head_dim == 128 else Blocks(128, 4)
+def forward_config(head_dim: int) -> PipelineConfig:
+    """Returns the pipeline for a head dimension of 64 or 128.
 
-
-def forward(q, k, v, rows: Rows, table, queue: Queue, scale: float, blocks: Blocks):
-    """(out like q, lse float32 [B,N,T]); lengths multiples of `TILE` and of the block of keys.
-
-    table: every tile with at least one step, see `plan.at_least_one_step`.
+    It fills shared memory: 192 KiB of tiles at head_dim 128, 160 KiB at 64.
     """
-    batch, q_len, heads, width = q.shape
-    ctas = min(mosaic.ctas(), queue.items)
-    operands, tree = jax.tree.flatten((q, k, v, table, rows))
+    return PipelineConfig(128, 2) if head_dim == 128 else PipelineConfig(128, 4)
 
-    def body(*refs):
-        *inputs, out_ref, lse_ref, memory, barriers = refs
-        unit = _Forward(
-            *jax.tree.unflatten(tree, inputs),
-            *(out_ref, lse_ref, memory),
-            *(
-                barriers[0],
-                Stream(*barriers[1], blocks.stages),
-                Stream(*barriers[2], blocks.stages),
-            ),
-            *(barriers[3], queue, blocks, scale, heads // k.shape[2], ctas),
+
+def forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    row_mask: RowMask,
+    table: jax.Array,
+    *,
+    queue: WorkQueue,
+    scale: float,
+    config: PipelineConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes attention of padded operands.
+
+    Args:
+      q: [B, T, N, H] (batch, queries, query heads, head dimension), T a multiple of 128.
+      k: keys [B, S, K, H] (S keys, K kv heads) in q's dtype, S a multiple of `config.block`.
+      v: values [B, S, K, H] in q's dtype.
+      row_mask: mask with queries as rows.
+      table: tiles in order of work, each with at least one step (`ensure_one_step`).
+      queue: order of the work items (tile, query head).
+      scale: factor on q·k.
+      config: keys per step and steps in flight.
+
+    Returns:
+      (out [B, T, N, H] in q's dtype, lse float32 [B, N, T], natural logarithm). Where a query sees
+      no key, out is 0 and lse `MASKED`.
+    """
+    batch, q_len, heads, head_dim = q.shape
+    ctas = min(mosaic.num_ctas(), queue.items)
+
+    def body(**refs: Ref) -> None:
+        kernel = _ForwardKernel(
+            **refs,
+            queue=queue,
+            config=config,
+            scale=scale,
+            q_heads_per_kv_head=heads // k.shape[2],
+            ctas=ctas,
         )
-        run(unit)
+        run_warp_specialised(kernel)
 
-    tile = mosaic.tile_memory((WARPGROUPS, ROWS, width), q.dtype)
-    stages = mosaic.tile_memory((blocks.stages, blocks.block, width), q.dtype)
-    once = plgpu.Barrier(num_arrivals=WARPGROUPS)
-    out_type = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+    tile = mosaic.smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim), q.dtype)
+    blocks = mosaic.smem_tile((config.stages, config.block, head_dim), q.dtype)
+    results = launch_kernel(
+        "flash_forward",
+        body,
+        inputs={"q": q, "k": k, "v": v, "table": table, "row_mask": row_mask},
+        outputs={
+            "out": jax.ShapeDtypeStruct(q.shape, q.dtype),
+            "lse": jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+        },
+        scratch={
+            "q_smem": tile,
+            "k_smem": blocks,
+            "v_smem": blocks,
+            "out_smem": tile,
+            "lse_smem": plgpu.SMEM((COMPUTE_WARPGROUPS, WARPGROUP_ROWS), jnp.float32),
+            "q_filled": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            "q_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            "k_ring": CopyRing.scratch(config.stages),
+            "v_ring": CopyRing.scratch(config.stages),
+            "turns": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        },
+        ctas=ctas,
     )
-    scratch = [
-        (tile, stages, stages, tile, plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)),
-        (
-            (once, once),
-            *(stream_barriers(blocks.stages) for _ in "kv"),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
-        ),
-    ]
-    return launch("flash_forward", body, out_type, scratch, ctas)(*operands)
+    return results["out"], results["lse"]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Forward:
-    """The kernel's body; arrays are references.
+class _ForwardKernel:
+    """Body of the forward kernel; arrays are references.
+
+    Shapes: B batch, T queries, N query heads, S keys, K kv heads, H head dimension.
 
     Attributes:
-      memory: shared memory for (q, k, v, out, lse).
-      q_barriers: (ready, consumed).
-      turns: one barrier a warpgroup, where the other says that it has issued its products.
-      groups: query heads a kv head.
+      q: queries in global memory, [B, T, N, H].
+      k: keys in global memory, [B, S, K, H].
+      v: values in global memory, [B, S, K, H].
+      table: tiles of queries in order of work (`make_tile_table`), in global memory.
+      row_mask: mask with queries as rows, in global memory.
+      out: result in global memory, [B, T, N, H].
+      lse: log-sum-exp in global memory, float32 [B, N, T].
+      q_smem: queries of an item in shared memory, [warpgroups, 64, H].
+      k_smem: keys of the steps in flight, [stages, block, H].
+      v_smem: values of the steps in flight, [stages, block, H].
+      out_smem: outputs on their way to global memory, [warpgroups, 64, H].
+      lse_smem: log-sum-exp on its way to global memory, float32 [warpgroups, 64].
+      q_filled: barrier completed when an item's queries have arrived.
+      q_free: barrier completed when both warpgroups have finished with an item's queries.
+      k_ring: barriers of `k_smem`.
+      v_ring: barriers of `v_smem`.
+      turns: barriers [warpgroups]; warpgroup i may issue products once turns[i] completes, which
+        the other signals after issuing its own.
+      queue: order of the work items.
+      config: keys per step and steps in flight.
+      scale: factor on q·k.
+      q_heads_per_kv_head: N / K.
+      ctas: number of CTAs.
     """
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    table: jax.Array
-    rows: Rows
-    out: jax.Array
-    lse: jax.Array
-    memory: tuple
-    q_barriers: tuple
-    keys: Stream
-    values: Stream
-    turns: jax.Array
-    queue: Queue
-    blocks: Blocks
+    q: Ref
+    k: Ref
+    v: Ref
+    table: Ref
+    row_mask: RowMask
+    out: Ref
+    lse: Ref
+    q_smem: Ref
+    k_smem: Ref
+    v_smem: Ref
+    out_smem: Ref
+    lse_smem: Ref
+    q_filled: Ref
+    q_free: Ref
+    k_ring: CopyRing
+    v_ring: CopyRing
+    turns: Ref
+    queue: WorkQueue
+    config: PipelineConfig
     scale: float
-    groups: int
+    q_heads_per_kv_head: int
     ctas: int
 
     def load(self) -> None:
-        """The warpgroup that loads: queries of an item, then keys and values step by step.
+        """Copies the queries of each work item, then its keys and values step by step.
 
-        Keys go a step ahead of values, in the order in which buffers become free.
+        Keys are one step ahead of values, which is the order in which buffers become free.
         """
-        q_memory, k_memory, v_memory = self.memory[:3]
-        q_ready, q_consumed = self.q_barriers
 
-        def one(n, item: Item, done):
-            batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
-            kv_head = lax.div(head, jnp.int32(self.groups))
+        def load_item(n, item: WorkItem, done):
+            batch, tile, head, schedule = item.batch, item.tile, item.head, item.schedule
+            kv_head = lax.div(head, jnp.int32(self.q_heads_per_kv_head))
 
-            def put(stream, source, memory, t):
-                block = pl.ds(steps.block(t) * self.blocks.block, self.blocks.block)
-                stream.put(done + t, (source.at[batch, block, kv_head], memory))
+            def copy_block(ring: CopyRing, source, buffers, step):
+                rows = pl.ds(schedule.block(step) * self.config.block, self.config.block)
+                ring.start_copies(done + step, (source.at[batch, rows, kv_head], buffers))
 
-            pl.when(n > 0)(lambda: plgpu.barrier_wait(q_consumed))
-            for group in range(WARPGROUPS):
-                queries = pl.ds(tile * TILE + group * ROWS, ROWS)
+            pl.when(n > 0)(lambda: plgpu.barrier_wait(self.q_free))
+            for warpgroup in range(COMPUTE_WARPGROUPS):
+                queries = pl.ds(tile * TILE_ROWS + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 plgpu.copy_gmem_to_smem(
-                    self.q.at[batch, queries, head], q_memory.at[group], q_ready
+                    self.q.at[batch, queries, head], self.q_smem.at[warpgroup], self.q_filled
                 )
-            put(self.keys, self.k, k_memory, jnp.int32(0))
+            copy_block(self.k_ring, self.k, self.k_smem, jnp.int32(0))
 
-            def step(t, _):
-                pl.when(t + 1 < steps.steps)(lambda: put(self.keys, self.k, k_memory, t + 1))
-                put(self.values, self.v, v_memory, t)
+            def load_step(step, _):
+                pl.when(step + 1 < schedule.steps)(
+                    lambda: copy_block(self.k_ring, self.k, self.k_smem, step + 1)
+                )
+                copy_block(self.v_ring, self.v, self.v_smem, step)
 
-            lax.fori_loop(0, steps.steps, step, None)
-            return done + steps.steps
+            lax.fori_loop(0, schedule.steps, load_step, None)
+            return done + schedule.steps
 
-        done = for_my_items(self.queue, self.ctas, self.table, one, ahead=True)
-        plgpu.barrier_wait(q_consumed)
-        self.keys.drain(done)
-        self.values.drain(done)
+        done = persistent_loop(self.queue, self.ctas, self.table, load_item, prefetch=True)
+        plgpu.barrier_wait(self.q_free)
+        self.k_ring.drain(done)
+        self.v_ring.drain(done)
 
     def compute(self) -> None:
-        """A warpgroup that computes, from queries in shared memory to the output."""
-        group = lax.axis_index("wg")
-        # The first warpgroup has the first turn, and takes note of the last one given to it.
-        pl.when(group == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
-        for_my_items(
-            self.queue, self.ctas, self.table, functools.partial(self._item, group), ahead=True
-        )
-        pl.when(group == 0)(lambda: plgpu.barrier_wait(self.turns.at[0]))
+        """Computes and writes the results of this warpgroup's 64 queries of each work item."""
+        warpgroup = lax.axis_index("wg")
+        # The first warpgroup has the first turn, and consumes the last signal sent to it.
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(self.turns.at[0]))
+        compute_item = functools.partial(self._compute_item, warpgroup)
+        persistent_loop(self.queue, self.ctas, self.table, compute_item, prefetch=True)
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(self.turns.at[0]))
         plgpu.wait_smem_to_gmem(0)
 
-    def _item(self, group, _, item: Item, done):
-        q_ready, q_consumed = self.q_barriers
-        batch, tile, head, steps = item.batch, item.tile, item.head, item.steps
-        start = tile * TILE + group * ROWS
-        bounds = load_bounds(self.rows, batch, start)
-        q, k_memory, v_memory = self.memory[0].at[group], *self.memory[1:3]
+    def _compute_item(
+        self, warpgroup: jax.Array, n: jax.Array, item: WorkItem, done: jax.Array
+    ) -> jax.Array:
+        """Computes 64 queries of a work item.
 
-        def masked(t, scores):
-            # A row's maximum starts finite, so what is never seen weighs exactly 0.
-            first = steps.block(t) * self.blocks.block
-            return hide(self.rows, bounds, batch, first, scores)
+        Args:
+          warpgroup: index of this warpgroup, 0 or 1.
+          n: unused; number of the item, as `persistent_loop` passes it.
+          item: the work item.
+          done: steps of the CTA's earlier items.
 
-        def next_keys(t):
-            pl.when(t < steps.steps)(lambda: self.keys.wait(done + t))
+        Returns:
+          `done` plus the steps of this item.
+        """
+        del n
+        batch, schedule = item.batch, item.schedule
+        start = item.tile * TILE_ROWS + warpgroup * WARPGROUP_ROWS
+        bounds = load_row_bounds(self.row_mask, batch, start)
+        q = self.q_smem.at[warpgroup]
 
-        space = mosaic.full((ROWS, self.blocks.block), 0.0, mosaic.MATRIX)
+        def masked(step, scores):
+            # A row's running maximum starts finite, so masked scores get a weight of exactly 0.
+            first = schedule.block(step) * self.config.block
+            return apply_mask(self.row_mask, bounds, batch, first, scores)
 
-        def step(mask, t, carry):
-            total, highest, weight, p = carry
-            now, before = done + t, done + t - 1
+        def wait_for_keys(step):
+            pl.when(step < schedule.steps)(lambda: self.k_ring.wait_filled(done + step))
 
-            def consume(scores):
-                self.keys.release(now)
-                return self._softmax(mask(t, scores), highest, weight)
+        p_template = mosaic.full((WARPGROUP_ROWS, self.config.block), 0.0, mosaic.MATRIX)
 
-            self.values.wait(before)
-            plgpu.barrier_wait(self.turns.at[group])
-            total, keep, highest, weight, p = mosaic.product_beside(
-                *(total, p, v_memory.at[self.values.slot(before)]),
-                *(q, k_memory.at[self.keys.slot(now)]),
-                lambda: plgpu.barrier_arrive(self.turns.at[1 - group]),
-                *(consume, lambda: next_keys(t + 1), (weight, highest, weight, space)),
+        def compute_step(mask, step, carry):
+            acc, row_max, row_sum, p = carry
+            this, previous = done + step, done + step - 1
+
+            def softmax(scores):
+                self.k_ring.release(this)
+                return self._online_softmax(mask(step, scores), row_max, row_sum)
+
+            self.v_ring.wait_filled(previous)
+            plgpu.barrier_wait(self.turns.at[warpgroup])
+            acc, rescale, row_max, row_sum, p = mosaic.output_matmul_with_softmax(
+                acc,
+                p,
+                self.v_smem.at[self.v_ring.slot(previous)],
+                q,
+                self.k_smem.at[self.k_ring.slot(this)],
+                on_issued=lambda: plgpu.barrier_arrive(self.turns.at[1 - warpgroup]),
+                softmax=softmax,
+                after_softmax=lambda: wait_for_keys(step + 1),
+                softmax_templates=(row_sum, row_max, row_sum, p_template),
             )
-            self.values.release(before)
-            total = total * mosaic.rows(keep, total.shape[1])
-            return total, highest, weight, p.astype(self.q.dtype)
+            self.v_ring.release(previous)
+            acc = acc * mosaic.broadcast_rows(rescale, acc.shape[1])
+            return acc, row_max, row_sum, p.astype(self.q.dtype)
 
-        plgpu.barrier_wait(q_ready)
-        self.keys.wait(done)
-        scores = mosaic.product(q, k_memory.at[self.keys.slot(done)])
-        self.keys.release(done)
-        next_keys(jnp.int32(1))
-        nothing = (mosaic.full((ROWS,), x, mosaic.PER_ROW) for x in (MASKED, 0.0))
-        _, highest, weight, p = self._softmax(masked(jnp.int32(0), scores), *nothing)
-        total = mosaic.full((ROWS, q.shape[1]), 0.0, mosaic.MATRIX)
-        carry = (total, highest, weight, p.astype(self.q.dtype))
-        full = jnp.maximum(steps.masked, 1)
-        carry = lax.fori_loop(1, full, functools.partial(step, masked), carry)
-        whole = functools.partial(step, lambda t, scores: scores)
-        total, highest, weight, p = lax.fori_loop(full, steps.steps, whole, carry)
-        plgpu.barrier_arrive(q_consumed)
-        last = done + steps.steps - 1
-        self.values.wait(last)
-        total = mosaic.accumulate(total, p, v_memory.at[self.values.slot(last)])
-        self.values.release(last)
-        self._write(group, batch, head, start, total, highest, weight)
-        return done + steps.steps
+        plgpu.barrier_wait(self.q_filled)
+        self.k_ring.wait_filled(done)
+        scores = mosaic.matmul_transposed(q, self.k_smem.at[self.k_ring.slot(done)])
+        self.k_ring.release(done)
+        wait_for_keys(jnp.int32(1))
+        scores = masked(jnp.int32(0), scores)
+        row_max, row_sum = (
+            mosaic.full((WARPGROUP_ROWS,), x, mosaic.PER_ROW) for x in (MASKED, 0.0)
+        )
+        _, row_max, row_sum, p = self._online_softmax(scores, row_max, row_sum)
+        acc = mosaic.full((WARPGROUP_ROWS, q.shape[1]), 0.0, mosaic.MATRIX)
+        carry = (acc, row_max, row_sum, p.astype(self.q.dtype))
+        first_full = jnp.maximum(schedule.masked_steps, 1)
+        carry = lax.fori_loop(1, first_full, functools.partial(compute_step, masked), carry)
+        unmasked = functools.partial(compute_step, lambda step, scores: scores)
+        carry = lax.fori_loop(first_full, schedule.steps, unmasked, carry)
+        acc, row_max, row_sum, p = carry
+        plgpu.barrier_arrive(self.q_free)
+        last = done + schedule.steps - 1
+        self.v_ring.wait_filled(last)
+        acc = mosaic.matmul_accumulate(acc, p, self.v_smem.at[self.v_ring.slot(last)])
+        self.v_ring.release(last)
+        self._write_results(warpgroup, item, start, acc, row_max, row_sum)
+        return done + schedule.steps
 
-    def _softmax(self, scores, highest, weight):
-        """(factor for what was summed so far, highest score, weight, weights p), float32."""
-        factor = fold_scale(self.scale)
-        new = jnp.maximum(highest, scores.max(axis=1) * factor)
-        keep = jnp.exp2(highest - new)
-        p = jnp.exp2(scores * factor - mosaic.rows(new, scores.shape[1]))
-        return keep, new, weight * keep + p.sum(axis=1), p
+    def _online_softmax(
+        self, scores: jax.Array, row_max: jax.Array, row_sum: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Adds a block of scores to the running softmax statistics of 64 queries.
 
-    def _write(self, group, batch, head, start, total, highest, weight) -> None:
-        out_memory, lse_memory = self.memory[3].at[group], self.memory[4].at[group]
-        some = weight > 0
-        total *= mosaic.rows(jnp.where(some, 1.0 / weight, 0.0), total.shape[1])
-        lse = jnp.where(some, highest * math.log(2.0) + jnp.log(weight), MASKED)
-        # The previous item's results have left shared memory.
+        Args:
+          scores: q·k with -inf where masked, float32 [64, keys].
+          row_max: running maximum of the scores as exponents of 2, float32 [64].
+          row_sum: running sum of the weights relative to `row_max`, float32 [64].
+
+        Returns:
+          (factor [64] by which earlier sums and outputs have to be multiplied, new row_max, new
+          row_sum, weights [64, keys]), float32.
+        """
+        factor = base2_scale(self.scale)
+        new_max = jnp.maximum(row_max, scores.max(axis=1) * factor)
+        rescale = jnp.exp2(row_max - new_max)
+        p = jnp.exp2(scores * factor - mosaic.broadcast_rows(new_max, scores.shape[1]))
+        return rescale, new_max, row_sum * rescale + p.sum(axis=1), p
+
+    def _write_results(
+        self,
+        warpgroup: jax.Array,
+        item: WorkItem,
+        start: jax.Array,
+        acc: jax.Array,
+        row_max: jax.Array,
+        row_sum: jax.Array,
+    ) -> None:
+        """Normalises 64 queries' outputs and copies them and their log-sum-exp to global memory.
+
+        Args:
+          warpgroup: index of this warpgroup, 0 or 1.
+          item: the work item.
+          start: first query of the warpgroup.
+          acc: unnormalised output, float32 [64, head_dim].
+          row_max: maximum of the scores as exponents of 2, float32 [64].
+          row_sum: sum of the weights, float32 [64].
+        """
+        out_smem, lse_smem = self.out_smem.at[warpgroup], self.lse_smem.at[warpgroup]
+        some = row_sum > 0
+        acc *= mosaic.broadcast_rows(jnp.where(some, 1.0 / row_sum, 0.0), acc.shape[1])
+        lse = jnp.where(some, row_max * math.log(2.0) + jnp.log(row_sum), MASKED)
+        # The previous item's results have to leave shared memory first.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out_memory[...] = total.astype(self.out.dtype)
-        lse_memory[...] = lse
+        out_smem[...] = acc.astype(self.out.dtype)
+        lse_smem[...] = lse
         plgpu.commit_smem()
-        queries = pl.ds(start, ROWS)
-        plgpu.copy_smem_to_gmem(out_memory, self.out.at[batch, queries, head])
-        plgpu.copy_smem_to_gmem(lse_memory, self.lse.at[batch, head, queries])
+        queries = pl.ds(start, WARPGROUP_ROWS)
+        plgpu.copy_smem_to_gmem(out_smem, self.out.at[item.batch, queries, item.head])
+        plgpu.copy_smem_to_gmem(lse_smem, self.lse.at[item.batch, item.head, queries])

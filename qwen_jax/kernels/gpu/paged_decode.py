@@ -1,15 +1,16 @@
-"""Decode attention over a paged cache on Hopper: split keys, tensor cores, pages by bulk copies.
+"""Decode attention over a paged KV cache on Hopper GPUs: split keys, plan the splits, merge them.
 
-A batch of one or eight has far fewer (request, kv head) pairs than the 132 multiprocessors, so
-each request's keys are cut into parts, one thread block a part ("flash decoding"; `decode_kernel`),
-and the parts' outputs are merged by their log-sum-exp.
+A batch of one or eight requests has far fewer (request, kv head) pairs than the GPU's 132
+multiprocessors, so the keys of each request are split, one CTA (thread block) per split ("flash
+decoding"; the kernel is in `paged_decode_kernel`), and the outputs of the splits are merged by
+their log-sum-exp.
 
-All query heads of a kv head, and all of a few query tokens, are the rows of one wgmma, which always
-has 64. Unused rows are no bottleneck: at 64 rows, bf16 keys and values arriving at the full speed
-of an H200's memory (4.8 TB/s) need 307 of its 990 TFLOP/s.
+The query heads of a kv head, for all of a few query tokens, are the rows of one wgmma, which always
+has 64. Unused rows are no bottleneck: at 64 rows, bf16 keys and values that arrive at the full
+memory bandwidth of an H200 (4.8 TB/s) need 307 of its 990 TFLOP/s.
 
-8-bit pages are widened to bf16 in shared memory as codes, which are exact; scale and zero are put
-on scores and weights (see `kernels.tpu.decode`, which does the same).
+8-bit pages are widened to bf16 in shared memory as codes, which is exact; scale and zero are
+applied to scores and weights, as in `kernels.tpu.paged_decode`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ import jax.numpy as jnp
 
 from qwen_jax.kernels.cache import PagedCache
 from qwen_jax.kernels.gpu import mosaic
-from qwen_jax.kernels.gpu.paged_decode_kernel import BLOCK, ROWS, Sizes, launch
+from qwen_jax.kernels.gpu.paged_decode_kernel import BLOCK, ROWS, DecodeShape, launch
 from qwen_jax.kernels.mask import MASKED
 from qwen_jax.parallel import current_mesh
 
+_MAX_SPLITS = 128
+
 
 def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str | None:
-    """Why this kernel can't serve a cache with `heads` query heads a kv head; None if it can."""
-    del entries  # of any number
+    """Returns one clause saying why this kernel cannot serve a cache, or None if it can.
+
+    Args:
+      cache: the paged cache.
+      q_len: query tokens per request.
+      heads: query heads per kv head.
+      entries: entries of the device's page table; any number is accepted.
+    """
+    del entries
     device = current_mesh().abstract_device or jax.devices()[0]
     if not mosaic.is_hopper(device.device_kind):
         return f"a {device.device_kind}; the GPU kernel is made for Hopper (H100, H200)"
@@ -41,30 +51,64 @@ def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str |
     return None
 
 
-def decode(q, pages, scales, page_table, lengths, start, window, *, scale, splits=None):
-    """Contract: `kernels.paged._reference`.
+def decode(
+    q: jax.Array,
+    pages: jax.Array,
+    scales: jax.Array | None,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    start: jax.Array,
+    window: jax.Array,
+    *,
+    scale: float,
+    splits: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Computes attention of a few query tokens per request over one layer of a paged cache.
 
-    splits: parts each request's keys are cut into; by default what `choose_splits` says.
+    Args:
+      q: [R, T, N, H] (requests, query tokens per request, query heads, head dimension).
+      pages: [pages, K, page size, 2H] (K kv heads), key and value of a token side by side; bf16,
+        float16 or uint8 codes.
+      scales: float32 [pages, K, 4, page size], (key scale, key zero, value scale, value zero) of
+        8-bit pages; None otherwise.
+      page_table: int32 [R, pages per request].
+      lengths: int32 [R], tokens of each request in the cache.
+      start: int32 [R], slot of the first query; negative for an idle request.
+      window: int32 scalar; a query sees at most this many slots, its own included.
+      scale: factor on q·k.
+      splits: into how many parts each request's keys are split; None: `choose_splits`.
+
+    Returns:
+      (out float32 [R, T, N, H], lse float32 [R, N, T], natural logarithm); 0 and `MASKED` for a
+      query that sees no key.
     """
-    requests, q_len, heads, width = q.shape
-    kv_heads, page = pages.shape[1:3]
+    requests, q_len, heads, head_dim = q.shape
+    kv_heads, page_size = pages.shape[1:3]
     groups = heads // kv_heads
     if splits is None:
-        splits = choose_splits(requests * kv_heads, page_table.shape[1] * page // BLOCK)
+        splits = choose_splits(requests * kv_heads, page_table.shape[1] * page_size // BLOCK)
     rows = -(-groups * q_len // 8) * 8
-    sizes = Sizes(
-        *(kv_heads, groups, q_len, rows, width, page, page_table.shape[1], splits, scale),
-        scales is not None,
+    shape = DecodeShape(
+        kv_heads=kv_heads,
+        groups=groups,
+        q_len=q_len,
+        rows=rows,
+        head_dim=head_dim,
+        page_size=page_size,
+        pages_per_request=page_table.shape[1],
+        splits=splits,
+        scale=scale,
+        quantised=scales is not None,
     )
-    compute = jnp.bfloat16 if scales is not None else pages.dtype
-    # [R,T,K,G,H] -> [R,K,T·G,H], zeros below.
-    q = q.reshape(requests, q_len, kv_heads, groups, width).swapaxes(1, 2).astype(compute)
-    q = q.reshape(requests, kv_heads, q_len * groups, width)
+    compute_dtype = jnp.bfloat16 if scales is not None else pages.dtype
+    # [R, T, K, groups, H] -> [R, K, T·groups, H], padded with zeros to [R, K, rows, H].
+    q = q.reshape(requests, q_len, kv_heads, groups, head_dim).swapaxes(1, 2)
+    q = q.astype(compute_dtype).reshape(requests, kv_heads, q_len * groups, head_dim)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, rows - q_len * groups), (0, 0)))
-    out, lse = launch(sizes, q, pages, scales, page_table, _plan(lengths, start, window, sizes))
-    out, lse = _merge(out, lse)
+    plan = _split_plan(lengths, start, window, shape)
+    out, lse = _merge_splits(*launch(shape, q, pages, scales, page_table, plan))
 
-    def heads_last(x):  # [R,K,rows,·] -> [R,T,N,·]
+    def heads_last(x):  # [R, K, rows, ·] -> [R, T, N, ·]
         x = x[:, :, : q_len * groups].reshape(requests, kv_heads, q_len, groups, -1)
         return x.swapaxes(1, 2).reshape(requests, q_len, heads, -1)
 
@@ -72,39 +116,57 @@ def decode(q, pages, scales, page_table, lengths, start, window, *, scale, split
 
 
 def choose_splits(pairs: int, blocks: int) -> int:
-    """Parts to cut each of `pairs` (request, kv head) pairs into, of at most `blocks` steps each.
+    """Returns into how many parts to split each request's keys so that the GPU is well occupied.
 
-    The fewest waves of thread blocks by steps of the longest part; starting a part and merging it
-    counts as four steps.
+    Args:
+      pairs: number of (request, kv head) pairs.
+      blocks: largest number of blocks of 64 tokens that a request can have.
     """
-    return mosaic.fewest_waves(pairs, blocks, 128)
+    return mosaic.splits_for_fewest_waves(pairs, blocks, _MAX_SPLITS)
 
 
-def _plan(lengths, start, window, sizes: Sizes) -> jax.Array:
-    """int32 [R·splits·FIELDS]: what a thread block needs to know of its part.
+def _split_plan(
+    lengths: jax.Array, start: jax.Array, window: jax.Array | int, shape: DecodeShape
+) -> jax.Array:
+    """Returns which blocks of tokens each split of each request covers.
 
-    First block; number of blocks; how many of them at the end are cut by the queries' own slots or
-    the request's end; how many in all need the mask, with those the window cuts; slot of the first
-    query; slot after the last one seen; window.
+    Args:
+      lengths: int32 [requests], tokens in the cache.
+      start: int32 [requests], slot of the first query.
+      window: slots that a query sees, its own included.
+      shape: sizes of the call.
+
+    Returns:
+      int32 [requests · splits · 7], the `PLAN_FIELDS` of each split.
     """
-    end = jnp.minimum(lengths, start + sizes.q_len)
+    end = jnp.minimum(lengths, start + shape.q_len)
     low = jnp.maximum(start - window + 1, 0) // BLOCK
     blocks = jnp.maximum((end + BLOCK - 1) // BLOCK - low, 0)
-    each = (blocks + sizes.splits - 1) // sizes.splits
-    done = jnp.arange(sizes.splits, dtype=jnp.int32) * each[:, None]
-    count = jnp.clip(blocks[:, None] - done, 0, each[:, None])
-    first = low[:, None] + done
+    per_split = (blocks + shape.splits - 1) // shape.splits
+    before = jnp.arange(shape.splits, dtype=jnp.int32) * per_split[:, None]
+    count = jnp.clip(blocks[:, None] - before, 0, per_split[:, None])
+    first = low[:, None] + before
     full_high = jnp.maximum(jnp.minimum(end, start + 1) // BLOCK, 0)[:, None]
-    full_low = (jnp.maximum(start + sizes.q_len - window, 0) + BLOCK - 1) // BLOCK
+    full_low = (jnp.maximum(start + shape.q_len - window, 0) + BLOCK - 1) // BLOCK
     tail = jnp.clip(first + count - jnp.maximum(full_high, first), 0, count)
     head = jnp.clip(full_low[:, None] - first, 0, count - tail)
     window = jnp.broadcast_to(window, start.shape)
-    rows = (jnp.broadcast_to(x[:, None], count.shape) for x in (start, end, window))
-    return jnp.stack([first, count, tail, tail + head, *rows], axis=-1).astype(jnp.int32).ravel()
+    per_request = (jnp.broadcast_to(x[:, None], count.shape) for x in (start, end, window))
+    plan = jnp.stack([first, count, tail, tail + head, *per_request], axis=-1)
+    return plan.astype(jnp.int32).ravel()
 
 
-def _merge(out, lse):
-    """Parts to wholes: out float32 [R,splits,K,rows,H] and lse [R,splits,K,rows] over splits."""
+def _merge_splits(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Merges attention over the splits of each request's keys.
+
+    Args:
+      out: float32 [R, splits, K, rows, H] (requests, splits, kv heads, query rows of a kv head,
+        head dimension).
+      lse: float32 [R, splits, K, rows], `MASKED` where a split has no visible key.
+
+    Returns:
+      (out [R, K, rows, H], lse [R, K, rows]) over all keys; 0 and `MASKED` where none is visible.
+    """
     highest = lse.max(axis=1)
     weights = jnp.where(lse > MASKED / 2, jnp.exp(lse - highest[:, None]), 0.0)
     total = weights.sum(axis=1)
