@@ -28,8 +28,8 @@ from qwen_jax.errors import UserError
 LIMITS = {
     "flash_forward": 16,
     "flash_backward": 280,
-    "flash_backward_keys": 64,
-    "flash_backward_queries": 96,
+    "flash_backward_dkdv": 64,
+    "flash_backward_dq": 96,
 }
 """Bytes of spill stores allowed: flash_backward's are addresses, the others' outside the loops."""
 

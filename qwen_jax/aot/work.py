@@ -30,8 +30,8 @@ _KERNELS = ("tpu_custom_call", "mosaic_gpu", "mosaic_gpu_v2")
 HOPPER_PRODUCTS = {
     "flash_forward": 2,
     "flash_backward": 5,
-    "flash_backward_keys": 4,
-    "flash_backward_queries": 3,
+    "flash_backward_dkdv": 4,
+    "flash_backward_dq": 3,
 }
 _HOPPER_TILE = 128
 

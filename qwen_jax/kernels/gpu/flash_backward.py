@@ -130,7 +130,7 @@ def backward(
         ds_barrier = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)
     out = jax.ShapeDtypeStruct((batch, k_len, queue_heads, head_dim), dtype)
     results = launch_kernel(
-        "flash_backward" if with_dq else "flash_backward_keys",
+        "flash_backward" if with_dq else "flash_backward_dkdv",
         body,
         inputs={
             "q": q,

@@ -93,7 +93,7 @@ def backward_dq(
     tile = mosaic.smem_tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_dim), q.dtype)
     blocks = mosaic.smem_tile((config.stages, config.block, head_dim), q.dtype)
     results = launch_kernel(
-        "flash_backward_queries",
+        "flash_backward_dq",
         body,
         inputs={
             "q": q,
