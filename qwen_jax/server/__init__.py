@@ -1,1 +1,1 @@
-"""An OpenAI-compatible HTTP server over a `Service`: an ASGI app, and the chat page at `/`."""
+"""OpenAI-compatible HTTP server over a `Service`: an ASGI app with a chat page at `/`."""

@@ -1,153 +1,198 @@
-"""What the endpoints share: the service, the limits, and the course of a request."""
+"""State shared by all endpoints, and the life cycle of a completion request."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from qwen_jax.errors import nearest
 from qwen_jax.generate.service import Chunk, Service
-from qwen_jax.server.config import Limits, ServedModel
-from qwen_jax.server.errors import ApiError, Json, as_api_error
-from qwen_jax.server.job import Ask, Job
-from qwen_jax.server.limits import LOG, Gate
-from qwen_jax.server.metrics import Metrics
-from qwen_jax.server.stream import DONE, KEEP_ALIVE, EventStream, event, unless_gone
+from qwen_jax.server.completion_job import CompletionJob, PromptRequest
+from qwen_jax.server.config import ServedModel, ServerLimits
+from qwen_jax.server.errors import ApiError, JsonResponse, as_api_error
+from qwen_jax.server.event_stream import (
+    DONE,
+    KEEP_ALIVE,
+    EventStreamResponse,
+    cancel_on_disconnect,
+    encode_event,
+)
+from qwen_jax.server.limits import AdmissionGate
+from qwen_jax.server.metrics import ServerMetrics
+from qwen_jax.server.middleware import LOG_FIELDS
+
+T = TypeVar("T")
 
 
-class Writer(Protocol):
-    """Writes the answers of one kind of request, whole or as events."""
+class ResponseWriter(Protocol):
+    """Formatter of the answers to one request, as stream events or as one response object."""
 
-    def begin(self) -> list[dict[str, Any]]:
-        """The events before any text."""
+    def first_events(self) -> list[dict[str, Any]]:
+        """Returns the stream events that precede all generated text."""
 
-    def push(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """The events of a chunk of answer `number`."""
+    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """Appends a chunk to answer `index` and returns the stream events for it."""
 
-    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The event that tells the usage."""
+    def usage_event(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Returns the stream event that reports the token counts `usage`."""
 
-    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """Everything pushed, as one response."""
+    def response(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Returns the response object with all chunks pushed so far and the token counts."""
 
 
-class Front:
-    """A served model and who is being served.
+class AppState:
+    """The served model with its service, limits, metrics and the requests in progress.
 
     Attributes:
-      service, model, limits: as given. gate, metrics: of this server.
+      service: generates the answers.
+      model: properties of the served model.
+      limits: access and resource limits.
+      gate: admission control of completion requests.
+      metrics: Prometheus metrics of this server.
     """
 
-    def __init__(self, service: Service, model: ServedModel, limits: Limits):
+    def __init__(self, service: Service, model: ServedModel, limits: ServerLimits):
         self.service, self.model, self.limits = service, model, limits
-        self.gate = Gate(limits.max_requests)
-        self.metrics = Metrics(service)
-        self._jobs: set[Job] = set()
+        self.gate = AdmissionGate(limits.max_requests)
+        self.metrics = ServerMetrics(service)
+        self._jobs: set[CompletionJob] = set()
+
+    @staticmethod
+    def of(request: Request) -> AppState:
+        """Returns the state of the app that received `request`."""
+        return request.app.state.app_state
 
     def check_model(self, name: str) -> None:
-        """Refuses every model but the one there is.
+        """Checks that `name` is the served model's.
 
         Raises:
-          ApiError: 404.
+          ApiError: 404 for any other name.
         """
         if name != self.model.name:
             message = (
-                f"The model {name!r:.100} is not served{nearest(name, [self.model.name])}; "
+                f"The model {name!r:.100} does not exist{nearest(name, [self.model.name])}; "
                 f"this server has {self.model.name!r}."
             )
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def in_thread(self, work: Callable[..., Any], *args: Any) -> Any:
-        """Runs what would hold up the event loop: reading a long body, encoding a long prompt."""
+    async def run_in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        """Returns `work(*args)`, run in a thread.
+
+        For work that would block the event loop, such as parsing a long body or encoding a long
+        prompt.
+        """
         return await asyncio.to_thread(work, *args)
 
-    async def answer(
+    async def respond(
         self,
         request: Request,
-        asks: Sequence[Ask],
-        writer: Writer,
+        prompt_requests: Sequence[PromptRequest],
+        writer: ResponseWriter,
         leave: Callable[[], None],
         *,
         stream: bool,
         include_usage: bool,
     ) -> Response:
-        """Generates, and answers whole or as a stream; `leave` is called when it is over.
+        """Generates all answers of a request and returns them, whole or as an event stream.
+
+        Args:
+          request: the HTTP request, whose body has been read.
+          prompt_requests: the prompts and how to continue them.
+          writer: formats the answers.
+          leave: called when the request has ended, for a stream after its last event.
+          stream: whether to return an event stream.
+          include_usage: whether a stream ends with an event that reports token counts.
 
         Raises:
-          ApiError, UserError, Overloaded, Closed, EngineFailed: before anything was sent.
+          ApiError, UserError, Overloaded, Closed, EngineFailed: the request failed before anything
+            was sent.
         """
-        wanted, most = sum(ask.n for ask in asks), self.service.max_waiting
-        if wanted > most:  # to be told to try again would be no help
-            message = f"The request asks for {wanted} answers; this server takes {most} at once."
+        answers, max_answers = sum(p.n for p in prompt_requests), self.service.max_waiting
+        if answers > max_answers:  # it would never fit, so 429 (retry later) would be wrong
+            message = (
+                f"The request asks for {answers} answers; this server accepts {max_answers} at "
+                "once."
+            )
             raise ApiError(400, message, param="n", code="invalid_value")
-        job = Job(self.service, asks)
+        job = CompletionJob(self.service, prompt_requests)
         self._jobs.add(job)
 
         def end() -> None:
             job.cancel()
             self._jobs.discard(job)
-            request.scope[LOG].update(prompt=job.prompt_tokens, new=job.new_tokens)
+            request.scope[LOG_FIELDS].update(prompt=job.prompt_tokens, new=job.new_tokens)
             leave()
 
         if stream:
-            return EventStream(self._events(job, writer, include_usage), end)
+            return EventStreamResponse(self._events(job, writer, include_usage), end)
         try:
-            return await unless_gone(request.receive, self._whole(job, writer), job.cancel)
+            return await cancel_on_disconnect(
+                request.receive, self._whole_response(job, writer), job.cancel
+            )
         finally:
             end()
 
-    async def _whole(self, job: Job, writer: Writer) -> Response:
-        async for number, chunk in job.chunks(self.limits.request_timeout_s):
-            writer.push(number, chunk)
-        return Json(writer.whole(job.usage()))
+    async def _whole_response(self, job: CompletionJob, writer: ResponseWriter) -> Response:
+        """Waits for all answers of `job` and returns them as one JSON response."""
+        async for item in job.chunks(self.limits.request_timeout_s):
+            assert item is not None, "no keep-alive interval was given"
+            writer.push(*item)
+        return JsonResponse(writer.response(job.usage()))
 
-    async def _events(self, job: Job, writer: Writer, include_usage: bool) -> AsyncGenerator[bytes]:
+    async def _events(
+        self, job: CompletionJob, writer: ResponseWriter, include_usage: bool
+    ) -> AsyncGenerator[bytes]:
+        """Yields the encoded events of a stream; an error becomes the last event."""
         limits = self.limits
         try:
-            for value in writer.begin():
-                yield event(value)
+            for value in writer.first_events():
+                yield encode_event(value)
             async for item in job.chunks(limits.request_timeout_s, limits.keep_alive_s):
                 if item is None:
                     yield KEEP_ALIVE
                     continue
                 for value in writer.push(*item):
-                    yield event(value)
+                    yield encode_event(value)
             if include_usage:
-                yield event(writer.usage(job.usage()))
+                yield encode_event(writer.usage_event(job.usage()))
             yield DONE
         except Exception as error:
-            # The status is sent already; the official client raises what such an event says.
-            yield event(as_api_error(error).body())
+            # The status has been sent already; the official client raises an error for this event.
+            yield encode_event(as_api_error(error).body())
 
-    def cut(self) -> None:
-        """Ends everything that runs, at the end of the drain."""
+    def cancel_all(self) -> None:
+        """Cancels the answers of all requests in progress."""
         for job in list(self._jobs):
             job.cancel()
 
 
-def endpoint(
-    handle: Callable[[Request, Front, Callable[[], None]], Awaitable[Response]],
+def completion_endpoint(
+    handle: Callable[[Request, AppState, Callable[[], None]], Awaitable[Response]],
 ) -> Callable[[Request], Awaitable[Response]]:
-    """A handler of requests for text, let in by the gate, with errors in OpenAI's format."""
+    """Wraps a handler of completion requests with admission control and error responses.
+
+    Args:
+      handle: called with the request, the app's state, and a function that ends the request in the
+        admission gate. It returns the response; exceptions become errors in OpenAI's format.
+    """
 
     async def run(request: Request) -> Response:
-        front: Front = request.app.state.front
+        state = AppState.of(request)
         leave: Callable[[], None] | None = None
         try:
-            leave = front.gate.enter()
-            response = await handle(request, front, leave)
+            leave = state.gate.enter()
+            response = await handle(request, state, leave)
         except ClientDisconnect:
-            request.scope[LOG]["status"] = 499
+            request.scope[LOG_FIELDS]["status"] = 499
             response = Response(status_code=499)
         except Exception as error:
-            told = as_api_error(error)
-            response = Json(told.body(), told.status, headers=told.headers)
-        if leave and not isinstance(response, EventStream):
+            response = as_api_error(error).response()
+        if leave and not isinstance(response, EventStreamResponse):
             leave()
         return response
 
@@ -155,5 +200,5 @@ def endpoint(
 
 
 def new_id(prefix: str) -> str:
-    """An id that no other object has."""
+    """Returns a unique object id that begins with `prefix`."""
     return f"{prefix}-{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`."""
+"""Endpoint `POST /v1/chat/completions`."""
 
 from __future__ import annotations
 
@@ -12,119 +12,142 @@ from starlette.responses import Response
 
 from qwen_jax.chat.reply import ReasoningPart, ReplyPart, TextPart, ToolCall
 from qwen_jax.generate.service import Chunk
-from qwen_jax.server import schema
-from qwen_jax.server.app_state import Front, endpoint, new_id
+from qwen_jax.server.app_state import AppState, completion_endpoint, new_id
+from qwen_jax.server.completion_job import PromptRequest
 from qwen_jax.server.config import ServedModel
 from qwen_jax.server.errors import ApiError
-from qwen_jax.server.job import (
-    Ask,
-    chosen,
-    finite,
-    sampling_params,
-    stop_strings,
-    token_text,
-)
 from qwen_jax.server.limits import read_body
+from qwen_jax.server.logprobs import chat_logprobs
 from qwen_jax.server.prompts import ChatPrompt, chat_prompt
+from qwen_jax.server.sampling_fields import sampling_params, stop_strings
+from qwen_jax.server.schema import ChatRequest
+from qwen_jax.server.validation import parse_request
 
 
-@endpoint
-async def chat(request: Request, front: Front, leave: Callable[[], None]) -> Response:
-    """Answers a conversation."""
-    body = await read_body(request, front.limits.max_body_bytes)
-    asked = await front.in_thread(schema.parse, schema.ChatRequest, body)
-    front.check_model(asked.model)
-    prompt, ask = await front.in_thread(_ask, asked, front.model)
-    writer = ChatWriter(asked, prompt, front.model)
-    return await front.answer(
-        request, [ask], writer, leave,
-        stream=bool(asked.stream), include_usage=asked.include_usage,
-    )  # fmt: skip
+@completion_endpoint
+async def chat_completions(
+    request: Request, state: AppState, leave: Callable[[], None]
+) -> Response:
+    """Answers a conversation, whole or as a stream.
+
+    Args:
+      request: the HTTP request, whose body is a `ChatRequest`.
+      state: the app's state.
+      leave: ends the request in the admission gate.
+    """
+    body = await read_body(request, state.limits.max_body_bytes)
+    chat_request = await state.run_in_thread(parse_request, ChatRequest, body)
+    state.check_model(chat_request.model)
+    prompt, prompt_request = await state.run_in_thread(_prompt_request, chat_request, state.model)
+    return await state.respond(
+        request,
+        [prompt_request],
+        ChatWriter(chat_request, prompt, state.model),
+        leave,
+        stream=bool(chat_request.stream),
+        include_usage=chat_request.include_usage,
+    )
 
 
-def _ask(asked: schema.ChatRequest, model: ServedModel) -> tuple[ChatPrompt, Ask]:
-    if asked.top_logprobs and not asked.logprobs:
+def _prompt_request(request: ChatRequest, model: ServedModel) -> tuple[ChatPrompt, PromptRequest]:
+    """Renders the conversation of a request and encodes it with its sampling parameters.
+
+    Raises:
+      ApiError: 400 if the request is invalid or too long for the model.
+    """
+    if request.top_logprobs and not request.logprobs:
         message = "top_logprobs is given without logprobs; set logprobs to true."
         raise ApiError(400, message, param="top_logprobs", code="invalid_value")
-    prompt = chat_prompt(asked, model)
-    ids = prompt.ids(model.tokenizer)
+    prompt = chat_prompt(request, model)
+    ids = prompt.encode(model.tokenizer)
     params = sampling_params(
-        asked,
+        request,
         model,
         len(ids),
-        max_tokens=asked.max_completion_tokens or asked.max_tokens,
-        default_max_tokens=model.defaults.max_tokens,
-        logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+        max_tokens=request.max_completion_tokens or request.max_tokens,
+        default_max_tokens=model.default_params.max_tokens,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-    stop = stop_strings(asked, model, prompt.stop)
-    return prompt, Ask(ids, params, stop, asked.n or 1, bool(asked.stream))
+    stop = stop_strings(request, model, prompt.stop)
+    return prompt, PromptRequest(ids, params, stop, request.n or 1, bool(request.stream))
 
 
 class ChatWriter:
-    """Writes chat completions; see `front.Writer`."""
+    """Formatter of chat completions (a `ResponseWriter`)."""
 
-    def __init__(self, asked: schema.ChatRequest, prompt: ChatPrompt, model: ServedModel):
-        self._asked, self._model = asked, model
-        of = asked.logprobs_of or "raw"
-        self._choices = [_Choice(i, prompt, model, of) for i in range(asked.n or 1)]
+    def __init__(self, request: ChatRequest, prompt: ChatPrompt, model: ServedModel):
+        """Prepares the choices of `request`, whose replies continue `prompt`."""
+        self._request = request
+        self._choices = [_ChatChoice(i, request, prompt, model) for i in range(request.n or 1)]
         self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": model.name}
 
-    def begin(self) -> list[dict[str, Any]]:
-        """Says of each choice that the assistant speaks."""
-        first = {"role": "assistant", "content": ""}
-        return [self._event([choice.event(first)]) for choice in self._choices]
+    def first_events(self) -> list[dict[str, Any]]:
+        """Returns one event per choice, with the role of the message."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._event([choice.event(delta)]) for choice in self._choices]
 
-    def push(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """The events of a chunk."""
-        return [self._event([told]) for told in self._choices[number].push(chunk)]
+    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """Appends a chunk to choice `index` and returns the events for it."""
+        return [self._event([choice]) for choice in self._choices[index].push(chunk)]
 
-    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The event that tells the usage."""
+    def usage_event(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Returns the event without choices that reports the token counts `usage`."""
         return {**self._event([]), "usage": usage}
 
-    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The response that is no stream."""
-        choices = [choice.whole(bool(self._asked.logprobs)) for choice in self._choices]
+    def response(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Returns the object `chat.completion` with all choices and the token counts."""
+        choices = [choice.response() for choice in self._choices]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage}
 
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns an object `chat.completion.chunk` with the given choices."""
         value = {**self._head, "object": "chat.completion.chunk", "choices": choices}
-        return {**value, "usage": None} if self._asked.include_usage else value
+        return {**value, "usage": None} if self._request.include_usage else value
 
 
-class _Choice:
-    """One answer: what has been read of it, and what is not told yet."""
+class _ChatChoice:
+    """Formatter of one choice of a chat completion; parses tool calls and reasoning."""
 
-    def __init__(self, number: int, prompt: ChatPrompt, model: ServedModel, logprobs_of: str):
-        self._number, self._model, self._logprobs_of = number, model, logprobs_of
-        self._reader = prompt.reader()
+    def __init__(self, index: int, request: ChatRequest, prompt: ChatPrompt, model: ServedModel):
+        self._index, self._tokenizer = index, model.tokenizer
+        self._include_logprobs = bool(request.logprobs)
+        self._logprobs_of = request.logprobs_of or "raw"
+        self._parser = prompt.parser()
         self._parts: list[ReplyPart] = []
-        self._calls: list[dict[str, Any]] = []
+        self._tool_calls: list[dict[str, Any]] = []
         self._logprobs: list[dict[str, Any]] = []
-        self._told = 0
-        self._finish: str | None = None
+        self._num_sent_logprobs = 0
+        self._finish_reason: str | None = None
 
-    def event(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        """This choice in an event, with the log-probabilities that were not told yet."""
-        untold = self._logprobs[self._told :]
-        self._told = len(self._logprobs)
-        logprobs = {"content": untold, "refusal": None} if untold else None
-        index = {"index": self._number, "delta": delta}
-        return {**index, "logprobs": logprobs, "finish_reason": finish}
+    def event(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        """Returns this choice in a stream event, with the log-probabilities not sent before."""
+        unsent = self._logprobs[self._num_sent_logprobs :]
+        self._num_sent_logprobs = len(self._logprobs)
+        return {
+            "index": self._index,
+            "delta": delta,
+            "logprobs": {"content": unsent, "refusal": None} if unsent else None,
+            "finish_reason": finish_reason,
+        }
 
     def push(self, chunk: Chunk) -> list[dict[str, Any]]:
-        """Reads a chunk; returns this choice in the events that tell of it."""
-        self._logprobs += chat_logprobs(chunk, self._model, self._logprobs_of)
-        parts = self._reader.push(chunk.text)
+        """Parses a chunk and returns this choice in each of the stream events for it.
+
+        There may be none, because the parser withholds text that may belong to a tool call.
+        """
+        self._logprobs += chat_logprobs(chunk, self._tokenizer, self._logprobs_of)
+        parts = self._parser.push(chunk.text)
         if chunk.finish is not None:
-            parts += self._reader.finish()
+            parts += self._parser.finish()
         events = [self.event(self._delta(part)) for part in parts]
         if chunk.finish is not None:
-            self._finish = "tool_calls" if self._calls and chunk.finish == "stop" else chunk.finish
-            events.append(self.event({}, self._finish))
+            has_calls = bool(self._tool_calls) and chunk.finish == "stop"
+            self._finish_reason = "tool_calls" if has_calls else chunk.finish
+            events.append(self.event({}, self._finish_reason))
         return events
 
     def _delta(self, part: ReplyPart) -> dict[str, Any]:
+        """Records a part of the reply and returns the `delta` object that reports it."""
         self._parts.append(part)
         match part:
             case TextPart(text):
@@ -137,40 +160,22 @@ class _Choice:
                     "type": "function",
                     "function": {"name": name, "arguments": arguments},
                 }
-                self._calls.append(call)
-                return {"tool_calls": [{"index": len(self._calls) - 1, **call}]}
+                self._tool_calls.append(call)
+                return {"tool_calls": [{"index": len(self._tool_calls) - 1, **call}]}
 
-    def whole(self, logprobs: bool) -> dict[str, Any]:
-        """This choice in a response that is no stream."""
+    def response(self) -> dict[str, Any]:
+        """Returns this choice with its complete message, for a response that is not streamed."""
         content = "".join(part.text for part in self._parts if isinstance(part, TextPart))
-        thoughts = "".join(part.text for part in self._parts if isinstance(part, ReasoningPart))
+        reasoning = "".join(part.text for part in self._parts if isinstance(part, ReasoningPart))
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if thoughts:
-            message["reasoning_content"] = thoughts
-        if self._calls:
-            message |= {"content": content or None, "tool_calls": self._calls}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if self._tool_calls:
+            message |= {"content": content or None, "tool_calls": self._tool_calls}
+        logprobs = {"content": self._logprobs, "refusal": None} if self._include_logprobs else None
         return {
-            "index": self._number,
+            "index": self._index,
             "message": message,
-            "logprobs": {"content": self._logprobs, "refusal": None} if logprobs else None,
-            "finish_reason": self._finish,
+            "logprobs": logprobs,
+            "finish_reason": self._finish_reason,
         }
-
-
-def chat_logprobs(chunk: Chunk, model: ServedModel, of: str) -> list[dict[str, Any]]:
-    """A chunk's tokens with their log-probabilities as chats give them; [] unless asked for."""
-    if chunk.top_ids is None:
-        return []
-
-    def told(token: int, logprob: float) -> dict[str, Any]:
-        text, data = token_text(model, token)
-        return {"token": text, "logprob": finite(logprob), "bytes": data}
-
-    rows = zip(chunk.tokens, chosen(chunk, of), chunk.top_ids, chunk.top_logprobs, strict=True)
-    return [
-        {
-            **told(int(token), logprob),
-            "top_logprobs": [told(int(i), p) for i, p in zip(ids, logprobs, strict=True)],
-        }
-        for token, logprob, ids, logprobs in rows
-    ]

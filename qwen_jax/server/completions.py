@@ -1,4 +1,4 @@
-"""`POST /v1/completions`."""
+"""Endpoint `POST /v1/completions`."""
 
 from __future__ import annotations
 
@@ -10,92 +10,116 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qwen_jax.generate.service import Chunk
-from qwen_jax.server import schema
-from qwen_jax.server.app_state import Front, endpoint, new_id
+from qwen_jax.server.app_state import AppState, completion_endpoint, new_id
+from qwen_jax.server.completion_job import PromptRequest
 from qwen_jax.server.config import ServedModel
 from qwen_jax.server.errors import ApiError
-from qwen_jax.server.job import (
-    Ask,
-    chosen,
-    finite,
-    sampling_params,
-    stop_strings,
-    token_text,
-)
 from qwen_jax.server.limits import read_body
-from qwen_jax.tokenizer.tokenizer import IncrementalDecoder
+from qwen_jax.server.logprobs import CompletionLogprobs
+from qwen_jax.server.sampling_fields import sampling_params, stop_strings
+from qwen_jax.server.schema import CompletionRequest
+from qwen_jax.server.validation import parse_request
 
 DEFAULT_MAX_TOKENS = 16
-"""Of OpenAI's completions."""
+"""OpenAI's default of `max_tokens` for completions."""
 
 MAX_PROMPTS = 64
+"""Maximum number of prompts per request."""
 
 
-@endpoint
-async def completions(request: Request, front: Front, leave: Callable[[], None]) -> Response:
-    """Continues one prompt or several."""
-    body = await read_body(request, front.limits.max_body_bytes)
-    asked = await front.in_thread(schema.parse, schema.CompletionRequest, body)
-    front.check_model(asked.model)
-    asks = await front.in_thread(_asks, asked, front.model)
-    writer = CompletionWriter(asked, asks, front.model)
-    return await front.answer(
-        request, asks, writer, leave,
-        stream=bool(asked.stream), include_usage=asked.include_usage,
-    )  # fmt: skip
+@completion_endpoint
+async def completions(request: Request, state: AppState, leave: Callable[[], None]) -> Response:
+    """Continues one or several prompts, whole or as a stream.
+
+    Args:
+      request: the HTTP request, whose body is a `CompletionRequest`.
+      state: the app's state.
+      leave: ends the request in the admission gate.
+    """
+    body = await read_body(request, state.limits.max_body_bytes)
+    completion_request = await state.run_in_thread(parse_request, CompletionRequest, body)
+    state.check_model(completion_request.model)
+    prompt_requests = await state.run_in_thread(_prompt_requests, completion_request, state.model)
+    return await state.respond(
+        request,
+        prompt_requests,
+        CompletionWriter(completion_request, prompt_requests, state.model),
+        leave,
+        stream=bool(completion_request.stream),
+        include_usage=completion_request.include_usage,
+    )
 
 
-def _asks(asked: schema.CompletionRequest, model: ServedModel) -> list[Ask]:
-    if asked.echo and asked.logprobs is not None:
-        message = "echo is given with logprobs; the prompt's own log-probabilities are not served."
+def _prompt_requests(request: CompletionRequest, model: ServedModel) -> list[PromptRequest]:
+    """Encodes the prompts of a request and combines each with its sampling parameters.
+
+    Raises:
+      ApiError: 400 if the request is invalid or too long for the model.
+    """
+    if request.echo and request.logprobs is not None:
+        message = "echo is given with logprobs; log-probabilities of the prompt are not supported."
         raise ApiError(400, message, param="echo", code="unsupported_parameter")
-    asks = []
-    for prompt in _prompts(asked, model):
+    prompt_requests = []
+    for prompt in _encode_prompts(request, model):
         params = sampling_params(
-            asked,
+            request,
             model,
             len(prompt),
-            max_tokens=asked.max_tokens,
+            max_tokens=request.max_tokens,
             default_max_tokens=DEFAULT_MAX_TOKENS,
-            logprobs=asked.logprobs,
+            logprobs=request.logprobs,
         )
-        stop = stop_strings(asked, model)
-        asks.append(Ask(prompt, params, stop, asked.n or 1, bool(asked.stream)))
-    return asks
+        stop = stop_strings(request, model)
+        prompt_requests.append(
+            PromptRequest(prompt, params, stop, request.n or 1, bool(request.stream))
+        )
+    return prompt_requests
 
 
-def _prompts(asked: schema.CompletionRequest, model: ServedModel) -> list[list[int]]:
-    """Token ids of each prompt; an empty one is the beginning of a document."""
-    given = asked.prompt
+def _encode_prompts(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
+    """Returns the token ids of each prompt; an empty prompt becomes <|endoftext|>.
+
+    Raises:
+      ApiError: 400 if the number of prompts or a token id is out of range.
+    """
+    given: Any = request.prompt  # one or several prompts, each of them text or token ids
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     if not 1 <= len(given) <= MAX_PROMPTS:
         message = f"prompt has {len(given)} prompts; give 1 to {MAX_PROMPTS}."
         raise ApiError(400, message, param="prompt", code="invalid_value")
-    allowed = "all" if asked.allow_special_tokens else ()
+    tokenizer = model.tokenizer
     prompts = []
     for i, prompt in enumerate(given):
-        ids = prompt
         if isinstance(prompt, str):
-            ids = model.tokenizer.encode(prompt, allowed_special=allowed)
-        outside = [token for token in ids if not 0 <= token < model.tokenizer.vocab_size]
-        if outside:
+            allowed = "all" if request.allow_special_tokens else ()
+            ids = tokenizer.encode(prompt, allowed_special=allowed)
+        else:
+            ids = list(prompt)
+        invalid = [token for token in ids if not 0 <= token < tokenizer.vocab_size]
+        if invalid:
             message = (
-                f"prompt {i} has the token {outside[0]}; the vocabulary has the ids 0 to "
-                f"{model.tokenizer.vocab_size - 1}."
+                f"prompt {i} has the token id {invalid[0]}; valid ids are 0 to "
+                f"{tokenizer.vocab_size - 1}."
             )
             raise ApiError(400, message, param="prompt", code="invalid_value")
-        prompts.append(list(ids) or [model.tokenizer.eod_id])
+        prompts.append(ids or [tokenizer.eod_id])
     return prompts
 
 
 class CompletionWriter:
-    """Writes completions; see `front.Writer`."""
+    """Formatter of text completions (a `ResponseWriter`)."""
 
-    def __init__(self, asked: schema.CompletionRequest, asks: Sequence[Ask], model: ServedModel):
-        self._asked = asked
-        prompts = [ask.prompt for ask in asks for _ in range(ask.n)]
-        self._choices = [_Choice(i, ids, asked, model) for i, ids in enumerate(prompts)]
+    def __init__(
+        self,
+        request: CompletionRequest,
+        prompt_requests: Sequence[PromptRequest],
+        model: ServedModel,
+    ):
+        """Prepares the choices of `request`: `n` consecutive ones for each prompt, in order."""
+        self._request = request
+        prompts = [p.prompt for p in prompt_requests for _ in range(p.n)]
+        self._choices = [_CompletionChoice(i, ids, request, model) for i, ids in enumerate(prompts)]
         self._head = {
             "id": new_id("cmpl"),
             "object": "text_completion",
@@ -103,90 +127,75 @@ class CompletionWriter:
             "model": model.name,
         }
 
-    def begin(self) -> list[dict[str, Any]]:
-        """The prompts, where they are to be echoed."""
+    def first_events(self) -> list[dict[str, Any]]:
+        """Returns one event per choice with its prompt if `echo` is set, else none."""
         return [self._event([c.event(c.echo)]) for c in self._choices if c.echo]
 
-    def push(self, number: int, chunk: Chunk) -> list[dict[str, Any]]:
-        """The event of a chunk."""
-        return [self._event([self._choices[number].push(chunk)])]
+    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+        """Appends a chunk to choice `index` and returns the event for it."""
+        return [self._event([self._choices[index].push(chunk)])]
 
-    def usage(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The event that tells the usage."""
+    def usage_event(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Returns the event without choices that reports the token counts `usage`."""
         return {**self._event([]), "usage": usage}
 
-    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
-        """The response that is no stream."""
-        choices = [choice.whole() for choice in self._choices]
+    def response(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """Returns the object `text_completion` with all choices and the token counts."""
+        choices = [choice.response() for choice in self._choices]
         return {**self._head, "choices": choices, "usage": usage}
 
     def _event(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns an object `text_completion` with the given choices, for a stream event."""
         value = {**self._head, "choices": choices}
-        return {**value, "usage": None} if self._asked.include_usage else value
+        return {**value, "usage": None} if self._request.include_usage else value
 
 
-class _Choice:
-    """One continuation."""
+class _CompletionChoice:
+    """Formatter of one choice of a text completion.
+
+    Attributes:
+      echo: text of the prompt if the request sets `echo`, else "".
+    """
 
     def __init__(
-        self,
-        number: int,
-        prompt: Sequence[int],
-        asked: schema.CompletionRequest,
-        model: ServedModel,
+        self, index: int, prompt: Sequence[int], request: CompletionRequest, model: ServedModel
     ):
-        self._number, self._model = number, model
-        self._of = asked.logprobs_of or "raw"
-        self.echo = model.tokenizer.decode(prompt) if asked.echo else ""
-        self._texts, self._logprobs = [], []
-        self._offsets = IncrementalDecoder(model.tokenizer, skip_special_tokens=True)
-        self._offset = 0
-        self._finish: str | None = None
+        self._index = index
+        self.echo = model.tokenizer.decode(prompt) if request.echo else ""
+        self._formatter = CompletionLogprobs(model.tokenizer, request.logprobs_of or "raw")
+        self._texts: list[str] = []
+        self._logprobs: list[dict[str, list[Any]]] = []  # one per chunk that has them
+        self._finish_reason: str | None = None
 
     def event(
-        self, text: str, logprobs: dict[str, Any] | None = None, finish: str | None = None
+        self,
+        text: str,
+        logprobs: dict[str, list[Any]] | None = None,
+        finish_reason: str | None = None,
     ) -> dict[str, Any]:
-        """This choice in an event."""
-        index = {"index": self._number, "text": text}
-        return {**index, "logprobs": logprobs, "finish_reason": finish}
-
-    def push(self, chunk: Chunk) -> dict[str, Any]:
-        """Takes a chunk; returns this choice in the event that tells of it."""
-        logprobs = self._tell(chunk) if chunk.top_ids is not None else None
-        self._texts.append(chunk.text)
-        self._logprobs.append(logprobs)
-        self._finish = chunk.finish
-        return self.event(chunk.text, logprobs, chunk.finish)
-
-    def whole(self) -> dict[str, Any]:
-        """This choice in a response that is no stream."""
-        told = [logprobs for logprobs in self._logprobs if logprobs is not None]
-        joined = (
-            {name: [x for part in told for x in part[name]] for name in told[0]} if told else None
-        )
-        return self.event(self.echo + "".join(self._texts), joined, self._finish)
-
-    def _tell(self, chunk: Chunk) -> dict[str, Any]:
-        """The log-probabilities of a chunk: parallel lists over its tokens."""
-        offsets = []
-        for token in chunk.tokens:
-            offsets.append(self._offset)
-            self._offset += len(self._offsets.push(int(token)))
-        tops = zip(chunk.top_ids, chunk.top_logprobs, strict=True)
+        """Returns the choice object with the given text, log-probabilities and finish reason."""
         return {
-            "tokens": [_name(self._model, int(token)) for token in chunk.tokens],
-            "token_logprobs": [finite(p) for p in chosen(chunk, self._of)],
-            "top_logprobs": [
-                {_name(self._model, int(i)): finite(p) for i, p in zip(ids, ps, strict=True)}
-                for ids, ps in tops
-            ],
-            "text_offset": offsets,
+            "index": self._index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
         }
 
+    def push(self, chunk: Chunk) -> dict[str, Any]:
+        """Appends a chunk and returns this choice in the stream event for it."""
+        logprobs = self._formatter.push(chunk)
+        self._texts.append(chunk.text)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        self._finish_reason = chunk.finish
+        return self.event(chunk.text, logprobs, chunk.finish)
 
-def _name(model: ServedModel, token: int) -> str:
-    """A token as a key: bytes that are no whole characters are spelt, so that keys differ."""
-    text, data = token_text(model, token)
-    if "\ufffd" in text:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-    return text
+    def response(self) -> dict[str, Any]:
+        """Returns this choice with its complete text, for a response that is not streamed."""
+        joined = None
+        if self._logprobs:
+            joined = {
+                name: [value for part in self._logprobs for value in part[name]]
+                for name in self._logprobs[0]
+            }
+        return self.event(self.echo + "".join(self._texts), joined, self._finish_reason)

@@ -1,4 +1,4 @@
-"""What a server serves, and within which limits: two frozen records."""
+"""Configuration of a server: the model it serves, and its access and resource limits."""
 
 from __future__ import annotations
 
@@ -13,51 +13,59 @@ from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """The model behind the server, as requests see it.
+    """The properties of the served model that requests depend on.
 
     Attributes:
-      name: its id in `/v1/models`, the `model` of requests.
-      tokenizer: text to ids.
-      family: `ModelConfig.family`: "qwen" speaks ReAct where there are tools, the others hermes.
-      max_length: most tokens of prompt and answer together.
-      defaults: what a request that says nothing gets; its `max_tokens` is that of chats, cut to
-        what fits. Of OpenAI's own defaults only `temperature` 1 stands, as in the releases.
-        Its `stop_ids` end answers of both kinds.
-      stop: strings that end answers of both kinds.
-      chats: it knows ChatML; otherwise a chat is text without roles, which is continued.
-      default_system: the system turn of a chat without one; None: no such turn.
-      template: writes chats, as the model's folder has it; None, and always for Qwen v1: we do.
-      created: when the server was started, seconds since 1970.
+      name: model id in `/v1/models` and in the field `model` of requests.
+      tokenizer: tokenizer of the model.
+      family: `ModelConfig.family`; "qwen" (Qwen v1) uses the ReAct tool format, all others hermes.
+      max_length: maximum number of tokens of a prompt and its answer together.
+      default_params: sampling parameters for the fields that a request leaves out. Its `max_tokens`
+        applies to chats only, reduced to what fits; its `stop_ids` end answers of both endpoints.
+        OpenAI's own defaults are not applied; only temperature 1 is the same, as in the releases.
+      stop: strings that end answers of both endpoints.
+      is_chat_model: whether the model was trained on ChatML; if not, a chat is rendered as the
+        concatenated texts of its messages, without roles.
+      default_system: system prompt of a chat that has none; None adds no system turn.
+      template: the chat template of the model's folder; None (always for Qwen v1) renders ChatML
+        and tools with `qwen_jax.chat` instead.
+      created: time at which the server was started, in seconds since 1970.
     """
 
     name: str
     tokenizer: Tokenizer
     family: str
     max_length: int
-    defaults: SamplingParams = SamplingParams()
+    default_params: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
-    chats: bool = True
+    is_chat_model: bool = True
     default_system: str | None = None
     template: ChatTemplate | None = None
     created: int = 0
 
     @property
-    def react(self) -> bool:
-        """Whether tools are spoken of in ReAct's form; otherwise in hermes'."""
+    def uses_react(self) -> bool:
+        """Whether tools use the ReAct format; otherwise they use the hermes format."""
         return self.family == "qwen"
 
 
 def served_model(qwen: Qwen, name: str | None, created: int) -> ServedModel:
-    """A loaded model as it is served; `name` is by default that of its folder."""
+    """Returns the server configuration of a loaded model.
+
+    Args:
+      qwen: the loaded model.
+      name: model id in the API; None uses the name of the model's folder.
+      created: start time of the server, in seconds since 1970.
+    """
     defaults = qwen.defaults
     return ServedModel(
         name=name or qwen.name,
         tokenizer=qwen.tokenizer,
         family=qwen.config.family,
         max_length=qwen.service.max_length,
-        defaults=defaults.params,
+        default_params=defaults.params,
         stop=defaults.stop,
-        chats=defaults.chat_format == "chatml",
+        is_chat_model=defaults.chat_format == "chatml",
         default_system=defaults.system,
         template=ChatTemplate(defaults.template) if defaults.template else None,
         created=created,
@@ -65,19 +73,23 @@ def served_model(qwen: Qwen, name: str | None, created: int) -> ServedModel:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limits:
-    """What a server takes.
+class ServerLimits:
+    """Access control and resource limits of a server.
 
     Attributes:
-      api_keys: one of them must come with each request to /v1; empty: nobody is asked.
-      max_requests: HTTP requests for text that may be under way at once; more get a 429.
-      max_body_bytes: longest body.
-      request_timeout_s: a request that takes longer is cut and answered with an error.
-      keep_alive_s: a stream without news sends a comment so often, for proxies that would close it.
-      drain_s: how long running requests may go on after SIGTERM.
-      cors_origins: origins whose pages may call the server; ("*",): all of them.
-      allowed_hosts: names that the server may be called by; ("*",): any. A page elsewhere that
-        resolves its own name to this host (DNS rebinding) is kept out by this.
+      api_keys: keys, one of which each request to /v1 must carry; empty disables the check.
+      max_requests: maximum number of concurrent HTTP completion requests; further ones get a 429.
+      max_body_bytes: maximum size of a request body.
+      request_timeout_s: time after which an unfinished answer is cancelled with an error.
+      keep_alive_s: interval without output after which a stream sends a comment, so that proxies
+        do not close it.
+      drain_s: time that running requests have to finish after SIGTERM.
+      cors_origins: origins whose pages may call the server; ("*",) allows all.
+      allowed_hosts: host names under which the server may be called; ("*",) allows all. This blocks
+        pages of other sites that resolve their own name to this host (DNS rebinding).
+
+    Raises:
+      UserError: a value is out of range, or an API key is too short or not printable ASCII.
     """
 
     api_keys: tuple[str, ...] = ()
@@ -89,11 +101,11 @@ class Limits:
     cors_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ("*",)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("max_requests", "max_body_bytes", "request_timeout_s", "keep_alive_s"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be above 0.")
         if self.drain_s < 0:
             raise UserError(f"drain_s is {self.drain_s!r}; it must be 0 or more.")
         if not all(len(key) >= 8 and key.isascii() and key.isprintable() for key in self.api_keys):
-            raise UserError("An API key is too short or odd; give 8 or more printable ASCII signs.")
+            raise UserError("An API key is not valid; use 8 or more printable ASCII characters.")

@@ -1,9 +1,10 @@
-"""What goes wrong in a request, always answered in OpenAI's error format."""
+"""Errors of the HTTP API in OpenAI's format, and the mapping of exceptions to them."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
@@ -15,17 +16,20 @@ from starlette.responses import Response
 from qwen_jax.errors import UserError
 from qwen_jax.generate.service import Closed, EngineFailed, Overloaded
 
-INVALID, SERVER = "invalid_request_error", "server_error"
+INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
+"""Values of `type` in OpenAI's error objects."""
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error response of the API.
 
     Attributes:
-      status: of HTTP. message: one plain sentence.
-      param: the field that is wrong, such as "messages[0].content"; None where it is none.
-      type, code: as OpenAI's clients know them.
-      headers: further headers of the response.
+      status: HTTP status code.
+      message: one plain sentence for the client.
+      param: path of the offending request field, such as "messages[0].content", or None.
+      code: machine-readable cause, such as "invalid_value", or None.
+      type: OpenAI's error class, such as "invalid_request_error".
+      headers: additional response headers, or None.
     """
 
     def __init__(
@@ -35,80 +39,95 @@ class ApiError(Exception):
         *,
         param: str | None = None,
         code: str | None = None,
-        type: str = INVALID,
-        headers: dict[str, str] | None = None,
+        type: str = INVALID_REQUEST,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
         self.code, self.type, self.headers = code, type, headers
 
     def body(self) -> dict[str, Any]:
-        """The error object that clients expect."""
+        """Returns the response body: OpenAI's error object under the key "error"."""
         fields = {"message": self.message, "type": self.type, "param": self.param}
         return {"error": {**fields, "code": self.code}}
 
+    def response(self) -> JsonResponse:
+        """Returns the complete HTTP response."""
+        return JsonResponse(self.body(), self.status, headers=self.headers)
 
-class Json(Response):
-    """A JSON response; half a surrogate pair, which JSON can carry and UTF-8 can't, becomes `?`."""
+
+class JsonResponse(Response):
+    """A JSON response encoded by `encode_json`."""
 
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """The bytes of the body."""
-        return dump(content)
+        """Returns the bytes of the body."""
+        return encode_json(content)
 
 
-def dump(value: Any) -> bytes:
-    """`value` as JSON in UTF-8, on one line."""
+def encode_json(value: Any) -> bytes:
+    """Serialises `value` as one line of JSON in UTF-8.
+
+    Lone surrogates, which JSON can contain but UTF-8 cannot, become `?`.
+    """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "replace")
 
 
 def as_api_error(error: BaseException) -> ApiError:
-    """What a client is told of `error`; of our own defects no more than that there is one."""
+    """Converts any exception to the error response that the client receives.
+
+    Unexpected exceptions are logged, and become a generic 500 without details.
+    """
     match error:
         case ApiError():
             return error
         case Overloaded():
-            seconds = str(math.ceil(error.retry_after))
             return ApiError(
-                429, str(error), type="rate_limit_error", code="overloaded",
-                headers={"retry-after": seconds},
-            )  # fmt: skip
+                429,
+                str(error),
+                type="rate_limit_error",
+                code="overloaded",
+                headers={"retry-after": str(math.ceil(error.retry_after))},
+            )
         case Closed():
-            return draining()
+            return draining_error()
         case UserError():
             return ApiError(400, str(error))
         case EngineFailed():
-            message = "The engine has failed; whoever runs this server finds the cause in its log."
-            return ApiError(500, message, type=SERVER, code="engine_failed")
+            message = "The engine has failed; the log of the server has the cause."
+            return ApiError(500, message, type=SERVER_ERROR, code="engine_failed")
     logging.error("a request failed", exc_info=error)
-    message = "The server failed on this request; whoever runs it finds the cause in its log."
-    return ApiError(500, message, type=SERVER, code="internal_error")
+    message = "The server failed on this request; the log of the server has the cause."
+    return ApiError(500, message, type=SERVER_ERROR, code="internal_error")
 
 
-def draining() -> ApiError:
-    """The server is about to end and takes no more requests."""
+def draining_error() -> ApiError:
+    """Returns the 503 for requests that arrive while the server is shutting down."""
     return ApiError(
-        503, "This server is shutting down and takes no new requests; try another one.",
-        type=SERVER, code="draining", headers={"retry-after": "5"},
-    )  # fmt: skip
+        503,
+        "This server is shutting down and accepts no new requests; send them to another one.",
+        type=SERVER_ERROR,
+        code="draining",
+        headers={"retry-after": "5"},
+    )
 
 
-async def respond(request: Request, error: Exception) -> Response:
-    """Starlette's exception handler for every kind of exception."""
+async def handle_exception(request: Request, error: Exception) -> Response:
+    """Returns the error response for an exception; Starlette's handler for all exceptions."""
     if isinstance(error, HTTPException):
-        error = _of_http(request, error)
-    told = as_api_error(error)
-    return Json(told.body(), told.status, headers=told.headers)
+        error = _from_http_exception(request, error)
+    return as_api_error(error).response()
 
 
-def _of_http(request: Request, error: HTTPException) -> ApiError:
+def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
+    """Converts an error of Starlette's routing (404, 405, …) to OpenAI's format."""
     method, path = request.method, request.url.path
     if error.status_code == 404:
-        return ApiError(404, f"There is nothing at {path:.100}.", code="unknown_url")
+        return ApiError(404, f"The URL {path:.100} does not exist.", code="unknown_url")
     if error.status_code == 405:
         allowed = Headers(error.headers).get("allow", "another method")
-        message = f"{path:.100} does not take {method:.20}; use {allowed}."
+        message = f"{path:.100} does not support {method:.20}; use {allowed}."
         return ApiError(405, message, code="method_not_allowed", headers=error.headers)
     return ApiError(error.status_code, str(error.detail), headers=error.headers)

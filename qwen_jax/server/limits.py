@@ -1,68 +1,77 @@
-"""Who may ask, how much, and how many at once."""
+"""Admission control of completion requests: a limit on their number and on the size of bodies."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import time
-import uuid
 from collections.abc import Callable
 
-from absl import logging
-from starlette.datastructures import URL, Headers, MutableHeaders
 from starlette.requests import Request
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen_jax.server.config import Limits
-from qwen_jax.server.errors import ApiError, Json, draining
+from qwen_jax.server.errors import ApiError, draining_error
 
-LOG = "qwen_jax.log"
-"""Key of an ASGI scope under which a handler leaves what the access log tells of it."""
-
-
-# A client that is still sending would not see the answer, only a broken connection; so what is too
-# long is read on, up to so many times the limit, and thrown away.
-_READ_ON = 8
+# A client that is still sending would see a broken connection instead of the error response. So an
+# oversized body is read and discarded, up to this multiple of the limit.
+_DISCARD_FACTOR = 8
 
 
-class Gate:
-    """Counts the requests for text that are under way, and closes when the server is to end."""
+class AdmissionGate:
+    """Counter of the completion requests in progress, which rejects those above a maximum.
 
-    def __init__(self, most: int):
+    Attributes:
+      active: number of admitted requests that have not finished.
+      draining: whether the server is shutting down; if True, every new request is rejected.
+    """
+
+    def __init__(self, max_requests: int):
+        """Creates an open gate that admits at most `max_requests` requests at a time."""
         self.active = 0
         self.draining = False
-        self._most = most
+        self._max_requests = max_requests
 
     def enter(self) -> Callable[[], None]:
-        """Lets a request in; returns what to call, once or more, when it is over.
+        """Admits a request and counts it as active.
+
+        Returns:
+          A function that ends the request; calling it again has no effect.
 
         Raises:
-          ApiError: 503 while draining, 429 where too many are under way.
+          ApiError: 503 while draining, 429 if the maximum is reached.
         """
         if self.draining:
-            raise draining()
-        if self.active >= self._most:
+            raise draining_error()
+        if self.active >= self._max_requests:
             raise ApiError(
-                429, f"{self.active} requests are under way already; try again in a second.",
-                type="rate_limit_error", code="overloaded", headers={"retry-after": "1"},
-            )  # fmt: skip
+                429,
+                f"{self.active} requests are in progress, the maximum of this server; try again in "
+                "a second.",
+                type="rate_limit_error",
+                code="overloaded",
+                headers={"retry-after": "1"},
+            )
         self.active += 1
-        inside = [True]
+        ended = False
 
         def leave() -> None:
-            if inside:
-                inside.clear()
+            nonlocal ended
+            if not ended:
+                ended = True
                 self.active -= 1
 
         return leave
 
 
-async def read_body(request: Request, most: int) -> bytes:
-    """The body of a JSON request.
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads the body of a JSON request.
+
+    The content type is required to be JSON also because browsers let pages of other sites send JSON
+    only after a CORS preflight request.
+
+    Args:
+      request: a request whose body has not been read.
+      max_bytes: maximum size of the body.
 
     Raises:
-      ApiError: 413 where it is longer than `most` bytes; 415 where it isn't said to be JSON, which
-        also keeps pages of other sites from posting here: a browser asks before it sends JSON.
+      ApiError: 413 if the body is larger than `max_bytes`, 415 if Content-Type is not
+        application/json.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -70,106 +79,21 @@ async def read_body(request: Request, most: int) -> bytes:
         message = f"The header Content-Type {found}; send application/json."
         raise ApiError(415, message, code="unsupported_media_type")
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > _READ_ON * most:
-        raise _too_long(most)
-    body, seen = bytearray(), 0
+    if length.isdecimal() and int(length) > _DISCARD_FACTOR * max_bytes:
+        raise _body_too_large(max_bytes)
+    body, received = bytearray(), 0
     async for piece in request.stream():
-        seen += len(piece)
-        if seen <= most:
+        received += len(piece)
+        if received <= max_bytes:
             body += piece
-        elif seen > _READ_ON * most:
+        elif received > _DISCARD_FACTOR * max_bytes:
             break
-    if seen > most:
-        raise _too_long(most)
+    if received > max_bytes:
+        raise _body_too_large(max_bytes)
     return bytes(body)
 
 
-def _too_long(most: int) -> ApiError:
-    message = f"The body is longer than {most:,} bytes, the most that this server reads."
+def _body_too_large(max_bytes: int) -> ApiError:
+    """Returns the 413 for a body above the limit; it closes the connection."""
+    message = f"The body is larger than {max_bytes:,} bytes, the limit of this server; shorten it."
     return ApiError(413, message, code="request_too_large", headers={"connection": "close"})
-
-
-class Guard:
-    """ASGI middleware: the host that was asked for, and the API key of what is under /v1."""
-
-    def __init__(self, app: ASGIApp, limits: Limits):
-        self._app = app
-        # Compared as digests: equal lengths, so that time tells nothing of the keys.
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in limits.api_keys]
-        self._hosts = {host.lower() for host in limits.allowed_hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, or answers it with an error."""
-        if scope["type"] == "http":
-            try:
-                self._check(scope)
-            except ApiError as error:
-                response = Json(error.body(), error.status, headers=error.headers)
-                return await response(scope, receive, send)
-        return await self._app(scope, receive, send)
-
-    def _check(self, scope: Scope) -> None:
-        if "*" not in self._hosts:
-            try:
-                host = URL(scope=scope).hostname or ""
-            except ValueError:
-                host = ""
-            if host.lower() not in self._hosts:
-                message = (
-                    f"This server is not to be called by the name {host!r:.60}; whoever runs it "
-                    "can allow it with --allowed_host."
-                )
-                raise ApiError(403, message, code="host_not_allowed")
-        path = scope["path"]
-        if self._keys and (path == "/v1" or path.startswith("/v1/")):
-            self._check_key(Headers(scope=scope).get("authorization", ""))
-
-    def _check_key(self, header: str) -> None:
-        scheme, _, key = header.partition(" ")
-        challenge = {"www-authenticate": "Bearer"}
-        if scheme.lower() != "bearer" or not key.strip():
-            message = "The API key is missing; send the header Authorization: Bearer KEY."
-            kind = "authentication_error"
-            raise ApiError(401, message, type=kind, code="missing_api_key", headers=challenge)
-        digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
-        found = [hmac.compare_digest(digest, known) for known in self._keys]
-        if not any(found):
-            message = "The API key is not one of this server's; check it."
-            kind = "authentication_error"
-            raise ApiError(401, message, type=kind, code="invalid_api_key", headers=challenge)
-
-
-class AccessLog:
-    """ASGI middleware: a line per request without its content, an id, and the counts."""
-
-    def __init__(self, app: ASGIApp, count: Callable[[str, int, float], None]):
-        """`count` is given path, status and seconds of each request."""
-        self._app, self._count = app, count
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes the request on, and tells of it when it is over."""
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        started, status = time.monotonic(), 0
-        request_id = f"req_{uuid.uuid4().hex}"
-        notes = scope[LOG] = {}
-
-        async def tell(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
-
-        try:
-            await self._app(scope, receive, tell)
-        finally:
-            seconds = time.monotonic() - started
-            status = notes.pop("status", status or 499)
-            self._count(scope["path"], status, seconds)
-            told = "".join(f" {name}={value}" for name, value in notes.items())
-            # %r: a path may hold line breaks.
-            logging.info(
-                "%s %s %.100r %d %.3fs%s",
-                *(request_id, scope["method"], scope["path"], status, seconds, told),
-            )

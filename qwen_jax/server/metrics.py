@@ -1,4 +1,4 @@
-"""What Prometheus is told: counts of HTTP requests, and the numbers of the service and engine."""
+"""Prometheus metrics: counts of HTTP requests, and the statistics of service and engine."""
 
 from __future__ import annotations
 
@@ -14,79 +14,93 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 
 from qwen_jax.generate.service import Service
-from qwen_jax.generate.stats import Distribution, ServiceStats
+from qwen_jax.generate.stats import Distribution
 
-# Anything may be asked for; only these are told apart.
-PATHS = ("/", "/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
+# Clients can request any path; all others are counted as "other", so that the number of series is
+# bounded.
+COUNTED_PATHS = (
+    "/",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/models",
+    "/health",
+    "/metrics",
+)
 
+# Field of `ServiceStats` -> metric name without prefix and unit, and description.
 _HISTOGRAMS = {
     "first_token": ("time_to_first_token", "Seconds from submission to the first token"),
     "per_token": ("time_per_token", "Mean seconds between tokens of a request"),
     "request": ("request", "Seconds from submission to the end of a request"),
 }
-_ENGINE = {
-    "pages_total": "Pages of the key-value cache",
-    "pages_free": "Pages that are free",
-    "cached_pages": "Pages kept for prompts that begin alike",
+# Field of the engine's statistics -> description.
+_ENGINE_GAUGES = {
+    "pages_total": "Pages of the KV cache",
+    "pages_free": "Free pages of the KV cache",
+    "cached_pages": "Pages kept in the prefix cache",
+}
+_ENGINE_COUNTERS = {
+    "prompt_tokens": "Prompt tokens",
+    "cached_tokens": "Prompt tokens found in the prefix cache",
+    "new_tokens": "Generated tokens",
+    "preemptions": "Requests preempted because the KV cache was full",
 }
 
 
-class Metrics:
-    """A registry of its own, so that several servers can live in one process."""
+class ServerMetrics:
+    """Metrics of one server, in a registry of their own, so that a process can have several."""
 
     def __init__(self, service: Service):
+        """Creates the metrics; the statistics of `service` are read whenever they are exported."""
         self._registry = CollectorRegistry()
         self._http = Counter(
             "qwen_http_requests", "HTTP requests", ["path", "status"], registry=self._registry
         )
-        self._registry.register(_Collector(service))
+        self._registry.register(_ServiceCollector(service))
 
-    def count(self, path: str, status: int, seconds: float) -> None:
-        """Counts a request that has been answered."""
-        del seconds
-        self._http.labels(path if path in PATHS else "other", str(status)).inc()
+    def count(self, path: str, status: int) -> None:
+        """Counts an HTTP request that has ended with `status`."""
+        self._http.labels(path if path in COUNTED_PATHS else "other", str(status)).inc()
 
     def text(self) -> bytes:
-        """Everything, in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class _Collector:
+class _ServiceCollector:
+    """Prometheus collector that exports the statistics of a service and its engine."""
+
     def __init__(self, service: Service):
         self._service = service
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering asks the service for nothing."""
+        """Returns an empty list, which spares a call of `collect` at registration."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """The numbers of now."""
+        """Yields all metrics with their current values."""
         stats = self._service.stats()
-        yield GaugeMetricFamily("qwen_requests_waiting", "Requests that wait", stats.waiting)
-        yield GaugeMetricFamily("qwen_requests_running", "Requests that run", stats.running)
-        yield CounterMetricFamily("qwen_requests_submitted", "Requests taken", stats.submitted)
-        yield CounterMetricFamily("qwen_requests_refused", "Requests refused", stats.refused)
+        yield GaugeMetricFamily("qwen_requests_waiting", "Requests in the queue", stats.waiting)
+        yield GaugeMetricFamily("qwen_requests_running", "Requests being run", stats.running)
+        yield CounterMetricFamily("qwen_requests_submitted", "Requests accepted", stats.submitted)
+        yield CounterMetricFamily(
+            "qwen_requests_refused", "Requests rejected because the queue was full", stats.refused
+        )
         ended = CounterMetricFamily("qwen_requests_ended", "Requests ended", labels=["finish"])
         for finish, number in stats.finished.items():
             ended.add_metric([finish], number)
         yield ended
-        yield from self._tokens(stats)
-        for field, (name, text) in _HISTOGRAMS.items():
-            yield _histogram(f"qwen_{name}_seconds", text, getattr(stats, field))
-        for field, text in _ENGINE.items():
-            yield GaugeMetricFamily(f"qwen_{field}", text, getattr(stats.engine, field))
-        yield CounterMetricFamily(
-            "qwen_preemptions", "Requests put back for want of pages", stats.engine.preemptions
-        )
-
-    def _tokens(self, stats: ServiceStats) -> Iterator[Metric]:
-        for field in ("prompt_tokens", "cached_tokens", "new_tokens"):
-            name = field.replace("_", " ").capitalize()
-            yield CounterMetricFamily(f"qwen_{field}", name, getattr(stats.engine, field))
+        for field, (name, description) in _HISTOGRAMS.items():
+            yield _histogram(f"qwen_{name}_seconds", description, getattr(stats, field))
+        for field, description in _ENGINE_GAUGES.items():
+            yield GaugeMetricFamily(f"qwen_{field}", description, getattr(stats.engine, field))
+        for field, description in _ENGINE_COUNTERS.items():
+            yield CounterMetricFamily(f"qwen_{field}", description, getattr(stats.engine, field))
 
 
-def _histogram(name: str, text: str, found: Distribution) -> HistogramMetricFamily:
-    counts = itertools.accumulate(found.counts)
-    bounds = [*map(str, found.bounds), "+Inf"]
+def _histogram(name: str, description: str, values: Distribution) -> HistogramMetricFamily:
+    """Returns a distribution as a Prometheus histogram with cumulative buckets."""
+    counts = itertools.accumulate(values.counts)
+    bounds = [*map(str, values.bounds), "+Inf"]
     buckets = list(zip(bounds, counts, strict=True))
-    return HistogramMetricFamily(name, text, buckets=buckets, sum_value=found.total)
+    return HistogramMetricFamily(name, description, buckets=buckets, sum_value=values.total)

@@ -1,4 +1,4 @@
-"""Conversations of the API as prompts: ChatML, with tools in the form that the family learned."""
+"""Rendering of chat requests as prompts, with tools in the format of the model's family."""
 
 from __future__ import annotations
 
@@ -6,46 +6,25 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn
 
 from qwen_jax.chat import hermes, react
-from qwen_jax.chat.reply import ReplyPart, TextPart, ToolCall, ToolDefinition
-from qwen_jax.server import schema
+from qwen_jax.chat.reply import PlainReplyParser, ReplyParser, ToolCall, ToolDefinition
 from qwen_jax.server.config import ServedModel
 from qwen_jax.server.errors import ApiError
+from qwen_jax.server.schema import ChatMessage, ChatRequest
 from qwen_jax.tokenizer.tokenizer import Tokenizer
-
-
-class Reader(Protocol):
-    """Reads a reply as it comes, whatever its format."""
-
-    def push(self, text: str) -> list[ReplyPart]:
-        """Takes the next piece; returns the parts that are certain by now."""
-
-    def finish(self) -> list[ReplyPart]:
-        """Ends the reply; returns the rest."""
-
-
-class PlainReader:
-    """A reply that is nothing but its text."""
-
-    def push(self, text: str) -> list[ReplyPart]:
-        """The text."""
-        return [TextPart(text)] if text else []
-
-    def finish(self) -> list[ReplyPart]:
-        """Nothing is ever held back."""
-        return []
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A turn of ChatML.
+    """One closed ChatML turn of a prompt.
 
     Attributes:
-      role: system, user or assistant.
-      text: what stands in it.
-      tags: tokens that are written in `text` as control tokens; all others are plain text.
+      role: "system", "user" or "assistant".
+      text: content of the turn.
+      tags: control tokens to encode as such where they occur in `text`; all others are encoded as
+        plain text.
     """
 
     role: str
@@ -55,230 +34,301 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation ready to be continued.
+    """A rendered conversation, and how to parse the reply that continues it.
 
     Attributes:
-      turns: the closed turns; None: `head` and `opening` are the whole prompt.
-      head: token ids that a chat template made.
-      opening: what the assistant's open turn has already.
-      tags: as in `Turn`, of `opening`.
-      stop: strings that end the reply beside the request's own.
-      names: the tools that may be called. begun: what of `opening` belongs to the new reply.
-      react: the reply is in ReAct's form. thinks: it may begin with a `<think>` block, which is
-      open already with thinking.
-      parallel: more than one call may come.
+      turns: closed turns; None if `template_ids` and `assistant_prefix` are the whole prompt.
+      template_ids: token ids written by the model's chat template, if it has one.
+      assistant_prefix: text at the end of the prompt that the reply continues: the beginning of the
+        open assistant turn. For a base model, the whole prompt.
+      prefix_tags: control tokens to encode as such in `assistant_prefix`.
+      stop: strings that end the reply, in addition to the request's own.
+      tool_names: names of the tools that the model may call.
+      reply_prefix: the end of `assistant_prefix` that is parsed as the beginning of the reply, such
+        as the beginning of a forced tool call.
+      is_react: whether the reply is in the ReAct format.
+      may_think: whether the reply may begin with a `<think>` block.
+      in_think_block: whether the prompt ends inside a `<think>` block.
+      parallel_calls: whether the reply may contain more than one tool call.
     """
 
     turns: tuple[Turn, ...] | None
-    head: tuple[int, ...] = ()
-    opening: str = ""
-    tags: tuple[str, ...] = ()
+    template_ids: tuple[int, ...] = ()
+    assistant_prefix: str = ""
+    prefix_tags: tuple[str, ...] = ()
     stop: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-    begun: str = ""
-    react: bool = False
-    thinks: bool = False
-    thinking: bool = False
-    parallel: bool = True
+    tool_names: tuple[str, ...] = ()
+    reply_prefix: str = ""
+    is_react: bool = False
+    may_think: bool = False
+    in_think_block: bool = False
+    parallel_calls: bool = True
 
-    def ids(self, tokenizer: Tokenizer) -> list[int]:
-        """The prompt's tokens: role, newline and content apart, as the release encodes them."""
+    def encode(self, tokenizer: Tokenizer) -> list[int]:
+        """Returns the token ids of the prompt.
+
+        Role, newline and content of a turn are encoded separately, as in the release.
+        """
         newline = tokenizer.encode("\n")
 
-        def encode(text: str, tags: tuple[str, ...]) -> list[int]:
+        def encode_text(text: str, tags: tuple[str, ...]) -> list[int]:
             known = [tag for tag in tags if tag in tokenizer.special_tokens]
             return tokenizer.encode(text, allowed_special=known)
 
+        prefix_ids = encode_text(self.assistant_prefix, self.prefix_tags)
         if self.turns is None:
-            return [*self.head, *encode(self.opening, self.tags)] or [tokenizer.eod_id]
+            return [*self.template_ids, *prefix_ids] or [tokenizer.eod_id]
         ids: list[int] = []
         for turn in self.turns:
             ids += [tokenizer.im_start_id, *tokenizer.encode(turn.role), *newline]
-            ids += [*encode(turn.text, turn.tags), tokenizer.im_end_id, *newline]
+            ids += [*encode_text(turn.text, turn.tags), tokenizer.im_end_id, *newline]
         ids += [tokenizer.im_start_id, *tokenizer.encode("assistant"), *newline]
-        return ids + encode(self.opening, self.tags)
+        return ids + prefix_ids
 
-    def reader(self) -> Reader:
-        """Reads one reply to this prompt."""
-        if self.react:
-            return react.ReactReplyParser(self.names, self.begun)
+    def parser(self) -> ReplyParser:
+        """Returns a new parser for one reply to this prompt."""
+        if self.is_react:
+            return react.ReactReplyParser(self.tool_names, self.reply_prefix)
         inner = None
-        if self.names:
-            inner = hermes.HermesReplyParser(self.names, self.begun, self.parallel)
-        if self.thinks:
-            return hermes.ThinkParser(inner, self.thinking)
-        return inner or PlainReader()
+        if self.tool_names:
+            inner = hermes.HermesReplyParser(
+                self.tool_names, self.reply_prefix, self.parallel_calls
+            )
+        if self.may_think:
+            return hermes.ThinkParser(inner, self.in_think_block)
+        return inner or PlainReplyParser()
 
 
-def chat_prompt(request: schema.ChatRequest, model: ServedModel) -> ChatPrompt:
-    """Turns a chat request into a prompt.
+def chat_prompt(request: ChatRequest, model: ServedModel) -> ChatPrompt:
+    """Renders the conversation of a chat request as a prompt for `model`.
 
     Raises:
-      ApiError: messages in an order that makes no conversation, a tool's result without a call, a
-        `tool_choice` without its tool, tools for a base model.
+      ApiError: 400 if the messages are not a valid conversation, a tool result has no call or a
+        call no result, `tool_choice` names no tool of the request, or a base model gets tools.
     """
-    results = _check(request.messages)
-    offer = _offer(request)
-    if not model.chats:
-        if offer.tools:
-            _refuse("tools", "are given to a base model; it only continues text")
-        return ChatPrompt(None, opening="".join(message.text for message in request.messages))
-    said = [m.text for m in request.messages if m.role in ("system", "developer")]
-    if not said and model.default_system is not None:
-        said = [model.default_system]
-    system = "\n\n".join(said) if said else None
+    results = _tool_results(request.messages)
+    selection = _select_tools(request)
+    if not model.is_chat_model:
+        if selection.tools:
+            _raise_invalid("tools", "are not supported by a base model, which continues plain text")
+        text = "".join(message.text for message in request.messages)
+        return ChatPrompt(turns=None, assistant_prefix=text)
+    system_texts = [m.text for m in request.messages if m.role in ("system", "developer")]
+    if not system_texts and model.default_system is not None:
+        system_texts = [model.default_system]
+    system = "\n\n".join(system_texts) if system_texts else None
     messages = [m for m in request.messages if m.role not in ("system", "developer")]
-    if model.react:
-        return _react_prompt(messages, results, system, offer)
+    if model.uses_react:
+        return _react_prompt(messages, results, system, selection)
     options = request.chat_template_kwargs
-    silent = options is not None and options.enable_thinking is False
+    no_thinking = options is not None and options.enable_thinking is False
     if model.template is not None:
-        return _template_prompt(request, model, offer, silent)
-    thinks = hermes.THINK_OPEN in model.tokenizer.special_tokens
-    return _hermes_prompt(messages, system, offer, thinks, silent)
+        return _template_prompt(request, model, selection, no_thinking)
+    may_think = hermes.THINK_OPEN in model.tokenizer.special_tokens
+    return _hermes_prompt(messages, system, selection, may_think, no_thinking)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Offer:
-    """Which tools the model is shown, and whether it must call: one, any ("") or none (None)."""
+class _ToolSelection:
+    """The tools shown to the model, and whether it must or may call them (`tool_choice`).
+
+    Attributes:
+      tools: the tools to show.
+      forced: the tool that must be called: its name, "" for any tool, or None for no obligation.
+      disabled: whether calls are forbidden (`tool_choice` "none"); `tools` is then empty.
+      parallel: whether the model may make more than one call.
+    """
 
     tools: tuple[ToolDefinition, ...] = ()
     forced: str | None = None
-    barred: bool = False
+    disabled: bool = False
     parallel: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the tools shown."""
         return tuple(tool.name for tool in self.tools)
 
 
-def _offer(request: schema.ChatRequest) -> _Offer:
+def _select_tools(request: ChatRequest) -> _ToolSelection:
+    """Returns the tool selection that `tools` and `tool_choice` of a request ask for.
+
+    Raises:
+      ApiError: 400 for duplicate names, or a choice that is not among the tools.
+    """
     tools = tuple(
         ToolDefinition(t.function.name, t.function.description or "", t.function.parameters or {})
         for t in request.tools or ()
     )
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        _refuse("tools", f"has {twice!r} more than once")
+        duplicate = next(name for name in names if names.count(name) > 1)
+        _raise_invalid("tools", f"has {duplicate!r} more than once")
     choice = request.tool_choice
     parallel = request.parallel_tool_calls is not False
     if choice == "none":
-        return _Offer(barred=True)
+        return _ToolSelection(disabled=True)
     if choice is None or choice == "auto":
-        return _Offer(tools, parallel=parallel)
+        return _ToolSelection(tools, parallel=parallel)
     if not tools:
-        _refuse("tool_choice", "asks for a call, but there are no tools")
+        _raise_invalid("tool_choice", "requires a tool call, but there are no tools")
     if choice == "required":
-        return _Offer(tools, names[0] if len(names) == 1 else "", parallel=parallel)
+        return _ToolSelection(tools, names[0] if len(names) == 1 else "", parallel=parallel)
     if (name := choice.function.name) not in names:
-        _refuse("tool_choice.function.name", f"is {name!r:.60}, which is none of the tools")
-    return _Offer(tools, name, parallel=False)
+        _raise_invalid("tool_choice.function.name", f"is {name!r:.60}, which is not among tools")
+    return _ToolSelection(tools, name, parallel=False)
 
 
-def _check(messages: Sequence[schema.Message]) -> dict[str, str]:
-    """Refuses what is no conversation; returns the tools' results by the ids of the calls."""
-    calls: dict[str, str] = {}
+def _tool_results(messages: Sequence[ChatMessage]) -> dict[str, str]:
+    """Checks that messages form a valid conversation and returns its tool results.
+
+    Returns:
+      The trimmed text of each tool message, by the id of the call it answers.
+
+    Raises:
+      ApiError: 400 that names the first offending field.
+    """
+    call_fields: dict[str, str] = {}  # id of a call -> the field that contains it
     results: dict[str, str] = {}
     for i, message in enumerate(messages):
-        where = f"messages[{i}]"
+        field = f"messages[{i}]"
         if message.tool_calls and message.role != "assistant":
-            _refuse(f"{where}.tool_calls", "belongs to the assistant's messages only")
+            _raise_invalid(f"{field}.tool_calls", "is allowed in assistant messages only")
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
-            _refuse(f"{where}.content", "is missing; give a text", "missing_parameter")
+            _raise_invalid(f"{field}.content", "is missing; give a text", "missing_parameter")
         if message.role == "tool":
+            id_field = f"{field}.tool_call_id"
             if message.tool_call_id is None:
-                remedy = "is missing; it says which call this answers"
-                _refuse(f"{where}.tool_call_id", remedy, "missing_parameter")
-            if message.tool_call_id not in calls:
-                found = f"is {message.tool_call_id!r:.60}, which is the id of no earlier call"
-                _refuse(f"{where}.tool_call_id", found)
+                problem = "is missing; give the id of the call that this result belongs to"
+                _raise_invalid(id_field, problem, "missing_parameter")
+            if message.tool_call_id not in call_fields:
+                problem = f"is {message.tool_call_id!r:.60}, which is the id of no earlier call"
+                _raise_invalid(id_field, problem)
             results[message.tool_call_id] = _trim(message.text)
-        calls |= {call.id: f"{where}.tool_calls" for call in message.tool_calls or ()}
-    if open_calls := [id for id in calls if id not in results]:
-        _refuse(calls[open_calls[0]], f"has {open_calls[0]!r:.60}, for which there is no result")
+        call_fields |= {call.id: f"{field}.tool_calls" for call in message.tool_calls or ()}
+    if unanswered := [id for id in call_fields if id not in results]:
+        problem = f"has the call {unanswered[0]!r:.60}, for which there is no result"
+        _raise_invalid(call_fields[unanswered[0]], problem)
     if messages[-1].role not in ("user", "tool"):
-        found = f"is {messages[-1].role!r}; the last message must be the user's or a tool's"
-        _refuse(f"messages[{len(messages) - 1}].role", found)
+        problem = f"is {messages[-1].role!r}; the last message must have the role user or tool"
+        _raise_invalid(f"messages[{len(messages) - 1}].role", problem)
     return results
 
 
-def _refuse(param: str, found: str, code: str = "invalid_value") -> None:
-    raise ApiError(400, f"{param} {found}.", param=param, code=code)
+def _raise_invalid(param: str, problem: str, code: str = "invalid_value") -> NoReturn:
+    """Raises a 400 with the message "PARAM PROBLEM."."""
+    raise ApiError(400, f"{param} {problem}.", param=param, code=code)
 
 
 def _trim(text: str) -> str:
-    """A message as the release puts it between ReAct's labels."""
+    """Returns a message's text as the release writes it after a ReAct label.
+
+    Leading newlines and trailing whitespace are removed.
+    """
     return text.lstrip("\n").rstrip()
 
 
+def _tool_calls(message: ChatMessage) -> list[ToolCall]:
+    """Returns the tool calls of an assistant message; none for other messages."""
+    calls = message.tool_calls or ()
+    return [ToolCall(call.function.name, call.function.arguments) for call in calls]
+
+
 def _react_prompt(
-    messages: Sequence[schema.Message], results: dict[str, str], system: str | None, offer: _Offer
+    messages: Sequence[ChatMessage],
+    results: dict[str, str],
+    system: str | None,
+    selection: _ToolSelection,
 ) -> ChatPrompt:
-    """The tools stand in a user's turn; calls, results and the answer in one turn of the model."""
+    """Renders a conversation for Qwen v1, with tools in the ReAct format.
+
+    Tools are listed in a user turn; calls, their results and the answer share one assistant turn.
+
+    Args:
+      messages: the conversation without system messages.
+      results: texts of tool results by id of the call.
+      system: the system prompt, or None.
+      selection: the tools to show.
+    """
     turns = [] if system is None else [Turn("system", system)]
     users = [i for i, message in enumerate(messages) if message.role == "user"]
-    continues = messages[-1].role == "tool"
-    # As in the release: in the user's turn of the last finished pair, or in the only one. A turn
-    # that waits for nothing but its results counts as finished.
-    shown_at = users[-1 if continues or len(users) == 1 else -2] if users else None
-    steps: list[str] = []  # of the model's turn that has calls
+    ends_with_result = messages[-1].role == "tool"
+    # As in the release, tools are listed in the user turn of the last finished pair, or in the only
+    # user turn. A turn whose calls have their results counts as finished.
+    tools_at = users[-1 if ends_with_result or len(users) == 1 else -2] if users else None
+    steps: list[str] = []  # calls and results of the assistant turn that is still open
     for i, message in enumerate(messages):
         if message.role == "user":
             text = message.text
-            if offer.tools or steps:
+            if selection.tools or steps:
                 text = _trim(text)
             if steps:
                 turns.append(Turn("assistant", "\n".join(steps)))
                 steps = []
-            if offer.tools and i == shown_at:
-                text = react.format_question(offer.tools, text)
+            if selection.tools and i == tools_at:
+                text = react.format_question(selection.tools, text)
             turns.append(Turn("user", text))
         elif message.tool_calls:
-            for k, called in enumerate(message.tool_calls):
-                call = ToolCall(called.function.name, called.function.arguments)
+            calls = zip(message.tool_calls, _tool_calls(message), strict=True)
+            for k, (requested, call) in enumerate(calls):
                 steps.append(react.format_tool_call(message.text if k == 0 else "", call))
-                steps.append(react.format_observation(results[called.id]))
-        elif message.role == "assistant" and (offer.tools or steps):
-            turns.append(
-                Turn(
-                    "assistant", "\n".join([*steps, react.format_final_answer(_trim(message.text))])
-                )
-            )
+                steps.append(react.format_observation(results[requested.id]))
+        elif message.role == "assistant" and (selection.tools or steps):
+            answer = react.format_final_answer(_trim(message.text))
+            turns.append(Turn("assistant", "\n".join([*steps, answer])))
             steps = []
         elif message.role == "assistant":
             turns.append(Turn("assistant", message.text))
-    return _open_react(turns, steps, offer)
+    return _open_react_turn(turns, steps, selection)
 
 
-def _open_react(turns: list[Turn], steps: list[str], offer: _Offer) -> ChatPrompt:
-    if offer.forced is not None:
-        begun = react.tool_call_prefix(offer.forced or None)
+def _open_react_turn(turns: list[Turn], steps: list[str], selection: _ToolSelection) -> ChatPrompt:
+    """Returns a ReAct prompt whose open assistant turn begins with `steps`.
+
+    Args:
+      turns: closed turns.
+      steps: lines of tool calls and their results.
+      selection: forces a tool call, or if tools are disabled, a final answer.
+    """
+    if selection.forced is not None:
+        reply_prefix = react.tool_call_prefix(selection.forced or None)
     elif steps:
-        begun = react.format_final_answer("").rstrip() if offer.barred else "Thought:"
+        final_answer = react.format_final_answer("").rstrip()
+        reply_prefix = final_answer if selection.disabled else "Thought:"
     else:
-        begun = ""
-    in_form = bool(offer.tools or steps)
+        reply_prefix = ""
+    is_react = bool(selection.tools or steps)
     return ChatPrompt(
         tuple(turns),
-        opening="\n".join([*steps, begun]),
-        begun=begun,
-        names=offer.names,
-        react=in_form,
-        stop=(react.STOP_STRING,) if in_form else (),
+        assistant_prefix="\n".join([*steps, reply_prefix]),
+        reply_prefix=reply_prefix,
+        tool_names=selection.names,
+        is_react=is_react,
+        stop=(react.STOP_STRING,) if is_react else (),
     )
 
 
 def _hermes_prompt(
-    messages: Sequence[schema.Message],
+    messages: Sequence[ChatMessage],
     system: str | None,
-    offer: _Offer,
-    thinks: bool,
-    silent: bool,
+    selection: _ToolSelection,
+    may_think: bool,
+    no_thinking: bool,
 ) -> ChatPrompt:
-    """The tools stand in the system turn, results in user turns, thoughts in no past turn."""
-    if offer.tools:
-        system = hermes.format_system_prompt(system or "", offer.tools)
+    """Renders a conversation in ChatML with tools in the hermes format.
+
+    Tools are listed in the system turn, results are written in user turns, and reasoning is left
+    out of the turns before the last user message.
+
+    Args:
+      messages: the conversation without system messages.
+      system: the system prompt, or None.
+      selection: the tools to show.
+      may_think: whether the model has `<think>` tags.
+      no_thinking: whether the request disables thinking.
+    """
+    if selection.tools:
+        system = hermes.format_system_prompt(system or "", selection.tools)
     turns = [] if system is None else [Turn("system", system)]
     last_user = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
     for i, message in enumerate(messages):
@@ -290,67 +340,90 @@ def _hermes_prompt(
         elif message.role == "user":
             turns.append(Turn("user", message.text))
         else:
-            calls = [
-                ToolCall(c.function.name, c.function.arguments) for c in message.tool_calls or ()
-            ]
-            parts = [message.text] * bool(message.text) + [
-                hermes.format_tool_call(call) for call in calls
-            ]
+            parts = [message.text] if message.text else []
+            parts += map(hermes.format_tool_call, _tool_calls(message))
             text = "\n".join(parts)
-            if thinks and i > last_user and message.reasoning_content:
+            if may_think and i > last_user and message.reasoning_content:
                 text = hermes.format_think_block(message.reasoning_content) + text
             turns.append(Turn("assistant", text, hermes.ASSISTANT_TAGS))
-    begun = "" if offer.forced is None else hermes.tool_call_prefix(offer.forced or None)
-    silent = thinks and (silent or bool(begun))
+    reply_prefix = _hermes_reply_prefix(selection)
+    skip_thinking = may_think and (no_thinking or bool(reply_prefix))
     return ChatPrompt(
         tuple(turns),
-        opening=(hermes.format_think_block("") if silent else "") + begun,
-        tags=hermes.ASSISTANT_TAGS,
-        begun=begun,
-        names=offer.names,
-        thinks=thinks,
-        parallel=offer.parallel,
-        stop=() if offer.parallel or not offer.names else (hermes.TOOL_CALL_CLOSE,),
+        assistant_prefix=(hermes.format_think_block("") if skip_thinking else "") + reply_prefix,
+        prefix_tags=hermes.ASSISTANT_TAGS,
+        reply_prefix=reply_prefix,
+        tool_names=selection.names,
+        may_think=may_think,
+        parallel_calls=selection.parallel,
+        stop=_hermes_stop(selection),
     )
 
 
 def _template_prompt(
-    request: schema.ChatRequest, model: ServedModel, offer: _Offer, silent: bool
+    request: ChatRequest, model: ServedModel, selection: _ToolSelection, no_thinking: bool
 ) -> ChatPrompt:
-    """The model's own template writes everything but the beginning of a call that is forced."""
-    begun = "" if offer.forced is None else hermes.tool_call_prefix(offer.forced or None)
-    options = {"enable_thinking": False} if silent or begun else {}
-    tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
-    messages = [_as_template_wants(message) for message in request.messages]
-    tools = tools if offer.tools else None
-    head = model.template.encode(model.tokenizer, messages, tools, **options)
-    # Templates of models that always think open the block themselves.
-    thinking = model.tokenizer.decode(head[-8:]).rstrip().endswith(hermes.THINK_OPEN)
-    closed = f"\n{hermes.THINK_CLOSE}\n\n" if thinking and begun else ""
+    """Renders a conversation with the model's chat template, tools in the hermes format.
+
+    Only the beginning of a forced tool call is appended to the template's text.
+
+    Args:
+      request: the chat request, validated.
+      model: a model with a chat template.
+      selection: the tools to show.
+      no_thinking: whether the request disables thinking.
+    """
+    assert model.template is not None
+    reply_prefix = _hermes_reply_prefix(selection)
+    options = {"enable_thinking": False} if no_thinking or reply_prefix else {}
+    messages = [_template_message(message) for message in request.messages]
+    tools = None
+    if selection.tools:
+        tools = [tool.model_dump(exclude_none=True) for tool in request.tools or ()]
+    template_ids = model.template.encode(model.tokenizer, messages, tools, **options)
+    # Templates of models that always think end with an open <think> block.
+    opens_block = model.tokenizer.decode(template_ids[-8:]).rstrip().endswith(hermes.THINK_OPEN)
+    close_block = f"\n{hermes.THINK_CLOSE}\n\n" if opens_block and reply_prefix else ""
     return ChatPrompt(
         turns=None,
-        head=tuple(head),
-        opening=closed + begun,
-        tags=hermes.ASSISTANT_TAGS,
-        begun=begun,
-        names=offer.names,
-        thinks=thinking or hermes.THINK_OPEN in model.tokenizer.special_tokens,
-        thinking=thinking and not begun,
-        parallel=offer.parallel,
-        stop=() if offer.parallel or not offer.names else (hermes.TOOL_CALL_CLOSE,),
+        template_ids=tuple(template_ids),
+        assistant_prefix=close_block + reply_prefix,
+        prefix_tags=hermes.ASSISTANT_TAGS,
+        reply_prefix=reply_prefix,
+        tool_names=selection.names,
+        may_think=opens_block or hermes.THINK_OPEN in model.tokenizer.special_tokens,
+        in_think_block=opens_block and not reply_prefix,
+        parallel_calls=selection.parallel,
+        stop=_hermes_stop(selection),
     )
 
 
-def _as_template_wants(message: schema.Message) -> dict[str, Any]:
-    """A message as chat templates know it: calls with arguments as objects."""
+def _hermes_reply_prefix(selection: _ToolSelection) -> str:
+    """Returns the beginning of the tool call that `selection` forces; "" if it forces none."""
+    return "" if selection.forced is None else hermes.tool_call_prefix(selection.forced or None)
+
+
+def _hermes_stop(selection: _ToolSelection) -> tuple[str, ...]:
+    """Returns the stop strings that end a reply after its first call if only one is allowed."""
+    return () if selection.parallel or not selection.names else (hermes.TOOL_CALL_CLOSE,)
+
+
+def _template_message(message: ChatMessage) -> dict[str, Any]:
+    """Returns a message in the form that chat templates expect.
+
+    The role developer becomes system, and the arguments of tool calls become objects if they are
+    valid JSON.
+    """
     role = "system" if message.role == "developer" else message.role
-    told: dict[str, Any] = {"role": role, "content": message.text}
+    fields: dict[str, Any] = {"role": role, "content": message.text}
     if message.reasoning_content is not None:
-        told["reasoning_content"] = message.reasoning_content
+        fields["reasoning_content"] = message.reasoning_content
     if message.tool_call_id is not None:
-        told["tool_call_id"] = message.tool_call_id
+        fields["tool_call_id"] = message.tool_call_id
     calls = [call.model_dump(exclude_none=True) for call in message.tool_calls or ()]
     for call in calls:
         with contextlib.suppress(ValueError, RecursionError):
             call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-    return told | ({"tool_calls": calls} if calls else {})
+    if calls:
+        fields["tool_calls"] = calls
+    return fields

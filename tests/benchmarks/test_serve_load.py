@@ -8,10 +8,10 @@ import pytest
 from benchmarks import serve_load
 from qwen_jax.generate.answer import Answer, Job
 from qwen_jax.generate.load import load
-from qwen_jax.server.config import Limits, served_model
-from qwen_jax.server.job import Job as HttpJob
+from qwen_jax.server.completion_job import CompletionJob
+from qwen_jax.server.config import ServerLimits, served_model
 from tests.generate.fake_engine import FakeEngine, default_answer
-from tests.server.serving import running, serve
+from tests.server.serving import serve, serve_service
 
 
 def drive(server, made, expected, **sizes):
@@ -25,7 +25,7 @@ def test_the_real_engine_loses_and_mixes_nothing(tmp_path):
     sizes = {"rows": 4, "max_length": 512, "page_size": 32, "prefill_tokens": 32, "pages": 48}
     with load(folder, warm_up=False, max_waiting=20, **sizes) as qwen:
         model = served_model(qwen, "tiny", created=1)
-        with running(qwen.service, model, Limits()) as server:
+        with serve_service(qwen.service, model, ServerLimits()) as server:
             made = serve_load.asks("tiny", 24, seed=0)
             expected = asyncio.run(serve_load.alone(server.url, made))
             assert len({told[0] for told in expected}) > 12
@@ -35,9 +35,9 @@ def test_the_real_engine_loses_and_mixes_nothing(tmp_path):
             found = serve_load.settled(server.url)
             assert serve_load.left_over(found) == []
             assert found['qwen_requests_ended_total{finish="cancelled"}'] > 0
-            assert server.front.gate.active == 0
+            assert server.state.gate.active == 0
             gc.collect()
-            kept = [x for x in gc.get_objects() if isinstance(x, Answer | Job | HttpJob)]
+            kept = [x for x in gc.get_objects() if isinstance(x, Answer | Job | CompletionJob)]
             assert kept == []
 
 

@@ -1,4 +1,4 @@
-"""`launch.serve` as its users start it: up, serving, drained by SIGTERM; and bad flags."""
+"""`launch.serve` as a process: start, requests, drain on SIGTERM, and invalid flags."""
 
 import contextlib
 import re
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def start(folder, log, *flags):
-    """A server with its address, killed at the end if it still runs."""
+    """Yields the process, the model name and the URL of a server; kills it at the end."""
     flags = [f"--model={folder}", "--port=0", "--nowarm_up", *SIZES, *flags]
     process = programs.start("launch.serve", flags, log)
     try:
@@ -39,7 +39,7 @@ def start(folder, log, *flags):
 
 
 @pytest.mark.slow
-def test_serves_and_drains(folder, tmp_path, monkeypatch):
+def test_server_answers_with_api_keys_and_drains_on_sigterm(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("QWEN_JAX_API_KEYS", "first-key-1, second-key-2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     log = tmp_path / "log"
@@ -57,25 +57,25 @@ def test_serves_and_drains(folder, tmp_path, monkeypatch):
         ]
         texts = [answer.choices[0].message.content for answer in answers]
         assert texts[0] == texts[1] and answers[0].usage.completion_tokens == 8
-        # A running answer is finished after SIGTERM, a new one is refused, and the end is clean.
-        told = {}
+        # A running answer finishes after SIGTERM, and the process exits cleanly.
+        seen = {}
 
-        def ask():
+        def read_stream():
             extra = {"ignore_eos": True}
             stream = client.chat.completions.create(
                 model="tiny", messages=hello, max_tokens=60, stream=True, extra_body=extra
             )
             for event in stream:
-                told.setdefault("begun", time.monotonic())
-                told["finish"] = event.choices[0].finish_reason
+                seen.setdefault("first_event", time.monotonic())
+                seen["finish"] = event.choices[0].finish_reason
 
-        thread = threading.Thread(target=ask)
+        thread = threading.Thread(target=read_stream)
         thread.start()
-        while "begun" not in told:
+        while "first_event" not in seen:
             time.sleep(0.001)
         process.send_signal(signal.SIGTERM)
         thread.join(60)
-        assert told["finish"] == "length"
+        assert seen["finish"] == "length"
         assert process.wait(30) == 0
     text = log.read_text()
     assert "\nended\n" in text and "Traceback" not in text
@@ -83,7 +83,7 @@ def test_serves_and_drains(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_bad_flags(folder, tmp_path):
+def test_invalid_flags_exit_with_one_sentence_and_status_2(folder, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = programs.run(
@@ -96,7 +96,14 @@ def test_bad_flags(folder, tmp_path):
                 ["launch.serve", f"--model={folder}", "--port=99999"],
             ]
         )
-    words = (f":{port} can't be served on", "does not exist", "API key", "drain_s", "model", "port")
+    words = (
+        f"cannot listen on 127.0.0.1:{port}",
+        "does not exist",
+        "API key",
+        "drain_s",
+        "model",
+        "port",
+    )
     for one, expected in zip(done, words, strict=True):
         assert one.status == 2 and expected in one.last_line, one.output[-500:]
         assert "Traceback" not in one.output

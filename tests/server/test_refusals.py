@@ -1,7 +1,8 @@
-"""What can't be served is refused in OpenAI's format, with the field, the value and the remedy."""
+"""Invalid requests get errors in OpenAI's format that name the field, its value and a remedy."""
 
 import contextlib
 import json
+from typing import NamedTuple
 
 import httpx
 import openai
@@ -9,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.server.config import Limits
+from qwen_jax.server.config import ServerLimits
 from tests.generate.fake_engine import FakeEngine
-from tests.server.serving import model, script, serve
+from tests.server.serving import make_model, script, serve
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}
@@ -21,8 +22,8 @@ HI = [{"role": "user", "content": "hi"}]
 @pytest.fixture(scope="module")
 def server():
     engine = FakeEngine(script("ok"), max_length=100)
-    with serve(engine, model(max_length=100), Limits(max_body_bytes=5000)) as running:
-        yield running
+    with serve(engine, make_model(max_length=100), ServerLimits(max_body_bytes=5000)) as server:
+        yield server
 
 
 def chat(**fields):
@@ -33,184 +34,227 @@ def text(**fields):
     return json.dumps({"model": "toy", "prompt": "hi", **fields}).encode()
 
 
-def said(*messages):
-    return chat(messages=list(messages))
-
-
 USER = {"role": "user", "content": "x"}
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f"}}
 
-# path, body, status, param, code, words of the message
+
+class Refusal(NamedTuple):
+    """An invalid request and the error that it must get.
+
+    Attributes:
+      path, body: the request.
+      param, code: fields of the error object.
+      words: a part of the error's message.
+      status: HTTP status of the response.
+    """
+
+    path: str
+    body: bytes
+    param: str | None
+    code: str
+    words: str = ""
+    status: int = 400
+
+
+def chat_refusal(param, code, words="", **fields):
+    """Returns the refusal of a chat request with the given fields."""
+    return Refusal(CHAT, chat(**fields), param, code, words)
+
+
+def completion_refusal(param, code, words="", **fields):
+    """Returns the refusal of a completion request with the given fields."""
+    return Refusal(TEXT, text(**fields), param, code, words)
+
+
+def message_refusal(param, code, words, *messages):
+    """Returns the refusal of a chat request with the given messages."""
+    return Refusal(CHAT, chat(messages=list(messages)), param, code, words)
+
+
 REFUSED = {
-    "not JSON": (CHAT, b"{", 400, None, "invalid_json", "line 1 column 2"),
-    "not UTF-8": (CHAT, b'{"model": "\xff"}', 400, None, "invalid_utf8", "byte 11"),
-    "NaN": (CHAT, b'{"temperature": NaN}', 400, None, "invalid_json", "NaN"),
-    "nested": (CHAT, b"[" * 4000, 400, None, "invalid_json", ""),
-    "a list": (CHAT, b"[]", 400, None, "invalid_type", "must be an object"),
-    "empty": (CHAT, b"", 400, None, "invalid_json", ""),
-    "no messages": (CHAT, b'{"model": "toy"}', 400, "messages", "missing_parameter", "missing"),
-    "no model": (TEXT, b'{"prompt": "x"}', 400, "model", "missing_parameter", "missing"),
-    "messages are text": (CHAT, chat(messages="hi"), 400, "messages", "invalid_type", "a list"),
-    "no message": (CHAT, said(), 400, "messages", "invalid_value", "at least 1"),
-    "a role": (
-        *(CHAT, said({"role": "bot", "content": "x"}), 400, "messages[0].role", "invalid_value"),
-        '"bot"',
+    # The body as a whole.
+    "invalid JSON": Refusal(CHAT, b"{", None, "invalid_json", "line 1 column 2"),
+    "invalid UTF-8": Refusal(CHAT, b'{"model": "\xff"}', None, "invalid_utf8", "byte 11"),
+    "NaN": Refusal(CHAT, b'{"temperature": NaN}', None, "invalid_json", "NaN"),
+    "deeply nested body": Refusal(CHAT, b"[" * 4000, None, "invalid_json"),
+    "body is a list": Refusal(CHAT, b"[]", None, "invalid_type", "must be an object"),
+    "empty body": Refusal(CHAT, b"", None, "invalid_json"),
+    "integer with too many digits": Refusal(
+        CHAT, b'{"seed": ' + b"9" * 4400 + b"}", None, "invalid_json"
     ),
-    "content is a number": (
-        *(CHAT, said(USER, {"role": "user", "content": 5}), 400, "messages[1].content"),
-        *("invalid_type", "a string or a list"),
+    "body too large": Refusal(
+        CHAT, chat(user="x" * 5000), None, "request_too_large", "5,000", status=413
     ),
-    "an image": (
-        CHAT,
-        said({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}),
-        *(400, "messages[0].content[0].type", "unsupported_content", "text only"),
+    # The model and unknown or unsupported fields.
+    "missing model": Refusal(TEXT, b'{"prompt": "x"}', "model", "missing_parameter", "missing"),
+    "unknown model": Refusal(
+        TEXT, text(model="toys"), "model", "model_not_found", "'toy'", status=404
     ),
-    "a field of a message": (
-        *(CHAT, said({"role": "user", "contents": "x"}), 400, "messages[0].contents"),
-        *("unknown_parameter", "'content'"),
+    "misspelt field": chat_refusal(
+        "temprature", "unknown_parameter", "did you mean 'temperature'?", temprature=1
     ),
-    "no content": (
-        *(CHAT, said({"role": "user"}), 400, "messages[0].content", "missing_parameter", "missing"),
+    "field of the other endpoint": completion_refusal("messages", "unknown_parameter", messages=HI),
+    "long unknown field": chat_refusal("x" * 100, "unknown_parameter", "...", **{"x" * 300: 1}),
+    "unknown field with a lone surrogate": Refusal(
+        CHAT, b'{"\\ud800": 1, "model": "toy"}', "?", "unknown_parameter"
     ),
-    "the assistant is last": (
-        *(CHAT, said(USER, {"role": "assistant", "content": "x"}), 400, "messages[1].role"),
-        *("invalid_value", "last"),
+    "response_format": chat_refusal(
+        "response_format",
+        "unsupported_parameter",
+        "json_object",
+        response_format={"type": "json_object"},
     ),
-    "a result without a call": (
-        *(CHAT, said(USER, {"role": "tool", "tool_call_id": "c1", "content": "x"}), 400),
-        *("messages[1].tool_call_id", "invalid_value", "no earlier call"),
+    "logit_bias": chat_refusal("logit_bias", "unsupported_parameter", "leave", logit_bias={"5": 1}),
+    "audio": chat_refusal("audio", "unsupported_parameter", "text only", audio={"voice": "x"}),
+    "functions": chat_refusal("functions", "unsupported_parameter", "tools", functions=[]),
+    # Messages.
+    "missing messages": Refusal(
+        CHAT, b'{"model": "toy"}', "messages", "missing_parameter", "missing"
     ),
-    "a result without its id": (
-        *(CHAT, said(USER, {"role": "tool", "content": "x"}), 400, "messages[1].tool_call_id"),
-        *("missing_parameter", "which call"),
+    "messages are a string": chat_refusal("messages", "invalid_type", "a list", messages="hi"),
+    "no messages": message_refusal("messages", "invalid_value", "at least 1"),
+    "unknown role": message_refusal(
+        "messages[0].role", "invalid_value", '"bot"', {"role": "bot", "content": "x"}
     ),
-    "a call without a result": (
-        *(CHAT, said(USER, {"role": "assistant", "tool_calls": [CALL]}, USER), 400),
-        *("messages[1].tool_calls", "invalid_value", "no result"),
+    "content is a number": message_refusal(
+        "messages[1].content",
+        "invalid_type",
+        "a string or a list",
+        USER,
+        {"role": "user", "content": 5},
     ),
-    "a call of the user's": (
-        *(CHAT, said({**USER, "tool_calls": [CALL]}), 400, "messages[0].tool_calls"),
-        *("invalid_value", "assistant"),
+    "image content": message_refusal(
+        "messages[0].content[0].type",
+        "unsupported_content",
+        "text only",
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
     ),
-    "a misspelt field": (
-        *(CHAT, chat(temprature=1), 400, "temprature", "unknown_parameter"),
-        "did you mean 'temperature'?",
+    "misspelt field of a message": message_refusal(
+        "messages[0].contents", "unknown_parameter", "'content'", {"role": "user", "contents": "x"}
     ),
-    "a field of the other kind": (
-        *(TEXT, text(messages=HI), 400, "messages", "unknown_parameter", ""),
+    "missing content": message_refusal(
+        "messages[0].content", "missing_parameter", "missing", {"role": "user"}
     ),
-    "a number as text": (
-        *(CHAT, chat(temperature="1"), 400, "temperature", "invalid_type", "a number"),
+    "last message is the assistant's": message_refusal(
+        "messages[1].role", "invalid_value", "last", USER, {"role": "assistant", "content": "x"}
     ),
-    "a flag as a number": (CHAT, chat(stream=1), 400, "stream", "invalid_type", "true or false"),
-    "a count as a flag": (CHAT, chat(n=True), 400, "n", "invalid_type", "an integer"),
-    "a fraction": (CHAT, chat(max_tokens=1.5), 400, "max_tokens", "invalid_type", "an integer"),
-    "too hot": (CHAT, chat(temperature=2.1), 400, "temperature", "invalid_value", "at most 2"),
-    "top_p of nothing": (CHAT, chat(top_p=0), 400, "top_p", "invalid_value", "above 0"),
-    "no tokens": (CHAT, chat(max_tokens=0), 400, "max_tokens", "invalid_value", "1 or more"),
-    "a huge number": (CHAT, chat(seed=2**80), 400, "seed", "invalid_value", ""),
-    "an endless number": (CHAT, b'{"seed": ' + b"9" * 4400 + b"}", 400, None, "invalid_json", ""),
-    "five stop strings": (
-        CHAT,
-        chat(stop=list("abcde")),
-        400,
-        "stop",
+    "tool result without a call": message_refusal(
+        "messages[1].tool_call_id",
         "invalid_value",
-        "at most 4",
+        "no earlier call",
+        USER,
+        {"role": "tool", "tool_call_id": "c1", "content": "x"},
     ),
-    "an empty stop string": (CHAT, chat(stop=""), 400, "stop", "invalid_value", "without"),
-    "a stop number": (CHAT, chat(stop=["a", 5]), 400, "stop[1]", "invalid_type", "a string"),
-    "many choices": (CHAT, chat(n=99), 400, "n", "invalid_value", "at most 16"),
-    "top_logprobs alone": (
-        CHAT,
-        chat(top_logprobs=2),
-        400,
-        "top_logprobs",
+    "tool result without an id": message_refusal(
+        "messages[1].tool_call_id",
+        "missing_parameter",
+        "the id of the call",
+        USER,
+        {"role": "tool", "content": "x"},
+    ),
+    "tool call without a result": message_refusal(
+        "messages[1].tool_calls",
         "invalid_value",
-        "true",
+        "no result",
+        USER,
+        {"role": "assistant", "tool_calls": [CALL]},
+        USER,
     ),
-    "many logprobs": (
-        *(CHAT, chat(logprobs=True, top_logprobs=21), 400, "top_logprobs", "invalid_value"),
-        "at most 20",
+    "tool call by the user": message_refusal(
+        "messages[0].tool_calls", "invalid_value", "assistant", {**USER, "tool_calls": [CALL]}
     ),
-    "a schema": (
-        *(CHAT, chat(response_format={"type": "json_object"}), 400, "response_format"),
-        *("unsupported_parameter", "json_object"),
+    # Types and ranges of sampling fields.
+    "number as a string": chat_refusal("temperature", "invalid_type", "a number", temperature="1"),
+    "boolean as a number": chat_refusal("stream", "invalid_type", "true or false", stream=1),
+    "integer as a boolean": chat_refusal("n", "invalid_type", "an integer", n=True),
+    "integer as a fraction": chat_refusal(
+        "max_tokens", "invalid_type", "an integer", max_tokens=1.5
     ),
-    "a bias": (
-        *(CHAT, chat(logit_bias={"5": 1}), 400, "logit_bias", "unsupported_parameter", "leave"),
+    "temperature too high": chat_refusal(
+        "temperature", "invalid_value", "at most 2", temperature=2.1
     ),
-    "sound": (
-        *(CHAT, chat(audio={"voice": "x"}), 400, "audio", "unsupported_parameter", "text only"),
+    "top_p of 0": chat_refusal("top_p", "invalid_value", "above 0", top_p=0),
+    "max_tokens of 0": chat_refusal("max_tokens", "invalid_value", "1 or more", max_tokens=0),
+    "seed out of range": chat_refusal("seed", "invalid_value", seed=2**80),
+    "too many stop strings": chat_refusal("stop", "invalid_value", "at most 4", stop=list("abcde")),
+    "empty stop string": chat_refusal("stop", "invalid_value", "empty", stop=""),
+    "stop is a number": chat_refusal("stop[1]", "invalid_type", "a string", stop=["a", 5]),
+    "too many choices": chat_refusal("n", "invalid_value", "at most 16", n=99),
+    "too many stop ids": completion_refusal(
+        "stop_token_ids", "invalid_value", "8", stop_token_ids=[1] * 9
     ),
-    "functions": (CHAT, chat(functions=[]), 400, "functions", "unsupported_parameter", "tools"),
-    "a tool's type": (
-        *(CHAT, chat(tools=[{**TOOL, "type": "x"}]), 400, "tools[0].type", "invalid_value"),
-        "'function'",
+    "too many stop ids with those of the model": chat_refusal(
+        "stop_token_ids", "invalid_value", "at most 5", stop_token_ids=[1, 2, 3, 4, 5, 6]
     ),
-    "a tool's name": (
-        CHAT,
-        chat(tools=[{"type": "function", "function": {"name": "a b"}}]),
-        *(400, "tools[0].function.name", "invalid_value", "letters"),
+    "top_logprobs without logprobs": chat_refusal(
+        "top_logprobs", "invalid_value", "true", top_logprobs=2
     ),
-    "a tool without a function": (
-        *(CHAT, chat(tools=[{"type": "function"}]), 400, "tools[0].function"),
-        *("missing_parameter", "missing"),
+    "too many top_logprobs": chat_refusal(
+        "top_logprobs", "invalid_value", "at most 20", logprobs=True, top_logprobs=21
     ),
-    "a tool twice": (CHAT, chat(tools=[TOOL, TOOL]), 400, "tools", "invalid_value", "once"),
-    "a choice without tools": (
-        *(CHAT, chat(tool_choice="required"), 400, "tool_choice", "invalid_value", "no tools"),
+    "echo with logprobs": completion_refusal(
+        "echo", "unsupported_parameter", "logprobs", echo=True, logprobs=1
     ),
-    "a choice of no tool": (
-        CHAT,
-        chat(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
-        *(400, "tool_choice.function.name", "invalid_value", "'g'"),
+    # Tools.
+    "type of a tool": chat_refusal(
+        "tools[0].type", "invalid_value", "'function'", tools=[{**TOOL, "type": "x"}]
     ),
-    "a choice": (
-        *(CHAT, chat(tools=[TOOL], tool_choice="always"), 400, "tool_choice", "invalid_value"),
-        "'required'",
+    "name of a tool": chat_refusal(
+        "tools[0].function.name",
+        "invalid_value",
+        "letters",
+        tools=[{"type": "function", "function": {"name": "a b"}}],
     ),
-    "a long prompt": (
-        *(CHAT, said({"role": "user", "content": "x" * 200}), 400, "messages"),
-        *("context_length_exceeded", "takes 100 together"),
+    "tool without a function": chat_refusal(
+        "tools[0].function", "missing_parameter", "missing", tools=[{"type": "function"}]
     ),
-    "a long answer": (
-        *(TEXT, text(max_tokens=99), 400, "prompt", "context_length_exceeded", "99 new"),
+    "duplicate tool": chat_refusal("tools", "invalid_value", "once", tools=[TOOL, TOOL]),
+    "tool_choice without tools": chat_refusal(
+        "tool_choice", "invalid_value", "no tools", tool_choice="required"
     ),
-    "no prompts": (TEXT, text(prompt=[]), 400, "prompt", "invalid_value", "0 prompts"),
-    "a prompt of both": (TEXT, text(prompt=["a", 5]), 400, "prompt[1]", "invalid_type", "a string"),
-    "an id": (TEXT, text(prompt=[5, 999]), 400, "prompt", "invalid_value", "999"),
-    "a negative id": (TEXT, text(prompt=[[-1]]), 400, "prompt", "invalid_value", "-1"),
-    "a stop id": (TEXT, text(stop_token_ids=[1] * 9), 400, "stop_token_ids", "invalid_value", "8"),
-    "stop ids": (
-        *(CHAT, chat(stop_token_ids=[1, 2, 3, 4, 5, 6]), 400, "stop_token_ids", "invalid_value"),
-        "at most 5",
+    "tool_choice of an unknown tool": chat_refusal(
+        "tool_choice.function.name",
+        "invalid_value",
+        "'g'",
+        tools=[TOOL],
+        tool_choice={"type": "function", "function": {"name": "g"}},
     ),
-    "echo with logprobs": (
-        *(TEXT, text(echo=True, logprobs=1), 400, "echo", "unsupported_parameter", "logprobs"),
+    "unknown tool_choice": chat_refusal(
+        "tool_choice", "invalid_value", "'required'", tools=[TOOL], tool_choice="always"
     ),
-    "another model": (TEXT, text(model="toys"), 404, "model", "model_not_found", "'toy'"),
-    "a long body": (CHAT, chat(user="x" * 5000), 413, None, "request_too_large", "5,000"),
-    "a long name": (CHAT, chat(**{"x" * 300: 1}), 400, "x" * 100, "unknown_parameter", "..."),
-    "half a character": (
-        *(CHAT, b'{"\\ud800": 1, "model": "toy"}', 400, "?", "unknown_parameter", ""),
+    # Prompts.
+    "prompt too long": message_refusal(
+        "messages",
+        "context_length_exceeded",
+        "supports 100 in total",
+        {"role": "user", "content": "x" * 200},
     ),
+    "prompt and answer too long": completion_refusal(
+        "prompt", "context_length_exceeded", "99 new", max_tokens=99
+    ),
+    "no prompts": completion_refusal("prompt", "invalid_value", "0 prompts", prompt=[]),
+    "prompts of text and ids": completion_refusal(
+        "prompt[1]", "invalid_type", "a string", prompt=["a", 5]
+    ),
+    "token id out of range": completion_refusal("prompt", "invalid_value", "999", prompt=[5, 999]),
+    "negative token id": completion_refusal("prompt", "invalid_value", "-1", prompt=[[-1]]),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_refusals(server, case):
-    path, body, status, param, code, words = REFUSED[case]
-    answer = server.post(path, content=body, headers=JSON)
+@pytest.mark.parametrize("name", REFUSED)
+def test_invalid_request_gets_an_error_about_the_offending_field(server, name):
+    expected = REFUSED[name]
+    answer = server.post(expected.path, content=expected.body, headers=JSON)
     error = answer.json()["error"]
-    assert (answer.status_code, error["param"], error["code"]) == (status, param, code)
+    assert (answer.status_code, error["param"]) == (expected.status, expected.param)
+    assert error["code"] == expected.code
     assert error["type"] == "invalid_request_error"
-    assert words in error["message"] and error["message"].endswith(".")
+    assert expected.words in error["message"] and error["message"].endswith(".")
     assert len(error["message"]) < 400
 
 
-def test_routes_and_methods(server):
+def test_unknown_urls_methods_and_media_types_get_json_errors(server):
     for answer, status, code in (
         (server.get("/v2"), 404, "unknown_url"),
         (server.get(CHAT), 405, "method_not_allowed"),
@@ -221,19 +265,20 @@ def test_routes_and_methods(server):
         (server.post(CHAT, content=chat()), 415, "unsupported_media_type"),
         (
             server.post(CHAT, content=chat(), headers={"content-type": "text/plain"}),
-            *(415, "unsupported_media_type"),
+            415,
+            "unsupported_media_type",
         ),
     ):
         assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
         assert answer.headers["x-request-id"].startswith("req_")
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_body_that_is_too_long(server, known):
-    """Its sender gets to see why, also when it is still sending; what has no end is cut off."""
+@pytest.mark.parametrize("has_content_length", [True, False])
+def test_client_that_sends_an_oversized_body_receives_the_413(server, has_content_length):
+    """Even while it is still sending; far beyond the limit, the connection is closed instead."""
 
     def pieces(size):
-        return b"x" * size if known else (b"x" * 1000 for _ in range(size // 1000))
+        return b"x" * size if has_content_length else (b"x" * 1000 for _ in range(size // 1000))
 
     answer = server.post(CHAT, content=pieces(39_000), headers=JSON)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
@@ -243,7 +288,7 @@ def test_a_body_that_is_too_long(server, known):
     assert server.post(CHAT, content=chat(), headers=JSON).status_code == 200
 
 
-def test_the_official_client_understands(server):
+def test_the_official_client_raises_its_own_error_classes(server):
     client = server.client()
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="toy", messages=HI, temperature=5)
@@ -268,8 +313,19 @@ ANYTHING = st.recursive(
 )
 FIELDS = st.sampled_from(
     [
-        *("messages", "prompt", "stop", "tools", "tool_choice", "n", "temperature", "logprobs"),
-        *("stream_options", "max_tokens", "stop_token_ids", "logit_bias", "chat_template_kwargs"),
+        "messages",
+        "prompt",
+        "stop",
+        "tools",
+        "tool_choice",
+        "n",
+        "temperature",
+        "logprobs",
+        "stream_options",
+        "max_tokens",
+        "stop_token_ids",
+        "logit_bias",
+        "chat_template_kwargs",
     ]
 )
 
@@ -280,7 +336,7 @@ FIELDS = st.sampled_from(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-def test_whatever_comes_is_answered_or_refused(server, path, fields):
+def test_arbitrary_field_values_get_200_or_a_400_about_one_of_them(server, path, fields):
     base = {"model": "toy", "messages": HI} if path == CHAT else {"model": "toy", "prompt": "x"}
     answer = server.post(path, content=json.dumps({**base, **fields}).encode(), headers=JSON)
     assert answer.status_code in (200, 400), answer.text
