@@ -117,7 +117,7 @@ class HermesReplyParser:
         self._num_calls = 0
 
     def push(self, text: str) -> list[ReplyPart]:
-        """Appends `text` to the reply and returns the parts that are now certain."""
+        """Appends `text` and returns the new parts of the reply that later text cannot change."""
         self._text += text
         parts: list[ReplyPart] = []
         while (start := self._text.find(TOOL_CALL_OPEN)) >= 0:
@@ -201,7 +201,7 @@ class ThinkParser:
         self._mode_after_gap = "thinking"  # "gap": skipping whitespace
 
     def push(self, text: str) -> list[ReplyPart]:
-        """Appends `text` to the reply and returns the parts that are now certain."""
+        """Appends `text` and returns the new parts of the reply that later text cannot change."""
         self._text += text
         parts: list[ReplyPart] = []
         if self._mode == "start":
@@ -230,7 +230,7 @@ class ThinkParser:
         return [*parts, *(self._inner.finish() if self._inner else [])]
 
     def _append_reasoning(self, parts: list[ReplyPart]) -> None:
-        """Moves buffered reasoning to `parts`, and leaves mode "thinking" at the closing tag."""
+        """Moves buffered reasoning to `parts`; at the closing tag, mode "thinking" ends."""
         end = self._text.find(THINK_CLOSE)
         if end < 0:
             keep = len(self._text) - partial_mark_length(self._text, (THINK_CLOSE,))

@@ -72,7 +72,7 @@ def _format_tool(tool: ToolDefinition) -> str:
 
 
 def format_tool_call(thought: str, call: ToolCall) -> str:
-    """Returns the lines of an assistant turn that contain a thought and a tool call.
+    """Returns the lines Thought, Action and Action Input with which an assistant turn makes a call.
 
     An empty thought is replaced by a generic one.
     """
@@ -81,12 +81,12 @@ def format_tool_call(thought: str, call: ToolCall) -> str:
 
 
 def format_observation(result: str) -> str:
-    """Returns the line of an assistant turn that contains a tool's result."""
+    """Returns the line Observation of an assistant turn, which contains a tool's result."""
     return f"Observation: {result}"
 
 
 def format_final_answer(answer: str) -> str:
-    """Returns the lines of an assistant turn that end it with a final answer."""
+    """Returns the lines Thought and Final Answer with which an assistant turn ends."""
     return f"Thought: {FINAL_THOUGHT}\nFinal Answer: {answer}"
 
 
@@ -124,7 +124,7 @@ class ReactReplyParser:
         self._separator = ""  # goes between text returned before the labels and text after them
 
     def push(self, text: str) -> list[ReplyPart]:
-        """Appends `text` to the reply and returns the text that is now certain to be visible."""
+        """Appends `text` and returns the new visible text that later text cannot change."""
         self._text += text
         visible = ""
         if self._mode == "start":
@@ -159,7 +159,7 @@ class ReactReplyParser:
             self._mode = "plain"
 
     def _take_plain_text(self) -> str:
-        """Removes and returns the unlabelled text that is certain; enters "thought" at a label.
+        """Removes and returns buffered text up to the next label, at which mode "thought" begins.
 
         Trailing whitespace, and a last line that may become a label, stay in the buffer.
         """
@@ -195,9 +195,10 @@ class ReactReplyParser:
         return visible
 
     def _parse_call(self, rest: str) -> list[ReplyPart]:
-        """Returns the parts of a complete text that contains the label `Action:`.
+        """Parses a complete text with the label `Action:` into a thought and a tool call.
 
-        If it has no call of an available tool, these are its final answer or else all its text.
+        If it contains no valid call of an available tool, its final answer is returned as text, or
+        without one the whole text.
         """
         decision = _DECISION.search(rest)
         assert decision is not None, "mode is 'call' without an action"

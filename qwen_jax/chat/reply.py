@@ -74,7 +74,7 @@ class ReplyParser(Protocol):
     """
 
     def push(self, text: str) -> list[ReplyPart]:
-        """Appends `text` to the reply and returns the parts that are now certain."""
+        """Appends `text` and returns the new parts of the reply that later text cannot change."""
 
     def finish(self) -> list[ReplyPart]:
         """Marks the end of the reply and returns the parts that were withheld until now."""

@@ -40,7 +40,7 @@ def read_template(folder: pathlib.Path | None) -> str | None:
 
 
 class ChatTemplate:
-    """A compiled Jinja chat template."""
+    """A compiled Jinja chat template, which renders conversations as text or token ids."""
 
     def __init__(self, source: str):
         """Compiles the template source.
@@ -97,9 +97,19 @@ class ChatTemplate:
     ) -> list[int]:
         """Returns the token ids of `render(messages, tools, **options)`.
 
-        Control tokens are encoded as such only where the template itself wrote them. In assistant
-        messages this restriction does not hold for tags such as <think> that the tokenizer marks as
-        ordinary text (`AddedToken.special` is False): the template decides what to do with them.
+        A control token is encoded as such only where the template itself wrote it; spelled out in a
+        message it is encoded as plain text. The exception are tags such as <think> that the
+        tokenizer has as ordinary text (`AddedToken.special` is False): in assistant messages they
+        are passed to the template unchanged and encoded as tokens.
+
+        Args:
+          tokenizer: tokenizer of the model.
+          messages: as in `render`.
+          tools: as in `render`.
+          **options: as in `render`.
+
+        Raises:
+          UserError: the template rejects the conversation or fails on it.
         """
         names = tokenizer.special_tokens
         ordinary = {token.text for token in tokenizer.added_tokens if not token.special}
@@ -129,9 +139,9 @@ def _longest_first(names: Iterable[str]) -> list[str]:
 
 
 def _name_escaper(names: Iterable[str], marker: str) -> Callable[[str], str]:
-    """Returns a function that breaks up each of `names` in a text.
+    """Returns a function that inserts `marker` into each occurrence of one of `names` in a text.
 
-    The function inserts `marker` after the first character of each occurrence.
+    The marker goes after the first character, so that the name is no longer found in the text.
     """
     pattern = re.compile("|".join(map(re.escape, _longest_first(set(names)))))
     return lambda text: pattern.sub(lambda found: found[0][0] + marker + found[0][1:], text)
@@ -166,5 +176,5 @@ def _to_json(value: Any, **options: Any) -> str:
 
 
 def _raise_exception(message: str) -> NoReturn:
-    """Raises a TemplateError: the function `raise_exception` that templates call."""
+    """Raises a TemplateError with `message`; templates call it as `raise_exception`."""
     raise jinja2.TemplateError(message)

@@ -44,7 +44,7 @@ def create_app(
 
     Args:
       service: generates the answers; the caller closes it.
-      model: properties of the served model.
+      model: configuration of the served model.
       limits: access and resource limits.
     """
     state = AppState(service, model, limits)

@@ -46,11 +46,11 @@ class ResponseWriter(Protocol):
 
 
 class AppState:
-    """The served model with its service, limits, metrics and the requests in progress.
+    """State of a server: the model with its service, limits, metrics and requests in progress.
 
     Attributes:
       service: generates the answers.
-      model: properties of the served model.
+      model: configuration of the served model.
       limits: access and resource limits.
       gate: admission control of completion requests.
       metrics: Prometheus metrics of this server.
@@ -68,7 +68,7 @@ class AppState:
         return request.app.state.app_state
 
     def check_model(self, name: str) -> None:
-        """Checks that `name` is the served model's.
+        """Checks that `name` is the id of the served model.
 
         Raises:
           ApiError: 404 for any other name.
@@ -177,8 +177,12 @@ def completion_endpoint(
     """Wraps a handler of completion requests with admission control and error responses.
 
     Args:
-      handle: called with the request, the app's state, and a function that ends the request in the
-        admission gate. It returns the response; exceptions become errors in OpenAI's format.
+      handle: called with the request, the app's state, and a function that marks the request as
+        finished in the admission gate. It returns the response; its exceptions become errors in
+        OpenAI's format.
+
+    Returns:
+      A Starlette endpoint.
     """
 
     async def run(request: Request) -> Response:

@@ -33,7 +33,7 @@ async def chat_completions(
     Args:
       request: the HTTP request, whose body is a `ChatRequest`.
       state: the app's state.
-      leave: ends the request in the admission gate.
+      leave: marks the request as finished in the admission gate.
     """
     body = await read_body(request, state.limits.max_body_bytes)
     chat_request = await state.run_in_thread(parse_request, ChatRequest, body)
@@ -120,7 +120,10 @@ class _ChatChoice:
         self._finish_reason: str | None = None
 
     def event(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        """Returns this choice in a stream event, with the log-probabilities not sent before."""
+        """Returns this choice as it appears in a stream event.
+
+        Log-probabilities that no earlier event contained are included.
+        """
         unsent = self._logprobs[self._num_sent_logprobs :]
         self._num_sent_logprobs = len(self._logprobs)
         return {
@@ -131,9 +134,9 @@ class _ChatChoice:
         }
 
     def push(self, chunk: Chunk) -> list[dict[str, Any]]:
-        """Parses a chunk and returns this choice in each of the stream events for it.
+        """Parses a chunk and returns this choice as it appears in each stream event for the chunk.
 
-        There may be none, because the parser withholds text that may belong to a tool call.
+        There may be no event, because the parser withholds text that may belong to a tool call.
         """
         self._logprobs += chat_logprobs(chunk, self._tokenizer, self._logprobs_of)
         parts = self._parser.push(chunk.text)

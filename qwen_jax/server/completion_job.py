@@ -142,7 +142,7 @@ class CompletionJob:
 
 
 def shutdown_error() -> ApiError:
-    """Returns the 503 for an answer that was cancelled because the server is shutting down."""
+    """Returns the HTTP 503 error for an answer that the server cancelled to shut down."""
     return ApiError(
         503,
         "This server is shutting down and has cancelled the answer; send it to another one.",
@@ -152,7 +152,7 @@ def shutdown_error() -> ApiError:
 
 
 def timeout_error(seconds: float) -> ApiError:
-    """Returns the 504 for an answer that took longer than the limit of `seconds`."""
+    """Returns the HTTP 504 error for an answer that took longer than `seconds`, the limit."""
     message = (
         f"The answer took longer than {seconds:g} s, the limit of this server; request a shorter "
         "one."

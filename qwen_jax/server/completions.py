@@ -34,7 +34,7 @@ async def completions(request: Request, state: AppState, leave: Callable[[], Non
     Args:
       request: the HTTP request, whose body is a `CompletionRequest`.
       state: the app's state.
-      leave: ends the request in the admission gate.
+      leave: marks the request as finished in the admission gate.
     """
     body = await read_body(request, state.limits.max_body_bytes)
     completion_request = await state.run_in_thread(parse_request, CompletionRequest, body)
@@ -182,7 +182,7 @@ class _CompletionChoice:
         }
 
     def push(self, chunk: Chunk) -> dict[str, Any]:
-        """Appends a chunk and returns this choice in the stream event for it."""
+        """Appends a chunk and returns this choice as it appears in the stream event for it."""
         logprobs = self._formatter.push(chunk)
         self._texts.append(chunk.text)
         if logprobs is not None:

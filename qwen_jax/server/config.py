@@ -13,7 +13,7 @@ from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
-    """The properties of the served model that requests depend on.
+    """Configuration of the served model: its API name, tokenizer, maximum length and defaults.
 
     Attributes:
       name: model id in `/v1/models` and in the field `model` of requests.
@@ -21,14 +21,15 @@ class ServedModel:
       family: `ModelConfig.family`; "qwen" (Qwen v1) uses the ReAct tool format, all others hermes.
       max_length: maximum number of tokens of a prompt and its answer together.
       default_params: sampling parameters for the fields that a request leaves out. Its `max_tokens`
-        applies to chats only, reduced to what fits; its `stop_ids` end answers of both endpoints.
-        OpenAI's own defaults are not applied; only temperature 1 is the same, as in the releases.
-      stop: strings that end answers of both endpoints.
+        applies to chats only, and is reduced to what fits into `max_length`; its `stop_ids` end
+        chat and text completions. OpenAI's own defaults are not used, but temperature 1 is the
+        default here too, as in the releases.
+      stop: strings that end chat and text completions.
       is_chat_model: whether the model was trained on ChatML; if not, a chat is rendered as the
         concatenated texts of its messages, without roles.
       default_system: system prompt of a chat that has none; None adds no system turn.
-      template: the chat template of the model's folder; None (always for Qwen v1) renders ChatML
-        and tools with `qwen_jax.chat` instead.
+      template: the chat template that renders chats, from the model's folder. None, as always for
+        Qwen v1: chats are rendered by `server.prompts` as ChatML.
       created: time at which the server was started, in seconds since 1970.
     """
 

@@ -52,7 +52,7 @@ class ApiError(Exception):
         return {"error": {**fields, "code": self.code}}
 
     def response(self) -> JsonResponse:
-        """Returns the complete HTTP response."""
+        """Returns the complete HTTP response: status, headers and JSON body."""
         return JsonResponse(self.body(), self.status, headers=self.headers)
 
 
@@ -62,7 +62,7 @@ class JsonResponse(Response):
     media_type = "application/json"
 
     def render(self, content: Any) -> bytes:
-        """Returns the bytes of the body."""
+        """Returns `content` as the bytes of a response body."""
         return encode_json(content)
 
 
@@ -104,7 +104,7 @@ def as_api_error(error: BaseException) -> ApiError:
 
 
 def draining_error() -> ApiError:
-    """Returns the 503 for requests that arrive while the server is shutting down."""
+    """Returns the HTTP 503 error for requests that arrive while the server shuts down."""
     return ApiError(
         503,
         "This server is shutting down and accepts no new requests; send them to another one.",
@@ -122,7 +122,7 @@ async def handle_exception(request: Request, error: Exception) -> Response:
 
 
 def _from_http_exception(request: Request, error: HTTPException) -> ApiError:
-    """Converts an error of Starlette's routing (404, 405, …) to OpenAI's format."""
+    """Converts an exception of Starlette's routing (404, 405, …) to an `ApiError`."""
     method, path = request.method, request.url.path
     if error.status_code == 404:
         return ApiError(404, f"The URL {path:.100} does not exist.", code="unknown_url")

@@ -83,12 +83,12 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Handles a signal: the first one starts the drain, a second one ends it at once."""
+        """Handles a signal: the first starts the drain, a second one cancels running answers."""
         del sig, frame
         self.drain(0.0 if self._state.gate.draining else self._state.limits.drain_s)
 
     def drain(self, seconds: float) -> None:
-        """Stops admitting requests, and exits when the running ones have finished.
+        """Stops admitting requests; the server exits when the running ones have finished.
 
         Requests that are still running after `seconds` are cancelled.
         """
@@ -96,7 +96,10 @@ class DrainingServer(uvicorn.Server):
         self._drain_until = time.monotonic() + seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Returns whether to exit; uvicorn calls this ten times per second."""
+        """Ends the drain when it is due, and returns whether the server exits.
+
+        uvicorn calls this ten times per second.
+        """
         if self._drain_until is not None and not self.should_exit:
             late = time.monotonic() >= self._drain_until
             if late and self._state.gate.active:

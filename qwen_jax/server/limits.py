@@ -31,7 +31,7 @@ class AdmissionGate:
         """Admits a request and counts it as active.
 
         Returns:
-          A function that ends the request; calling it again has no effect.
+          A function that marks the request as finished; calling it again has no effect.
 
         Raises:
           ApiError: 503 while draining, 429 if the maximum is reached.
@@ -94,6 +94,6 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
 
 
 def _body_too_large(max_bytes: int) -> ApiError:
-    """Returns the 413 for a body above the limit; it closes the connection."""
+    """Returns the HTTP 413 error for a body above `max_bytes`, which closes the connection."""
     message = f"The body is larger than {max_bytes:,} bytes, the limit of this server; shorten it."
     return ApiError(413, message, code="request_too_large", headers={"connection": "close"})

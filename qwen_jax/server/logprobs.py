@@ -18,7 +18,7 @@ MIN_LOGPROB = -9999.0
 
 
 def json_logprob(logprob: float) -> float:
-    """Returns `logprob` as a value that JSON can represent: at least -9999, which replaces NaN."""
+    """Returns `logprob` limited to at least -9999, because JSON has no -inf; -9999 for NaN."""
     return max(float(logprob), MIN_LOGPROB) if not np.isnan(logprob) else MIN_LOGPROB
 
 
@@ -86,9 +86,9 @@ class CompletionLogprobs:
         return found
 
     def _token_name(self, token: int) -> str:
-        r"""Returns a token's text, or "bytes:\x.." if it has incomplete characters.
+        r"""Returns a token's text, or "bytes:\xe4\xb8" (its bytes) if it has partial characters.
 
-        Distinct tokens thus have distinct names, which are keys in `top_logprobs`.
+        The names are keys in `top_logprobs`, where U+FFFD would be ambiguous.
         """
         text, data = _token_text(self._tokenizer, token)
         if "\ufffd" in text:

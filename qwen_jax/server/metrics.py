@@ -48,7 +48,7 @@ _ENGINE_COUNTERS = {
 
 
 class ServerMetrics:
-    """Metrics of one server, in a registry of their own, so that a process can have several."""
+    """Prometheus metrics of one server, in their own registry: a process can have several."""
 
     def __init__(self, service: Service):
         """Creates the metrics; the statistics of `service` are read whenever they are exported."""
@@ -59,7 +59,7 @@ class ServerMetrics:
         self._registry.register(_ServiceCollector(service))
 
     def count(self, path: str, status: int) -> None:
-        """Counts an HTTP request that has ended with `status`."""
+        """Counts a finished HTTP request by its path and HTTP status."""
         self._http.labels(path if path in COUNTED_PATHS else "other", str(status)).inc()
 
     def text(self) -> bytes:

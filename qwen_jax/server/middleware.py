@@ -43,7 +43,7 @@ class AccessMiddleware:
         return await self._app(scope, receive, send)
 
     def _check_host(self, scope: Scope) -> None:
-        """Raises ApiError (403) if the request was sent to a host name that is not allowed."""
+        """Checks that the host name of a request is allowed, or raises ApiError (403)."""
         if "*" in self._hosts:
             return
         try:
@@ -58,7 +58,7 @@ class AccessMiddleware:
             raise ApiError(403, message, code="host_not_allowed")
 
     def _check_key(self, scope: Scope) -> None:
-        """Raises ApiError (401) if keys are configured and a request to /v1 has none of them."""
+        """Checks the API key of a request to /v1, or raises ApiError (401)."""
         path = scope["path"]
         if not self._key_digests or not (path == "/v1" or path.startswith("/v1/")):
             return
@@ -70,12 +70,12 @@ class AccessMiddleware:
         # All keys are compared, so that the time does not depend on which one matches.
         matches = [hmac.compare_digest(digest, known) for known in self._key_digests]
         if not any(matches):
-            message = "The API key is not valid on this server; check it."
+            message = "The API key is not valid for this server; check it."
             raise _authentication_error(message, "invalid_api_key")
 
 
 def _authentication_error(message: str, code: str) -> ApiError:
-    """Returns a 401 that asks for a bearer token."""
+    """Returns an HTTP 401 error that asks the client for a bearer token."""
     return ApiError(
         401,
         message,
@@ -86,7 +86,10 @@ def _authentication_error(message: str, code: str) -> ApiError:
 
 
 class AccessLogMiddleware:
-    """ASGI middleware that logs one line per request, without content, and sets x-request-id."""
+    """ASGI middleware that logs one line per request, without its content.
+
+    It also adds the header x-request-id to each response.
+    """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, int], None]):
         """Wraps `app`; `count` is called with the path and the status of each finished request."""

@@ -67,7 +67,7 @@ class ChatPrompt:
     def encode(self, tokenizer: Tokenizer) -> list[int]:
         """Returns the token ids of the prompt.
 
-        Role, newline and content of a turn are encoded separately, as in the release.
+        Role, newline and content of a ChatML turn are encoded separately, as in the release.
         """
         newline = tokenizer.encode("\n")
 
@@ -100,7 +100,11 @@ class ChatPrompt:
 
 
 def chat_prompt(request: ChatRequest, model: ServedModel) -> ChatPrompt:
-    """Renders the conversation of a chat request as a prompt for `model`.
+    """Renders the conversation of a chat request, with its tools, as a prompt for `model`.
+
+    Args:
+      request: the chat request, parsed by `parse_request`.
+      model: determines the chat format and the tool format.
 
     Raises:
       ApiError: 400 if the messages are not a valid conversation, a tool result has no call or a
@@ -288,7 +292,8 @@ def _open_react_turn(turns: list[Turn], steps: list[str], selection: _ToolSelect
     Args:
       turns: closed turns.
       steps: lines of tool calls and their results.
-      selection: forces a tool call, or if tools are disabled, a final answer.
+      selection: if it forces a call, the turn continues with the beginning of the call; if tools
+        are disabled, with `Final Answer:`.
     """
     if selection.forced is not None:
         reply_prefix = react.tool_call_prefix(selection.forced or None)
@@ -363,9 +368,9 @@ def _hermes_prompt(
 def _template_prompt(
     request: ChatRequest, model: ServedModel, selection: _ToolSelection, no_thinking: bool
 ) -> ChatPrompt:
-    """Renders a conversation with the model's chat template, tools in the hermes format.
+    """Renders a conversation with the model's chat template, for replies in the hermes format.
 
-    Only the beginning of a forced tool call is appended to the template's text.
+    If a tool call is forced, its beginning is appended to the template's text.
 
     Args:
       request: the chat request, validated.

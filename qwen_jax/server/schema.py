@@ -29,14 +29,26 @@ class StrictModel(pydantic.BaseModel):
 
 
 class StreamOptions(StrictModel):
-    """Object `stream_options`: what a stream contains besides the answer."""
+    """Object `stream_options`: what a stream contains besides the answer.
+
+    Attributes:
+      include_usage: whether the stream ends with an event that reports token counts.
+      include_obfuscation: accepted for compatibility; has no effect.
+    """
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class FunctionDefinition(StrictModel):
-    """Object `tools[].function`: a function that the model may call."""
+    """Object `tools[].function`: a function that the model may call.
+
+    Attributes:
+      name: name of the function.
+      description: what the function does.
+      parameters: JSON schema of its arguments.
+      strict: only passed to the chat template.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
@@ -72,7 +84,14 @@ class FunctionCall(StrictModel):
 
 
 class MessageToolCall(StrictModel):
-    """Object `messages[].tool_calls[]`: an earlier call, as the API returned it."""
+    """Object `messages[].tool_calls[]`: an earlier call, as the API returned it.
+
+    Attributes:
+      id: id of the call, which the message with its result refers to.
+      type: always "function".
+      function: name and arguments of the call.
+      index: position among the message's calls.
+    """
 
     id: str
     type: Literal["function"] = "function"
@@ -88,7 +107,20 @@ class TextContentPart(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """Object `messages[]`: one message of a conversation."""
+    """Object `messages[]`: one message of a conversation.
+
+    Attributes:
+      role: author of the message; "developer" is the same as "system".
+      content: text, as a string or in parts; None only in assistant messages with tool calls.
+      name: accepted for compatibility; has no effect.
+      tool_calls: calls made by the assistant.
+      tool_call_id: in tool messages, the id of the call that the message is the result of.
+      reasoning_content: reasoning of the assistant before `content`.
+      refusal: only null is accepted.
+      audio: only null is accepted.
+      function_call: only null is accepted.
+      annotations: accepted for compatibility; has no effect.
+    """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str | list[TextContentPart] | None, Field(union_mode="left_to_right")] = None
@@ -110,13 +142,38 @@ class ChatMessage(StrictModel):
 
 
 class TemplateOptions(StrictModel):
-    """Object `chat_template_kwargs`: options of the model's chat template."""
+    """Object `chat_template_kwargs`: options of the model's chat template.
+
+    Attributes:
+      enable_thinking: False disables the reasoning of models with `<think>` blocks.
+    """
 
     enable_thinking: bool | None = None
 
 
 class CompletionFields(StrictModel):
-    """Request fields common to chat and text completions; None means the model's default."""
+    """Request fields common to chat and text completions; None means the model's default.
+
+    Attributes:
+      model: id of the model.
+      max_tokens: maximum number of generated tokens.
+      temperature: as in `SamplingParams`.
+      top_p: as in `SamplingParams`.
+      top_k: as in `SamplingParams`; -1 and 0 disable the limit.
+      min_p: as in `SamplingParams`.
+      repetition_penalty: as in `SamplingParams`.
+      presence_penalty: as in `SamplingParams`.
+      frequency_penalty: as in `SamplingParams`.
+      n: number of answers per prompt.
+      seed: random seed of the first answer; the i-th further one uses `seed` + i.
+      stop: strings that end an answer and are not part of it.
+      stop_token_ids: token ids that end an answer, in addition to the model's.
+      ignore_eos: whether to continue past the model's own stop ids and strings.
+      stream: whether to return server-sent events.
+      stream_options: what a stream contains besides the answer.
+      logprobs_of: distribution that log-probabilities refer to: "raw" (the default), the model's
+        own, or "sampled", the one that tokens are sampled from.
+    """
 
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -156,7 +213,19 @@ class CompletionFields(StrictModel):
 
 
 class ChatRequest(CompletionFields):
-    """Body of `POST /v1/chat/completions`."""
+    """Body of `POST /v1/chat/completions`; adds these fields to those of `CompletionFields`.
+
+    Attributes:
+      messages: the conversation.
+      max_completion_tokens: the same as `max_tokens`, over which it takes precedence.
+      logprobs: whether to return the log-probability of each generated token.
+      top_logprobs: number of most probable alternatives per token to return as well.
+      tools: functions that the model may call.
+      tool_choice: "auto" (the default), "none" to hide the tools, "required" to force a call, or
+        the one tool to call.
+      parallel_tool_calls: False ends the reply after the first call.
+      chat_template_kwargs: options of the model's chat template.
+    """
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -169,7 +238,15 @@ class ChatRequest(CompletionFields):
 
 
 class CompletionRequest(CompletionFields):
-    """Body of `POST /v1/completions`."""
+    """Body of `POST /v1/completions`; adds these fields to those of `CompletionFields`.
+
+    Attributes:
+      prompt: one or several prompts, each as text or as token ids.
+      echo: whether to return each prompt before its completion.
+      logprobs: number of most probable alternatives per token to return log-probabilities of; also
+        returns those of the generated tokens.
+      allow_special_tokens: whether control tokens spelled out in text are encoded as such.
+    """
 
     prompt: str | list[str] | list[int] | list[list[int]]
     echo: bool | None = None

@@ -121,12 +121,16 @@ def parse_request(schema: type[R], body: bytes) -> R:
 
 
 def _reject_constant(name: str) -> NoReturn:
-    """Raises ValueError for NaN and Infinity, which Python's JSON parser would accept."""
+    """Raises ValueError: hook of `json.loads` for the constants NaN, Infinity and -Infinity."""
     raise ValueError(f"{name} is not a JSON number")
 
 
 def _supported_fields(schema: type[R], fields: dict[str, Any]) -> dict[str, Any]:
-    """Returns the top-level fields that `schema` has, without those that have no effect.
+    """Returns the fields of a request body that `schema` contains, and drops those without effect.
+
+    Args:
+      schema: `ChatRequest` or `CompletionRequest`.
+      fields: top-level fields of the parsed body.
 
     Raises:
       ApiError: 400 for an unsupported field that requests something, and for an unknown field.
@@ -179,7 +183,7 @@ def _as_api_error(fields: Any, error: pydantic.ValidationError) -> ApiError:
 
 
 def _requirement(problem: ErrorDetails) -> str:
-    """Returns what a value must be, as a phrase to follow "it must be"."""
+    """Returns what the value must be according to one of pydantic's errors, such as "at most 2"."""
     requirement = _REQUIREMENTS.get(problem["type"])
     if requirement is None:
         return f"valid ({problem['msg']})"
@@ -187,10 +191,14 @@ def _requirement(problem: ErrorDetails) -> str:
 
 
 def _most_specific(fields: Any, problems: list[ErrorDetails]) -> ErrorDetails:
-    """Returns the error of the first offending top-level field that lies deepest in the body.
+    """Selects the validation error to report: the deepest one in the first offending field.
 
-    For a value that may have several types, pydantic reports an error for each; the deepest is that
-    of the type that the client most likely meant.
+    For a value that may have several types, pydantic reports an error for each of them. The one
+    deepest in the body belongs to the type that the client most likely meant.
+
+    Args:
+      fields: the parsed body.
+      problems: all errors that pydantic reports; the first one determines the top-level field.
     """
     same_field = [p for p in problems if p["loc"][:1] == problems[0]["loc"][:1]]
     return max(same_field, key=lambda p: _resolve(fields, p["loc"])[2] + (p["type"] == "missing"))
@@ -216,7 +224,11 @@ def _resolve(fields: Any, loc: tuple[int | str, ...]) -> tuple[str, Any, int]:
 
 
 def _sibling_fields(loc: tuple[int | str, ...]) -> list[str]:
-    """Returns the valid field names of the object that contains the last step of `loc`."""
+    """Returns the valid field names of the object in which pydantic found an unknown field.
+
+    Args:
+      loc: pydantic's location of the unknown field.
+    """
     parents = [step for step in loc[:-1] if step in _SCHEMA_OF_FIELD]
     return list(_SCHEMA_OF_FIELD[parents[-1]].model_fields) if parents else []
 
