@@ -30,8 +30,11 @@ from absl import app, flags
 
 from benchmarks.report import emit
 from qwen_jax.model import ForwardOptions, ModelConfig, count_params, decay_mask
+from qwen_jax.train.config import LossConfig, StepConfig
+from qwen_jax.train.objective import NextToken
 from qwen_jax.train.optimizer import OptimizerConfig, learning_rate
-from qwen_jax.train.step import LossConfig, StepConfig, init_state, train_step
+from qwen_jax.train.state import init_state
+from qwen_jax.train.step import train_step
 
 BATCH, LENGTH = 4, 512
 VOCABULARIES = (4_096, 151_936)
@@ -138,7 +141,7 @@ def make_batch(vocab: int):
 def build(kind: str, config: StepConfig, batch):
     """(compiled step, fresh state)."""
     state = jax.jit(functools.partial(init_state, config))(jax.random.key(0))
-    step = functools.partial(train_step, config=config)
+    step = functools.partial(train_step, config=config, objective=NextToken())
     if kind == "naive":
         step = functools.partial(naive_step, config=config)
         params = state.params

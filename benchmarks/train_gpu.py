@@ -107,9 +107,12 @@ def ours(name: str) -> dict:
 
     from qwen_jax.model import ForwardOptions, count_params
     from qwen_jax.train.compiling import xla_options
+    from qwen_jax.train.config import LossConfig, StepConfig
     from qwen_jax.train.flops import peak_flops, train_flops_per_token
+    from qwen_jax.train.objective import NextToken
     from qwen_jax.train.optimizer import OptimizerConfig
-    from qwen_jax.train.step import LossConfig, StepConfig, init_state, train_step
+    from qwen_jax.train.state import init_state
+    from qwen_jax.train.step import train_step
 
     model, rows = model_config(name)
     config = StepConfig(
@@ -120,9 +123,10 @@ def ours(name: str) -> dict:
     )
     data = jax.device_put(batch(model.vocab_size, rows))
     held = {"state": jax.jit(functools.partial(init_state, config))(jax.random.key(0))}
+    step_fn = functools.partial(train_step, config=config, objective=NextToken())
     start = time.perf_counter()
     compiled = (
-        jax.jit(functools.partial(train_step, config=config), donate_argnums=0)
+        jax.jit(step_fn, donate_argnums=0)
         .lower(held["state"], data)
         .compile(compiler_options=xla_options(jax.devices()[0].device_kind))
     )

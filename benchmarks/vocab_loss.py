@@ -34,7 +34,7 @@ from qwen_jax.parallel import (
     named_sharding,
     on_mesh,
 )
-from qwen_jax.train.losses import LossSums, next_token_loss
+from qwen_jax.train.losses import NextTokenSums, next_token_loss
 
 # (bf16 FLOP/s, clock in Hz) per chip, from the vendor's public tables; clocks as the TPU compiler's
 # cycle estimates assume them.
@@ -55,14 +55,14 @@ _OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
 _WORKER = flags.DEFINE_string("worker", "", "Internal: the topology a child process compiles for.")
 
 
-def plain_loss(hidden, kernel, targets, weights) -> LossSums:
+def plain_loss(hidden, kernel, targets, weights) -> NextTokenSums:
     """All logits at once, autodiff: what one writes first."""
     kernel = gather_weight(kernel, ("embed", "vocab"), hidden.dtype)
     logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
     is_target = targets[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0.0).sum(-1)
     total = jnp.sum(weights * nll)
-    return LossSums(total, total, weights.sum())
+    return NextTokenSums(total, total, weights.sum())
 
 
 def forms(chunk: int) -> dict:

@@ -22,9 +22,9 @@ from qwen_jax.errors import UserError, nearest
 from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.model.presets import PRESETS, preset
 from qwen_jax.parallel import MeshConfig
-from qwen_jax.train.job import PretrainJob, RunConfig
+from qwen_jax.train.config import LossConfig, RunConfig
+from qwen_jax.train.job import PretrainJob
 from qwen_jax.train.optimizer import OptimizerConfig
-from qwen_jax.train.step import LossConfig
 
 # Training tokens: report Table 1; 72B from the release's README.
 TOKENS = {"1.8b": 2.2e12, "7b": 2.4e12, "14b": 3.0e12, "72b": 3.0e12}

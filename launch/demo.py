@@ -41,9 +41,9 @@ from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from qwen_jax.tokenizer.tokenizer import CONTROL_TOKENS
 from qwen_jax.tokenizer.train import JsonlTexts, train_bpe
 from qwen_jax.train.checkpoint import restore_params
-from qwen_jax.train.job import PretrainJob, identity
-from qwen_jax.train.loop import pretrain
+from qwen_jax.train.job import PretrainJob, run_fingerprint
 from qwen_jax.train.metrics import read_metrics
+from qwen_jax.train.pretrain import pretrain
 from qwen_jax.train.report import Report, Sample, score_table, write_report
 
 RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "pretrain.py"
@@ -125,7 +125,7 @@ def held_out(demo: Demo, tokenizer: Tokenizer, packed: dict[str, dict[str, Manif
     """Pretrains, and returns source -> bits per byte and loss of the finished model."""
     job = demo.job
     key = {
-        "run": identity(job, tokenizer, data_fingerprint(job.data)),
+        "run": run_fingerprint(job, tokenizer, data_fingerprint(job.data)),
         "heldout": {name: sides["heldout"].content() for name, sides in packed.items()},
         "steps": job.train.steps,
         "microbatches": job.train.microbatches,
@@ -137,7 +137,7 @@ def held_out(demo: Demo, tokenizer: Tokenizer, packed: dict[str, dict[str, Manif
         outcome = pretrain(job, str(demo.workdir))
         if not outcome.finished:
             raise Stopped(outcome.step)
-        return {name: dataclasses.asdict(found) for name, found in outcome.held_out.items()}
+        return {name: dataclasses.asdict(found) for name, found in outcome.evaluations.items()}
 
     return once(demo.results / "held_out.json", key, train)
 

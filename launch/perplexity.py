@@ -34,7 +34,7 @@ from qwen_jax.generate.source import Source, find_model, load_weights
 from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, batch_devices, make_mesh
 from qwen_jax.tokenizer import Tokenizer
-from qwen_jax.train.step import check_mesh
+from qwen_jax.train.config import check_mesh
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the model.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Native checkpoint to read; the newest by default.")

@@ -19,7 +19,7 @@ from launch import program
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
 from qwen_jax.train.job import PretrainJob
-from qwen_jax.train.loop import pretrain
+from qwen_jax.train.pretrain import pretrain
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, configs/pretrain.py:SIZE.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Local folder for metrics and checkpoints.")
@@ -40,7 +40,7 @@ def main() -> int:
         raise UserError("--workdir is missing: give a folder for checkpoints and metrics")
     job = from_config_dict(PretrainJob, CONFIG.value)
     outcome = pretrain(job, WORKDIR.value, CHECKPOINTS.value)
-    for name, held_out in outcome.held_out.items():
+    for name, held_out in outcome.evaluations.items():
         logging.info("%s: %.4f bits per byte held out", name, held_out.bits_per_byte)
     if not outcome.finished:
         logging.info("stopped at step %d; the same command goes on from there", outcome.step)

@@ -88,7 +88,7 @@ def _child(call: list[str], output: pathlib.Path) -> None:
 def _serve(folder: pathlib.Path) -> None:
     import launch.program  # noqa: F401
     import qwen_jax.interop
-    import qwen_jax.train.loop  # noqa: F401
+    import qwen_jax.train.pretrain  # noqa: F401
 
     statuses = []
     for i, call in enumerate(json.loads((folder / "calls.json").read_text())):

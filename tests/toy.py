@@ -7,8 +7,8 @@ import numpy as np
 
 from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, make_mesh, named_sharding
+from qwen_jax.train.config import LossConfig, StepConfig
 from qwen_jax.train.optimizer import OptimizerConfig
-from qwen_jax.train.step import LossConfig, StepConfig
 
 # Every dimension divides by 8, so that any axis may take all devices.
 MODEL = ModelConfig(

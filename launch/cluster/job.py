@@ -13,8 +13,8 @@ import jax
 from launch.cluster.slices import Slice
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import AXES, mesh_sizes
+from qwen_jax.train.config import check_mesh
 from qwen_jax.train.job import PretrainJob
-from qwen_jax.train.step import check_mesh
 
 STOPPED_STATUS = 75
 """EX_TEMPFAIL of sysexits.h: asked to stop, saved, to be started again."""

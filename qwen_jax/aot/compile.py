@@ -21,8 +21,10 @@ from qwen_jax.errors import UserError
 from qwen_jax.parallel import make_mesh, named_sharding
 from qwen_jax.progress import format_duration
 from qwen_jax.train.compiling import lower_step, xla_options
+from qwen_jax.train.config import check_mesh
 from qwen_jax.train.job import PretrainJob
-from qwen_jax.train.step import abstract_state, check_mesh
+from qwen_jax.train.pretrain import pretraining_step
+from qwen_jax.train.state import abstract_state
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -143,7 +145,7 @@ def compile_for(
         dump = {} if on_gpu else {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             with jax.set_mesh(mesh), _elapsed(f"compiling for {pod.name}"):
-                lowered = lower_step(job, abstract, abstract_batch(job, mesh))
+                lowered = lower_step(pretraining_step(job), abstract, abstract_batch(job, mesh))
                 compiled = lowered.compile(compiler_options=options | dump)
         except jax.errors.JaxRuntimeError as error:
             seconds = time.monotonic() - start

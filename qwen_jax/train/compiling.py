@@ -5,12 +5,15 @@ The loop and the ahead-of-time compiler go through here, so what is predicted is
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 
-from qwen_jax.train.job import PretrainJob
-from qwen_jax.train.step import Batch, TrainState, train_step
+from qwen_jax.train.state import Batch, Metrics
+
+S = TypeVar("S")
+"""Type of the state of a training stage."""
 
 # Collectives run on the SparseCores, beside the TensorCores' products, instead of between them.
 # v5e has none; there the compiler weaves gathers into products by itself and refuses to elsewhere.
@@ -64,18 +67,21 @@ def xla_options(device_kind: str) -> dict[str, str | bool]:
     return dict(XLA_OPTIONS.get(device_kind, {}))
 
 
-def lower_step(job: PretrainJob, abstract: TrainState, batch: Batch) -> jax.stages.Lowered:
-    """The step with donated state, traced under the mesh in force.
+def lower_step(
+    step: Callable[[S, Batch], tuple[S, Metrics]], abstract: S, batch: Batch
+) -> jax.stages.Lowered:
+    """Traces a training step with donated state under the current mesh.
 
-    Whatever the options don't allow is refused here, before anything is compiled.
+    Combinations that the step's options do not support are refused here, before compilation.
 
     Args:
-      abstract: the state's shapes and shardings (`abstract_state`). batch: arrays or their shapes.
+      step: pure function of (state, batch).
+      abstract: shapes, dtypes and shardings of the state.
+      batch: arrays, or `ShapeDtypeStruct`s like them.
+
+    Raises:
+      UserError: the options of the forward pass cannot be combined.
     """
-    model = job.model
-    drops = any((model.embed_dropout, model.attn_dropout, model.residual_dropout))
-    key = jax.random.key(job.train.seed + 1) if drops else None
-    step = functools.partial(train_step, config=job.step_config, dropout_key=key)
     shardings = jax.tree.map(lambda a: a.sharding, abstract)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return jitted.lower(abstract, batch)

@@ -14,17 +14,30 @@ from qwen_jax.data import eval_batches
 from qwen_jax.errors import UserError
 from qwen_jax.model import Params
 from qwen_jax.parallel.host_arrays import local_rows, to_global
-from qwen_jax.train.step import StepConfig, loss_sums
+from qwen_jax.train.config import StepConfig
+from qwen_jax.train.objective import NextToken
+from qwen_jax.train.state import Batch
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """loss: nats per token; bits_per_byte: over UTF-8 bytes; tokens and n_bytes: how much text."""
+    """Loss of a model on held-out text.
+
+    Attributes:
+      loss: nats per loss-carrying token.
+      bits_per_byte: the same sum in bits per UTF-8 byte of the targets.
+      tokens: number of loss-carrying tokens.
+      n_bytes: number of UTF-8 bytes of the targets.
+    """
 
     loss: float
     bits_per_byte: float
     tokens: int
     n_bytes: int
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the numbers that the training loop logs: loss and bits per byte."""
+        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte}
 
 
 def parse_eval_sources(text: str) -> dict[str, str]:
@@ -57,9 +70,11 @@ def check_sources(sources: Mapping[str, str], **wanted) -> None:
 
 @functools.cache
 def _eval_step(config: StepConfig):
-    def step(params, batch):
-        sums = loss_sums(params, batch, config)
-        return sums.nll, sums.weight, batch["n_bytes"].sum()
+    """Returns a jitted function (params, batch) -> float32 scalars nll, tokens, n_bytes."""
+
+    def step(params: Params, batch: Batch):
+        loss = NextToken()(params, batch, config, None)
+        return loss.sums["nll"], loss.weight, loss.sums["n_bytes"]
 
     return jax.jit(step)
 

@@ -3,57 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from qwen_jax.data import DataConfig
 from qwen_jax.errors import UserError
 from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig
 from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.train.config import LossConfig, RunConfig, StepConfig
 from qwen_jax.train.optimizer import OptimizerConfig
-from qwen_jax.train.profiling import parse_steps
-from qwen_jax.train.step import LossConfig, StepConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """How long a job runs and what it writes.
-
-    Attributes:
-      steps: optimizer steps in all. microbatches: pieces a batch is split into to save memory.
-      seed: of the initial weights and of dropout (the order of the data has its own).
-      log_every, eval_every, checkpoint_every: steps between log lines, evaluations, checkpoints;
-        an evaluation and a checkpoint are also made at the end. eval_every 0: at the end only.
-      keep_last: newest checkpoints that stay; keep_every: steps divisible by it stay too (0: none).
-      max_skipped: non-finite steps in a row after which the run stops.
-      tensorboard: also write TensorBoard files. wandb_project: also log to this project ("": no).
-      profile_steps: FIRST,LAST: steps to trace for XProf and Perfetto, both included ("": none).
-    """
-
-    steps: int
-    microbatches: int = 1
-    seed: int = 0
-    log_every: int = 10
-    eval_every: int = 0
-    checkpoint_every: int = 1000
-    keep_last: int = 3
-    keep_every: int = 0
-    max_skipped: int = 20
-    tensorboard: bool = True
-    wandb_project: str = ""
-    profile_steps: str = ""
-
-    def __post_init__(self):
-        may_be_zero = ("seed", "eval_every", "keep_every")
-        for name, value in dataclasses.asdict(self).items():
-            least = 0 if name in may_be_zero else 1
-            if isinstance(value, int) and not isinstance(value, bool) and value < least:
-                raise UserError(f"train.{name} is {value}; it must be at least {least}")
-        profiled = parse_steps(self.profile_steps)
-        if profiled and profiled[0] > self.steps:
-            raise UserError(
-                f"train.profile_steps is {self.profile_steps!r} but the run ends with step "
-                f"{self.steps} (train.steps); choose earlier steps"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +67,17 @@ def check_vocabulary(job: PretrainJob, tokenizer: Tokenizer) -> None:
         )
 
 
-def identity(job: PretrainJob, tokenizer: Tokenizer, data: dict) -> dict:
-    """What a checkpoint belongs to: the run may only go on with exactly these.
+def run_fingerprint(job: PretrainJob, tokenizer: Tokenizer, data: dict[str, Any]) -> dict[str, Any]:
+    """Returns what the numbers of a run depend on, in JSON types; stored with its checkpoints.
 
-    Left out on purpose: mesh, options, microbatches, logging and the number of steps, all of which
-    may change between two runs of one job.
+    A run resumes from a checkpoint only if their fingerprints are equal. Mesh, forward options,
+    microbatches, logging and the number of steps are left out: they may change between two starts
+    of one job.
+
+    Args:
+      job: the job.
+      tokenizer: the tokenizer of the job.
+      data: `data_fingerprint` of `job.data`.
     """
     return {
         "model": dataclasses.asdict(job.model),

@@ -1,341 +1,317 @@
-"""The pretraining program, top to bottom: mesh, data, state, step, loop.
+"""The training loop of all stages: logging, evaluation, checkpoints, preemption and profiles.
 
-The loop owns logging, evaluation, checkpoints, preemption and profiling; everything that computes
-is a pure jitted function from elsewhere. Metrics of a step are fetched while the next one runs, so
-the host never holds the device up.
+What is trained comes as a `Task`; everything that computes is a pure jitted function of it. Metrics
+of a step are fetched while the next step runs, so the host never delays the device.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Generic
 
 import jax
 from absl import logging
 
-from qwen_jax.data import Batch, Batches, data_fingerprint, epochs_at
 from qwen_jax.errors import UserError
-from qwen_jax.model import count_params
-from qwen_jax.parallel import make_mesh
-from qwen_jax.parallel.host_arrays import local_rows, to_global
-from qwen_jax.progress import format_count, format_duration
-from qwen_jax.tokenizer import load_tokenizer
+from qwen_jax.progress import format_duration
 from qwen_jax.train.checkpoint import Checkpoints
 from qwen_jax.train.compiling import compile_step, lower_step
-from qwen_jax.train.evaluation import HeldOut, check_sources, evaluate, parse_eval_sources
-from qwen_jax.train.flops import peak_flops, train_flops_per_token
-from qwen_jax.train.job import PretrainJob, check_vocabulary, identity
+from qwen_jax.train.config import RunConfig
+from qwen_jax.train.flops import peak_flops
 from qwen_jax.train.metrics import MultiWriter, make_writer, read_metrics
 from qwen_jax.train.preemption import Preemption
 from qwen_jax.train.profiling import Profiler, parse_steps
-from qwen_jax.train.step import TrainState, abstract_state, check_mesh, init_state
+from qwen_jax.train.state import Metrics
+from qwen_jax.train.task import E, S, Task
 from qwen_jax.train.throughput import Throughput, memory_stats
 
 
 class TrainingDiverged(UserError):
-    """Too many non-finite steps in a row."""
+    """Error of a run that had too many consecutive steps with non-finite numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """How a call of `pretrain` ended.
+class Outcome(Generic[E]):
+    """How a call of `train` ended.
 
-    step: batches consumed so far; finished: all steps are done (else it was asked to stop);
-    held_out: the last evaluation, by source.
+    Attributes:
+      step: number of batches consumed so far.
+      finished: whether all steps of the run are done; False when it was asked to stop.
+      evaluations: results of the last evaluation by data set; empty if there was none.
     """
 
     step: int
     finished: bool
-    held_out: dict[str, HeldOut]
+    evaluations: Mapping[str, E]
 
 
-def pretrain(job: PretrainJob, workdir: str, checkpoint_dir: str | None = None) -> Outcome:
-    """Trains until `job.train.steps`, from wherever the newest checkpoint is.
+def train(
+    run: RunConfig, task: Task[S, E], workdir: str, checkpoint_dir: str | None = None
+) -> Outcome[E]:
+    """Trains a task until `run.steps`, starting from the newest checkpoint if there is one.
 
-    Killed at any moment and called again with the same job, it goes on with the same batches and,
-    on the same mesh, the same bits.
+    Interrupted at any time and called again with the same task, it continues with the same batches
+    and, on the same mesh, computes the same bits.
 
     Args:
+      run: length of the run and what it logs and saves.
+      task: the training stage.
       workdir: local folder for metrics, TensorBoard files and profiles.
-      checkpoint_dir: folder every host sees, gs:// too; `workdir/checkpoints` by default.
+      checkpoint_dir: folder that every host sees, gs:// too; `workdir/checkpoints` by default.
+
+    Returns:
+      The last step, whether the run is complete, and the last evaluation.
 
     Raises:
-      UserError: anything in the job, the data or the checkpoints that does not fit together; before
-        any training, and but for the checkpoints before anything on disk is touched.
-      TrainingDiverged: `train.max_skipped` non-finite steps in a row.
+      UserError: the step cannot be traced (before anything on disk is touched), or the checkpoints
+        are of another run.
+      TrainingDiverged: `run.max_skipped` non-finite steps in a row.
     """
-    mesh = make_mesh(job.mesh)
-    inputs = _open(job, mesh)
+    with jax.set_mesh(task.mesh):
+        lowered = lower_step(task.step, task.abstract_state, task.example_batch)
+    peak = peak_flops(jax.local_devices()[0])
     folder = checkpoint_dir or os.path.join(workdir, "checkpoints")
-    keep = {"keep_last": job.train.keep_last, "keep_every": job.train.keep_every or None}
+    keep_every = run.keep_every or None
     with (
-        jax.set_mesh(mesh),
-        Checkpoints(folder, identity=inputs.identity, **keep) as checkpoints,
+        jax.set_mesh(task.mesh),
+        Checkpoints(
+            folder, keep_last=run.keep_last, keep_every=keep_every, identity=task.fingerprint
+        ) as checkpoints,
         Preemption() as preemption,
     ):
-        state = _restore_or_init(checkpoints, inputs.abstract, job)
+        state = _restore_or_init(checkpoints, task)
         start = int(state.step)
-        _announce(job, mesh, start)
+        _log_start(run, task, start)
         with make_writer(
             workdir,
-            total_steps=job.train.steps,
+            total_steps=run.steps,
             resume_step=start,
-            names=_writers(job),
-            wandb_project=job.train.wandb_project or "qwen_jax",
-            config=inputs.identity,
+            names=_writer_names(run),
+            wandb_project=run.wandb_project or "qwen_jax",
+            config=task.fingerprint,
         ) as writer:
-            run = _Run(job, mesh, inputs, checkpoints, writer, workdir, start)
+            mfu_per_rate = task.flops_per_token / (peak * task.mesh.size)
+            recorder = _Recorder(run, task, checkpoints, writer, workdir, start, mfu_per_rate)
             try:
-                state = _train(run, state, preemption)
+                state = _run_steps(run, task, state, lowered, recorder, preemption)
             finally:
-                run.profiler.stop()
-            finished = int(state.step) >= job.train.steps
-            run.finish(state, evaluate_too=finished)
-    return Outcome(int(state.step), finished, run.held_out)
+                recorder.profiler.stop()
+            finished = int(state.step) >= run.steps
+            recorder.finish(state, evaluate=finished)
+    return Outcome(int(state.step), finished, recorder.evaluations)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Inputs:
-    """What a job has opened: the data, and the step traced for this mesh but not yet compiled.
+def _run_steps(
+    run: RunConfig,
+    task: Task[S, E],
+    state: S,
+    lowered: jax.stages.Lowered,
+    recorder: _Recorder[S, E],
+    preemption: Preemption,
+) -> S:
+    """Runs steps from that of `state` until the last one or a request to stop.
 
-    first, count: the rows of a global batch that this process reads. mfu_per_rate: share of the
-    devices' peak that one token per second is.
+    Args:
+      run: length of the run.
+      task: the source of the batches.
+      state: the state to start from; its buffers are donated.
+      lowered: the traced step, compiled here.
+      recorder: is given the metrics and the state of every step.
+      preemption: is asked after every step whether to stop.
+
+    Returns:
+      The state after the last step that was run.
     """
-
-    tokenizer_sha256: str
-    batches: Batches
-    held_out: dict[str, str]
-    identity: dict
-    abstract: TrainState
-    traced: jax.stages.Lowered
-    first: int
-    count: int
-    feed: Callable[[Batch], dict[str, jax.Array]]
-    mfu_per_rate: float
-
-
-def _open(job: PretrainJob, mesh: jax.sharding.Mesh) -> _Inputs:
-    """Everything that can be wrong in a job, checked before anything is computed or written."""
-    check_mesh(
-        job.model,
-        mesh,
-        global_batch=job.data.global_batch,
-        microbatches=job.train.microbatches,
-        seq_len=job.data.seq_len,
-    )
-    tokenizer = load_tokenizer(job.tokenizer)
-    check_vocabulary(job, tokenizer)
-    batches = Batches(job.data, tokenizer.sha256)
-    held_out = parse_eval_sources(job.eval)
-    check_sources(held_out, **_shape_of_data(job, tokenizer.sha256))
-    first, count = local_rows(mesh, job.data.global_batch)
-    feed = functools.partial(to_global, mesh=mesh, first=first, global_batch=job.data.global_batch)
-    abstract = abstract_state(job.step_config, mesh)
-    with jax.set_mesh(mesh):
-        traced = lower_step(job, abstract, feed(batches.rows(0, first, count)))
-    peak = peak_flops(jax.local_devices()[0])
-    return _Inputs(
-        tokenizer_sha256=tokenizer.sha256,
-        batches=batches,
-        held_out=held_out,
-        identity=identity(job, tokenizer, data_fingerprint(job.data)),
-        abstract=abstract,
-        traced=traced,
-        first=first,
-        count=count,
-        feed=feed,
-        mfu_per_rate=train_flops_per_token(job.model, job.data.seq_len) / (peak * mesh.size),
-    )
-
-
-def _shape_of_data(job: PretrainJob, tokenizer_sha256: str) -> dict:
-    return {
-        "packing": job.data.packing,
-        "seq_len": job.data.seq_len,
-        "tokenizer_sha256": tokenizer_sha256,
-    }
-
-
-def _train(run: _Run, state: TrainState, preemption: Preemption) -> TrainState:
-    """Steps from where `state` is until the last one or a request to stop."""
-    inputs, last, start = run.inputs, run.job.train.steps, run.start
-    if start >= last:
+    start = int(state.step)
+    if start >= run.steps:
         return state
-    step_fn = _compile(inputs.traced)
-    with inputs.batches.iterate(start, inputs.first, inputs.count) as reader:
-        for step, rows in reader:
-            with run.profiler.step(step + 1):
-                state, metrics = step_fn(state, inputs.feed(rows))
-            run.note(step + 1, metrics)
-            run.after(step + 1, state)
-            if preemption.should_stop(step + 1) or step + 1 >= last:
+    compiled = _compile(lowered)
+    with task.open_batches(start) as next_batch:
+        for step in range(start, run.steps):
+            with recorder.profiler.step(step + 1):
+                state, metrics = compiled(state, next_batch(step, state))
+            recorder.add(step + 1, metrics)
+            recorder.after_step(step + 1, state)
+            if preemption.should_stop(step + 1):
                 break
-        run.flush()
+        recorder.flush()
     return state
 
 
-class _Run:
-    """Host-side bookkeeping of one call of `pretrain`: what happens around the steps."""
+class _Recorder(Generic[S, E]):
+    """What one call of `train` does between steps: metrics, evaluations, checkpoints, profile.
+
+    Attributes:
+      profiler: traces the steps that `run.profile_steps` names.
+      evaluations: results of the last evaluation by data set.
+    """
 
     def __init__(
         self,
-        job: PretrainJob,
-        mesh: jax.sharding.Mesh,
-        inputs: _Inputs,
+        run: RunConfig,
+        task: Task[S, E],
         checkpoints: Checkpoints,
         writer: MultiWriter,
         workdir: str,
         start: int,
+        mfu_per_rate: float,
     ):
-        self.job, self.mesh, self.inputs, self.start = job, mesh, inputs, start
-        self.checkpoints, self.writer, self.workdir = checkpoints, writer, workdir
-        self.held_out: dict[str, HeldOut] = {}
-        self._pending: collections.deque = collections.deque()
-        self._speed = Throughput()
-        self._tokens = job.data.global_batch * job.data.seq_len
+        """Prepares to record the steps after `start`.
+
+        Args:
+          run: when to log, evaluate and save.
+          task: the stage, for its evaluation and numbers.
+          checkpoints: where states are saved.
+          writer: where metrics are written.
+          workdir: folder of metrics.jsonl and profiles.
+          start: number of steps done before this call.
+          mfu_per_rate: share of all devices' peak FLOP/s that one token per second amounts to.
+        """
+        self._config, self._task, self._start = run, task, start
+        self._checkpoints, self._writer, self._workdir = checkpoints, writer, workdir
+        self._mfu_per_rate = mfu_per_rate
+        self.evaluations: Mapping[str, E] = {}
+        self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self._throughput = Throughput()
         self._evaluated = self._saved = -1
-        profiled = parse_steps(job.train.profile_steps)
+        profiled = parse_steps(run.profile_steps)
         self.profiler = Profiler(profiled, os.path.join(workdir, "profile"), done=start)
 
-    def note(self, step: int, metrics) -> None:
-        """Keeps this step's metrics on the device and handles the step before it."""
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Keeps the metrics of 1-based `step` on the device and handles those of the step before.
+
+        Raises:
+          TrainingDiverged: too many non-finite steps in a row.
+        """
         self._pending.append((step, metrics))
         while len(self._pending) > 1:
             self._handle(*self._pending.popleft())
 
     def flush(self) -> None:
-        """Handles the metrics that are still on the device."""
+        """Handles the metrics that are still on the device; waits for their steps to end."""
         while self._pending:
             self._handle(*self._pending.popleft())
 
-    def _handle(self, step: int, metrics) -> None:
+    def _handle(self, step: int, metrics: Metrics) -> None:
+        """Fetches the metrics of one step, checks for divergence, and logs them if due."""
         values = {name: float(x) for name, x in jax.device_get(metrics).items()}
-        self._speed.add(self._tokens)
+        tokens = self._task.tokens_per_step
+        self._throughput.add(tokens)
         in_a_row = int(values.pop("skipped_in_a_row"))
         if in_a_row:
             logging.warning("step %d: loss, gradient or update is not finite, step skipped", step)
-        if in_a_row >= self.job.train.max_skipped:
+        if in_a_row >= self._config.max_skipped:
             raise TrainingDiverged(
                 f"training stopped at step {step}: the last {in_a_row} steps had a non-finite "
                 "loss, gradient or update (train.max_skipped); go back to an earlier checkpoint "
                 "with a lower optimizer.peak_lr, or look at the data around this step"
             )
-        if step % self.job.train.log_every and step != self.job.train.steps:
+        if step % self._config.log_every and step != self._config.steps:
             return
-        rate = self._speed.per_second()
+        rate = self._throughput.per_second()
         if rate is not None:
             values["tokens_per_second"] = rate
-            values["mfu"] = rate * self.inputs.mfu_per_rate
-        self.writer.write(step, values | memory_stats())
+            values["mfu"] = rate * self._mfu_per_rate
+        self._writer.write(step, values | memory_stats())
 
-    def after(self, step: int, state: TrainState) -> None:
-        """The end of a profile, evaluation and checkpoint where they are due."""
+    def after_step(self, step: int, state: S) -> None:
+        """Ends the profile, evaluates and saves where they are due after 1-based `step`."""
         if self.profiler.ends_with(step):
             self.flush()  # waits for the last traced step
             self.profiler.stop()
-            self._speed.restart()
-        every = self.job.train.eval_every
-        if every and step % every == 0 and step != self.job.train.steps:
+            self._throughput.restart()
+        every = self._config.eval_every
+        if every and step % every == 0 and step != self._config.steps:
             self._evaluate(step, state)
-        if step % self.job.train.checkpoint_every == 0:
+        if step % self._config.checkpoint_every == 0:
             self._save(step, state)
 
-    def finish(self, state: TrainState, *, evaluate_too: bool) -> None:
-        """Saves the last state and waits for it; evaluates it when the run is complete."""
+    def finish(self, state: S, *, evaluate: bool) -> None:
+        """Saves the last state, evaluates it if `evaluate`, and waits for the save to complete."""
         step = int(state.step)
         self._save(step, state)
-        if evaluate_too:
+        if evaluate:
             self._evaluate(step, state)
-        self.checkpoints.wait()
+        self._checkpoints.wait()
 
-    def _save(self, step: int, state: TrainState) -> None:
+    def _save(self, step: int, state: S) -> None:
+        """Starts to save the state after `step`, unless that has been done."""
         if self._saved == step:
             return
         self._saved = step
         self.flush()  # so that a kill after this checkpoint leaves no gap in the metrics
-        epochs = epochs_at(self.job.data, step)
-        info = {"data_position": step, "tokens_seen": step * self._tokens, "epochs": epochs}
-        self.checkpoints.save(step, state, info)
+        info = {"data_position": step, "tokens_seen": step * self._task.tokens_per_step}
+        self._checkpoints.save(step, state, info | dict(self._task.checkpoint_info(step)))
 
-    def _evaluate(self, step: int, state: TrainState) -> None:
-        sources = self.inputs.held_out
-        if not sources or self._evaluated == step:
+    def _evaluate(self, step: int, state: S) -> None:
+        """Evaluates the state after `step` and logs the results, unless that has been done."""
+        if self._task.evaluate is None or self._evaluated == step:
             return
         self.flush()
         self._evaluated = step
-        self.held_out = evaluate(
-            state.params,
-            sources,
-            self.job.step_config,
-            self.mesh,
-            batch_size=self.job.data.global_batch // self.job.train.microbatches,
-            **_shape_of_data(self.job, self.inputs.tokenizer_sha256),
-        )
-        scalars = {}
-        for name, result in self.held_out.items():
-            scalars[f"eval/{name}/loss"] = result.loss
-            scalars[f"eval/{name}/bits_per_byte"] = result.bits_per_byte
-        # A finished run that is called again evaluates again, but its line is there already.
-        if step > self.start or not _has_line(self.workdir, step, scalars):
-            self.writer.write(step, scalars)
-        self._speed.restart()
+        self.evaluations = self._task.evaluate(state)
+        scalars = {
+            f"eval/{name}/{metric}": value
+            for name, result in self.evaluations.items()
+            for metric, value in result.metrics().items()
+        }
+        # A complete run that is started again evaluates again, but its line is in the file already.
+        if step > self._start or not _has_line(self._workdir, step, scalars):
+            self._writer.write(step, scalars)
+        self._throughput.restart()
 
 
 def _has_line(workdir: str, step: int, scalars: Mapping[str, float]) -> bool:
-    """Whether metrics.jsonl has a line of `step` with these names."""
+    """Returns whether metrics.jsonl in `workdir` has a line of `step` with all these names."""
     path = os.path.join(workdir, "metrics.jsonl")
     rows = read_metrics(path) if os.path.exists(path) else []
     return any(row["step"] == step and scalars.keys() <= row.keys() for row in rows)
 
 
-def _restore_or_init(
-    checkpoints: Checkpoints, abstract: TrainState, job: PretrainJob
-) -> TrainState:
-    """The state of the newest checkpoint, or without one a fresh state, born sharded."""
-    restored = checkpoints.restore(abstract)
+def _restore_or_init(checkpoints: Checkpoints, task: Task[S, E]) -> S:
+    """Returns the state of the newest checkpoint, or the task's initial state without one.
+
+    Raises:
+      UserError: the checkpoint is of another run.
+    """
+    restored = checkpoints.restore(task.abstract_state)
     if restored is None:
-        born = functools.partial(init_state, job.step_config)
-        shardings = jax.tree.map(lambda a: a.sharding, abstract)
-        return jax.jit(born, out_shardings=shardings)(jax.random.key(job.train.seed))
+        return task.init_state()
     state, info = restored
     assert info["data_position"] == int(state.step), "data position and step are one number"
     return state
 
 
-def _compile(traced: jax.stages.Lowered) -> jax.stages.Compiled:
-    """Compiles ahead, so that the first step takes as long as the rest."""
+def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles the traced step before the first batch, so that the first step takes no longer."""
     started = time.monotonic()
-    compiled = compile_step(traced, jax.local_devices()[0].device_kind)
+    compiled = compile_step(lowered, jax.local_devices()[0].device_kind)
     logging.info("step compiled in %s", format_duration(time.monotonic() - started))
     return compiled
 
 
-def _writers(job: PretrainJob) -> tuple[str, ...]:
+def _writer_names(run: RunConfig) -> tuple[str, ...]:
+    """Returns the names of the metrics writers that a run uses, for `make_writer`."""
     names = ["console", "jsonl"]
-    if job.train.tensorboard:
+    if run.tensorboard:
         names.append("tensorboard")
-    if job.train.wandb_project:
+    if run.wandb_project:
         names.append("wandb")
     return tuple(names)
 
 
-def _announce(job: PretrainJob, mesh: jax.sharding.Mesh, start: int) -> None:
-    """The run in three lines: what, where, from which step."""
-    device = jax.devices()[0]
-    tokens = job.data.global_batch * job.data.seq_len
-    logging.info(
-        "%s parameters, %s tokens per step, %s tokens in all",
-        format_count(count_params(job.model)),
-        format_count(tokens),
-        format_count(tokens * job.train.steps),
-    )
-    shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+def _log_start(run: RunConfig, task: Task[S, E], start: int) -> None:
+    """Logs three lines about the run: the task, the devices, and the step it starts from."""
+    logging.info("%s", task.description)
     logging.info(
         "%d × %s in %d process(es), mesh %s",
-        jax.device_count(), device.device_kind, jax.process_count(), shape,
-    )  # fmt: skip
-    logging.info("step %d of %d", start, job.train.steps)
+        jax.device_count(),
+        jax.devices()[0].device_kind,
+        jax.process_count(),
+        " × ".join(f"{axis} {size}" for axis, size in task.mesh.shape.items()),
+    )
+    logging.info("step %d of %d", start, run.steps)

@@ -1,210 +1,47 @@
-"""The pretraining step as one pure function, and the state it carries.
-
-Every stage of this project is `step(state, batch) -> (state, metrics)`, jitted with donated state.
-"""
+"""One optimizer step for any objective, as a pure function of state and batch."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from qwen_jax.errors import UserError
-from qwen_jax.model import (
-    ForwardOptions,
-    ModelConfig,
-    Params,
-    decay_mask,
-    hidden_states,
-    init_params,
-    output_kernel,
-)
-from qwen_jax.parallel import batch_devices, spec
-from qwen_jax.train.losses import LossSums, next_token_loss
-from qwen_jax.train.optimizer import OptimizerConfig, adamw, learning_rate
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """How the loss over the vocabulary is taken; see `losses.next_token_loss`.
-
-    Attributes:
-      z_loss: factor of log²Z (0: none). chunk: tokens whose logits exist at one time.
-      vocab_parts: neighbours along `fsdp` that divide the vocabulary among them. More of them hold
-        less each; 0: the number that moves the fewest bytes.
-    """
-
-    z_loss: float = 0.0
-    chunk: int = 1024
-    vocab_parts: int = 0
-
-    def __post_init__(self):
-        if not self.z_loss >= 0 or self.chunk < 1 or self.vocab_parts < 0:
-            raise UserError(
-                f"loss.z_loss={self.z_loss} and loss.vocab_parts={self.vocab_parts} must be at "
-                f"least 0, loss.chunk={self.chunk} at least 1"
-            )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TrainState:
-    """Everything that changes while training; float32 master weights and moments.
-
-    Attributes:
-      step: int32, batches consumed; the data position and the schedule's argument.
-      params: the network. opt_state: Adam's moments.
-      skipped: int32, steps left out because of non-finite numbers; skipped_in_a_row: the latest.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    skipped: jax.Array
-    skipped_in_a_row: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class StepConfig:
-    """What the step is made of. microbatches: pieces of a batch whose gradients are added up."""
-
-    model: ModelConfig
-    options: ForwardOptions
-    optimizer: OptimizerConfig
-    loss: LossConfig = LossConfig()
-    microbatches: int = 1
-
-
-def init_state(config: StepConfig, key: jax.Array) -> TrainState:
-    """Fresh state; call it under `jax.jit` (and a mesh), so that it is born sharded."""
-    params = init_params(config.model, key)
-    # One buffer each: donation refuses a buffer that stands in two places.
-    zeros = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    opt_state = adamw(config.optimizer, decay_mask(config.model)).init(params)
-    return TrainState(zeros[0], params, opt_state, zeros[1], zeros[2])
-
-
-def abstract_state(config: StepConfig, mesh: jax.sharding.Mesh) -> TrainState:
-    """The state as `ShapeDtypeStruct`s with concrete shardings on `mesh`; computes nothing."""
-    with jax.set_mesh(mesh):
-        # The key is made inside: an eager one would run on `mesh`, which may be fictitious.
-        shapes = jax.eval_shape(lambda: init_state(config, jax.random.key(0)))
-
-    def concrete(x):
-        sharding = jax.NamedSharding(mesh, x.sharding.spec if x.sharding else jax.P())
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(concrete, shapes)
-
-
-def check_mesh(model: ModelConfig, mesh, *, global_batch: int, microbatches: int, seq_len: int):
-    """Refuses a mesh that doesn't divide the model or the batch, before anything is compiled.
-
-    Raises:
-      UserError: names the axis, the dimension it doesn't divide, and what to change.
-    """
-    shape = mesh.shape
-    rows, tensor, fsdp = batch_devices(mesh), shape["tensor"], shape["fsdp"]
-    if global_batch % (rows * microbatches):
-        raise UserError(
-            f"data.global_batch={global_batch} is not a multiple of data×fsdp×microbatches = "
-            f"{shape['data']}×{fsdp}×{microbatches} = {rows * microbatches}; change the batch, "
-            "train.microbatches or the mesh"
-        )
-    divided = [
-        ("tensor", tensor, "model.n_heads", model.n_heads),
-        ("tensor", tensor, "model.n_kv_heads", model.n_kv_heads),
-        ("tensor", tensor, "model.d_ff", model.d_ff),
-        ("tensor", tensor, "model.vocab_size", model.vocab_size),
-        ("fsdp×tensor", fsdp * tensor, "model.d_model", model.d_model),
-        # Two chunks for each device of the ring (zigzag order).
-        *([("context×2", 2 * shape["context"], "data.seq_len", seq_len)] * (shape["context"] > 1)),
-    ]
-    for axis, size, name, dim in divided:
-        if dim % size:
-            raise UserError(
-                f"mesh.{axis}={size} does not divide {name}={dim}; choose a mesh size that does"
-            )
-
-
-def loss_sums(
-    params: Params, batch: Batch, config: StepConfig, dropout_key: jax.Array | None = None
-) -> LossSums:
-    """Loss sums of one batch; also the evaluation step.
-
-    batch: tokens, targets, segment_ids, positions int32 [B,T]; loss_mask float32 [B,T].
-    """
-    hidden, _ = hidden_states(
-        params,
-        batch["tokens"],
-        config.model,
-        config.options,
-        positions=batch["positions"],
-        segment_ids=batch["segment_ids"],
-        dropout_key=dropout_key,
-    )
-    with jax.named_scope("loss"):
-        kernel = output_kernel(params, config.model)
-        return next_token_loss(
-            *(hidden, kernel, batch["targets"], batch["loss_mask"]),
-            config.loss.z_loss,
-            config.loss.chunk,
-            config.loss.vocab_parts,
-        )
-
-
-def _gradients(params, batch, config: StepConfig, key) -> tuple[Params, LossSums]:
-    """Gradient of Σ objective and the sums, over all microbatches; not yet divided by weight."""
-
-    def objective(params, batch, key):
-        sums = loss_sums(params, batch, config, key)
-        return sums.objective, sums
-
-    grad = jax.grad(objective, has_aux=True)
-    n = config.microbatches
-    if n == 1:
-        return grad(params, batch, key)
-
-    def split(x):  # [B,…] -> [n,B/n,…]; a small exchange of token ids between devices
-        shape = (n, x.shape[0] // n, *x.shape[1:])
-        axes = ("batch", "sequence")[: x.ndim]
-        return jax.lax.reshape(x, shape, out_sharding=spec(None, *axes))
-
-    def add(total, piece):
-        batch, key = piece
-        return jax.tree.map(jnp.add, total, grad(params, batch, key)), None
-
-    zero = jnp.zeros((), jnp.float32)
-    start = (jax.tree.map(jnp.zeros_like, params), LossSums(zero, zero, zero))
-    keys = None if key is None else jax.random.split(key, n)
-    return jax.lax.scan(add, start, (jax.tree.map(split, batch), keys))[0]
+from qwen_jax.model import Params, decay_mask
+from qwen_jax.train.config import StepConfig
+from qwen_jax.train.objective import LossSums, Objective
+from qwen_jax.train.optimizer import adamw, learning_rate
+from qwen_jax.train.state import Batch, Metrics, TrainState
 
 
 def train_step(
-    state: TrainState, batch: Batch, config: StepConfig, dropout_key: jax.Array | None = None
+    state: TrainState,
+    batch: Batch,
+    config: StepConfig,
+    objective: Objective,
+    key: jax.Array | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step over one global batch.
+    """Computes one optimizer step over one global batch.
 
     Gradients of summed losses are added over microbatches and divided once by the total weight, so
-    neither accumulation nor sharding changes the loss. A step with a non-finite loss, gradient or
-    update changes nothing but the counters.
+    neither accumulation nor sharding changes the scale of the loss. A step with a non-finite loss,
+    gradient or update changes nothing but the counters.
 
     Args:
-      batch: as in `loss_sums`, and n_bytes float32 [B], the text bytes its loss stands for.
-      dropout_key: constant over the run; folded with the step. None: no dropout.
+      state: parameters, optimizer state and counters.
+      batch: arrays as `objective` takes them.
+      config: model, optimizer and number of microbatches.
+      objective: the loss that is minimised.
+      key: PRNG key of the run for the objective (dropout), folded with the step number here; None
+        runs without randomness.
 
     Returns:
-      The next state, and float32 scalars: loss (nats per token), bits_per_byte, grad_norm (before
-      clipping), update_norm, param_norm, lr, tokens (that carry loss), skipped, skipped_in_a_row.
+      The next state, and float32 scalars: the objective's metrics, grad_norm (before clipping),
+      update_norm, param_norm, lr, skipped, skipped_in_a_row.
     """
-    key = None if dropout_key is None else jax.random.fold_in(dropout_key, state.step)
-    grads, sums = _gradients(state.params, batch, config, key)
+    key = None if key is None else jax.random.fold_in(key, state.step)
+    grads, sums = summed_gradients(state.params, batch, config, objective, key)
     weight = jnp.maximum(sums.weight, 1.0)
     with jax.named_scope("optimizer"):
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grads)
@@ -231,15 +68,92 @@ def train_step(
         skipped=state.skipped + skip,
         skipped_in_a_row=(state.skipped_in_a_row + skip) * skip,
     )
-    metrics = {
-        "loss": sums.nll / weight,
-        "bits_per_byte": sums.nll / jnp.log(2.0) / jnp.maximum(batch["n_bytes"].sum(), 1.0),
+    metrics = objective.metrics(sums) | {
         "grad_norm": grad_norm,
         "update_norm": update_norm,
         "param_norm": optax.tree.norm(params),
         "lr": lr,
-        "tokens": sums.weight,
         "skipped": new_state.skipped.astype(jnp.float32),
         "skipped_in_a_row": new_state.skipped_in_a_row.astype(jnp.float32),
     }
     return new_state, metrics
+
+
+def summed_gradients(
+    params: Params,
+    batch: Batch,
+    config: StepConfig,
+    objective: Objective,
+    key: jax.Array | None,
+) -> tuple[Params, LossSums]:
+    """Computes the gradient of the objective's sum over all microbatches, not divided by weight.
+
+    Args:
+      params: weights to differentiate with respect to.
+      batch: global batch; `config.microbatches` divides the first axis of every array.
+      config: `microbatches`, and what `objective` reads.
+      objective: the loss.
+      key: PRNG key of this step, split over the microbatches; None for none.
+
+    Returns:
+      Gradient with the structure and dtype of `params`, and the loss sums.
+    """
+
+    def differentiated(params, batch, key):
+        sums = objective(params, batch, config, key)
+        return sums.objective, sums
+
+    grad = jax.grad(differentiated, has_aux=True)
+    n = config.microbatches
+    if n == 1:
+        return grad(params, batch, key)
+    pieces = jax.tree.map(lambda x: _split_batch(x, n), batch)
+    keys = None if key is None else jax.random.split(key, n)
+
+    def add(total, piece):
+        batch, key = piece
+        return jax.tree.map(jnp.add, total, grad(params, batch, key)), None
+
+    def first_sums(params, pieces, keys):
+        first, key = jax.tree.map(lambda x: x[0], (pieces, keys))
+        return objective(params, first, config, key)
+
+    sums = jax.eval_shape(first_sums, params, pieces, keys)
+    start = (
+        jax.tree.map(jnp.zeros_like, params),
+        jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), sums),
+    )
+    return jax.lax.scan(add, start, (pieces, keys))[0]
+
+
+def _split_batch(x: jax.Array, n: int) -> jax.Array:
+    """Reshapes [B, …] to [n, B/n, …], keeping the sharding of the batch axis on axis 1.
+
+    Devices exchange a few rows of token ids for it.
+    """
+    sharding = jax.typeof(x).sharding
+    out = None if sharding.mesh.empty else jax.P(None, *sharding.spec)
+    return jax.lax.reshape(x, (n, x.shape[0] // n, *x.shape[1:]), out_sharding=out)
+
+
+def bind_step(
+    config: StepConfig, objective: Objective, seed: int
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns `train_step` as a function of (state, batch) alone, as the loop and aot compile it.
+
+    Args:
+      config: settings of the step.
+      objective: the loss.
+      seed: seed of dropout; unused when the model has none.
+    """
+    model = config.model
+    has_dropout = any((model.embed_dropout, model.attn_dropout, model.residual_dropout))
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # The key is made while tracing: an eager one would run on the mesh, whose devices need not
+        # exist when a program is compiled ahead of time.
+        key = jax.random.key(seed) if has_dropout else None
+        return train_step(state, batch, config, objective, key)
+
+    step.__name__ = train_step.__name__  # of the compiled program
+    return step

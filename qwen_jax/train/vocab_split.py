@@ -113,12 +113,26 @@ class VocabSplit:
             x = jax.lax.psum_scatter(x, _FSDP, scatter_dimension=0, tiled=True, **self._group())
         return jax.lax.psum(x, _TENSOR) if self.tensor > 1 else x
 
+    def own_tokens(self, x: jax.Array) -> jax.Array:
+        """Returns this device's tokens [C] of an array over the tokens of its group [parts·C].
+
+        Undoes `collect_tokens` along axis 0.
+        """
+        if self.parts == 1:
+            return x
+        size = x.shape[0] // self.parts
+        return jax.lax.dynamic_slice_in_dim(x, self._part() * size, size)
+
+    def _part(self) -> jax.Array:
+        """Returns this device's index in its group, an int32 scalar."""
+        return jax.lax.axis_index(_FSDP).astype(jnp.int32) % self.parts
+
     def first_column(self) -> tuple[jax.Array | int, jax.Array | int]:
         """Vocabulary index of this device's first column, and how many of its columns are real."""
         if self.parts == self.tensor == 1:
             return 0, self.columns
         shard = jax.lax.axis_index(_TENSOR).astype(jnp.int32)
-        part = jax.lax.axis_index(_FSDP).astype(jnp.int32) % self.parts
+        part = self._part()
         return shard * self.columns + part * self.width, self.columns - part * self.width
 
     def merge(self, highest: jax.Array, total: jax.Array, logit: jax.Array):

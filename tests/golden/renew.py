@@ -9,7 +9,6 @@ them only in a commit that is meant to change the numbers of training, and say w
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import pathlib
@@ -20,10 +19,8 @@ import jax
 
 from configs import pretrain as recipes
 from qwen_jax.data import data_fingerprint
-from qwen_jax.parallel import MeshConfig, make_mesh
-from qwen_jax.train import loop
+from qwen_jax.parallel import MeshConfig
 from qwen_jax.train.job import PretrainJob
-from qwen_jax.train.loop import pretrain
 from qwen_jax.train.metrics import read_metrics
 from tests.train import jobs
 
@@ -74,17 +71,6 @@ def make_job(data: pathlib.Path, devices: int) -> PretrainJob:
     )
 
 
-@contextlib.contextmanager
-def first_devices(count: int):
-    """Makes the loop use only the first `count` devices of this process."""
-    original = loop.make_mesh
-    loop.make_mesh = lambda config: make_mesh(config, jax.devices()[:count])
-    try:
-        yield
-    finally:
-        loop.make_mesh = original
-
-
 def run(devices: int) -> tuple[dict, list[dict]]:
     """Trains, and returns the header and the rows of a golden file: what was run, then its metrics.
 
@@ -95,9 +81,7 @@ def run(devices: int) -> tuple[dict, list[dict]]:
         data.mkdir()
         jobs.write_data(data, seq_len=64)
         job = make_job(data, devices)
-        with first_devices(devices):
-            outcome = pretrain(job, str(workdir))
-        assert outcome.finished
+        assert jobs.run_on(job, workdir, devices).finished
         found = read_metrics(workdir / "metrics.jsonl")
         rows = [{k: row[k] for k in ("step", *TOLERANCES) if k in row} for row in found]
         header = {

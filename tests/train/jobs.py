@@ -17,11 +17,13 @@ from qwen_jax.parallel import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.huggingface import byte_order
 from qwen_jax.train.checkpoint import Checkpoints, read_identity
-from qwen_jax.train.job import PretrainJob, RunConfig
-from qwen_jax.train.loop import pretrain
+from qwen_jax.train.config import LossConfig, RunConfig
+from qwen_jax.train.job import PretrainJob
+from qwen_jax.train.loop import Outcome, train
 from qwen_jax.train.metrics import read_metrics
 from qwen_jax.train.optimizer import OptimizerConfig
-from qwen_jax.train.step import LossConfig, abstract_state
+from qwen_jax.train.pretrain import pretrain, pretraining_task
+from qwen_jax.train.state import abstract_state
 
 SEQ_LEN = 16
 STEPS = 9
@@ -131,6 +133,12 @@ def run(job: PretrainJob, workdir: str | os.PathLike) -> Result:
     outcome = pretrain(job, str(workdir))
     assert outcome.finished and outcome.step == job.train.steps
     return read(job, workdir)
+
+
+def run_on(job: PretrainJob, workdir: str | os.PathLike, devices: int) -> Outcome:
+    """Runs the job on the first `devices` devices of this process, from where it is."""
+    mesh = make_mesh(job.mesh, jax.devices()[:devices])
+    return train(job.train, pretraining_task(job, mesh), str(workdir))
 
 
 MEASURED = ("loss", "grad_norm", "param_norm", "update_norm", "lr", "tokens", "bits_per_byte")

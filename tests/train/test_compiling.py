@@ -6,7 +6,10 @@ import numpy as np
 from qwen_jax.config import from_config_dict
 from qwen_jax.train.compiling import XLA_OPTIONS, compile_step, lower_step, xla_options
 from qwen_jax.train.job import PretrainJob
-from qwen_jax.train.step import abstract_state, init_state, train_step
+from qwen_jax.train.objective import NextToken
+from qwen_jax.train.pretrain import pretraining_step
+from qwen_jax.train.state import abstract_state, init_state
+from qwen_jax.train.step import train_step
 from tests import toy
 
 
@@ -27,10 +30,10 @@ def test_the_compiled_step_is_the_train_step():
     with toy.use("8 fsdp") as mesh:
         abstract = abstract_state(config, mesh)
         batch = toy.place(toy.batch(rows=8, length=64, vocab=512), mesh)
-        compiled = compile_step(lower_step(job, abstract, batch), "cpu")
+        compiled = compile_step(lower_step(pretraining_step(job), abstract, batch), "cpu")
         shardings = jax.tree.map(lambda a: a.sharding, abstract)
         state = jax.jit(lambda: init_state(config, jax.random.key(0)), out_shardings=shardings)()
-        expected = jax.jit(train_step, static_argnums=2)(state, batch, config)[1]
+        expected = jax.jit(train_step, static_argnums=(2, 3))(state, batch, config, NextToken())[1]
         given = state.params["final_norm"]["scale"]
         state, metrics = compiled(state, batch)
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-5)

@@ -8,9 +8,11 @@ import pytest
 
 from qwen_jax.model import ForwardOptions, ModelConfig, count_params
 from qwen_jax.model.presets import preset
+from qwen_jax.train.config import LossConfig, StepConfig
 from qwen_jax.train.flops import matmul_params, train_flops_per_token
+from qwen_jax.train.objective import NextToken
 from qwen_jax.train.optimizer import OptimizerConfig
-from qwen_jax.train.step import LossConfig, StepConfig, init_state, loss_sums
+from qwen_jax.train.state import init_state
 from tests import toy
 
 # One layer: XLA counts the body of a scan once.
@@ -29,7 +31,7 @@ def test_count_is_that_of_xla_within_three_percent():
     batch = toy.batch(rows=rows, length=length, vocab=1024)
 
     def loss(params):
-        return loss_sums(params, batch, config).objective
+        return NextToken()(params, batch, config, None).objective
 
     cost = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()
     # XLA does every score, also the half that the mask hides.

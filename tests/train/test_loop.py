@@ -16,9 +16,10 @@ from qwen_jax.parallel import MeshConfig, make_mesh
 from qwen_jax.train import loop
 from qwen_jax.train.checkpoint import read_identity
 from qwen_jax.train.evaluation import evaluate, parse_eval_sources
-from qwen_jax.train.loop import TrainingDiverged, pretrain
+from qwen_jax.train.loop import Outcome, TrainingDiverged
 from qwen_jax.train.metrics import read_metrics
-from qwen_jax.train.step import abstract_state, init_state
+from qwen_jax.train.pretrain import pretrain
+from qwen_jax.train.state import abstract_state, init_state
 from tests.train import jobs
 
 
@@ -45,14 +46,14 @@ class Killed(BaseException):
 
 def at_step(monkeypatch, step, action):
     """Calls `action` in the middle of the loop: after the step, before its checkpoint."""
-    original = loop._Run.after
+    original = loop._Recorder.after_step
 
     def after(self, now, state):
         if now == step:
             action()
         original(self, now, state)
 
-    monkeypatch.setattr(loop._Run, "after", after)
+    monkeypatch.setattr(loop._Recorder, "after_step", after)
 
 
 def raise_killed():
@@ -79,11 +80,11 @@ def test_stopped_and_resumed_again_and_again_is_bit_for_bit_the_same(
     job = jobs.make(data, train={"profile_steps": "2,3"})
     # Ends right after a checkpoint.
     short = dataclasses.replace(job, eval="", train=dataclasses.replace(job.train, steps=3))
-    assert pretrain(short, str(tmp_path)) == loop.Outcome(3, True, {})
+    assert pretrain(short, str(tmp_path)) == Outcome(3, True, {})
     # A polite request, between two checkpoints: saves where it is.
     with monkeypatch.context() as patch:
         at_step(patch, 5, send_sigterm)
-        assert pretrain(job, str(tmp_path)) == loop.Outcome(5, False, {})
+        assert pretrain(job, str(tmp_path)) == Outcome(5, False, {})
     assert read_identity(f"{tmp_path}/checkpoints")["step"] == 5
     # A crash: steps 7 and 8 are lost and done again from the checkpoint of step 6.
     with monkeypatch.context() as patch:
@@ -103,7 +104,7 @@ def test_stopped_and_resumed_again_and_again_is_bit_for_bit_the_same(
     before = (tmp_path / "metrics.jsonl").read_text()
     outcome = pretrain(job, str(tmp_path))
     assert outcome.finished and outcome.step == 9
-    assert outcome.held_out["h"].loss == whole.series("eval/h/loss")[0][1]
+    assert outcome.evaluations["h"].loss == whole.series("eval/h/loss")[0][1]
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
@@ -116,9 +117,8 @@ def test_each_part_of_a_run_may_be_on_another_mesh(whole, data, tmp_path, monkey
         (6, MeshConfig(fsdp=1), 1),
         (9, MeshConfig(fsdp=2, context=2, tensor=2), 8),
     ):
-        monkeypatch.setattr(loop, "make_mesh", lambda c, n=devices: make_mesh(c, jax.devices()[:n]))
         job = jobs.make(data, mesh=mesh, train={"steps": steps})
-        pretrain(job if steps == 9 else dataclasses.replace(job, eval=""), str(tmp_path))
+        jobs.run_on(job if steps == 9 else dataclasses.replace(job, eval=""), tmp_path, devices)
     jobs.assert_close(jobs.read(job, tmp_path), whole)
 
 

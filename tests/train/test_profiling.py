@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from qwen_jax.errors import UserError
-from qwen_jax.train.loop import pretrain
+from qwen_jax.train.pretrain import pretrain
 from qwen_jax.train.profiling import Profiler, parse_steps
 from tests.train import jobs
 

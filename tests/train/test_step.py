@@ -12,15 +12,11 @@ from qwen_jax.errors import UserError
 from qwen_jax.model import ForwardOptions, forward
 from qwen_jax.model.options import REMAT
 from qwen_jax.parallel import make_mesh
+from qwen_jax.train.config import StepConfig, check_mesh
+from qwen_jax.train.objective import NextToken
 from qwen_jax.train.optimizer import OptimizerConfig, learning_rate
-from qwen_jax.train.step import (
-    StepConfig,
-    abstract_state,
-    check_mesh,
-    init_state,
-    loss_sums,
-    train_step,
-)
+from qwen_jax.train.state import abstract_state, init_state
+from qwen_jax.train.step import train_step
 from tests import toy
 
 
@@ -33,7 +29,7 @@ def exact_products():
 
 def gradients(params, batch, config):
     def loss(params):
-        sums = loss_sums(params, batch, config)
+        sums = NextToken()(params, batch, config, None)
         return sums.objective / sums.weight
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -133,7 +129,8 @@ def run(name, config, steps=3, seed=0, dropout=None):
             state = jax.device_put(state)
         key = None if dropout is None else jax.random.key(dropout)
         step = jax.jit(
-            functools.partial(train_step, config=config, dropout_key=key), donate_argnums=0
+            functools.partial(train_step, config=config, objective=NextToken(), key=key),
+            donate_argnums=0,
         )
         history = []
         for i in range(steps):
@@ -167,7 +164,7 @@ def test_dropout_masks_do_not_depend_on_the_mesh():
 
 def test_a_non_finite_step_changes_nothing_but_the_counters():
     state = jax.device_put(reference(toy.STEP)[0])
-    step = jax.jit(functools.partial(train_step, config=toy.STEP))
+    step = jax.jit(functools.partial(train_step, config=toy.STEP, objective=NextToken()))
     bad = toy.batch() | {"loss_mask": np.full((8, 32), np.nan, np.float32)}
     state, _ = step(state, toy.place(toy.batch(1), None))
     after, metrics = step(state, toy.place(bad, None))
@@ -187,7 +184,7 @@ def test_adamw_is_the_closed_form_with_decay_on_matrices_only():
     optimizer = OptimizerConfig(peak_lr=0.5, warmup_steps=0, weight_decay=0.1, clip_norm=1e9)
     config = dataclasses.replace(toy.STEP, optimizer=optimizer)
     before, _, grads = reference(toy.STEP)
-    after, _ = jax.jit(functools.partial(train_step, config=config))(
+    after, _ = jax.jit(functools.partial(train_step, config=config, objective=NextToken()))(
         jax.device_put(before), toy.place(toy.batch(), None)
     )
 
@@ -210,7 +207,7 @@ def test_clipping_scales_the_gradient_to_norm_one():
         peak_lr=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=clip, eps=1e6
     )
     config = dataclasses.replace(toy.STEP, optimizer=optimizer)
-    _, metrics = jax.jit(functools.partial(train_step, config=config))(
+    _, metrics = jax.jit(functools.partial(train_step, config=config, objective=NextToken()))(
         jax.device_put(state), toy.place(toy.batch(), None)
     )
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)

@@ -14,8 +14,10 @@ from qwen_jax.data import Batches
 from qwen_jax.parallel import MeshConfig, make_mesh
 from qwen_jax.parallel.host_arrays import local_rows, to_global
 from qwen_jax.train import loop
-from qwen_jax.train.loop import pretrain
-from qwen_jax.train.step import abstract_state, init_state, train_step
+from qwen_jax.train.objective import NextToken
+from qwen_jax.train.pretrain import pretrain
+from qwen_jax.train.state import abstract_state, init_state
+from qwen_jax.train.step import train_step
 from tests import multiprocess
 from tests.train import jobs
 
@@ -38,7 +40,7 @@ def job_of(folder):
 
 def two_steps(job, state, feed, batches, first, count):
     """Metrics of two real steps, and the first moments: all that the gradients went into."""
-    step = jax.jit(functools.partial(train_step, config=job.step_config))
+    step = jax.jit(functools.partial(train_step, config=job.step_config, objective=NextToken()))
     metrics = []
     for i in range(2):
         state, values = step(state, feed(batches.rows(i, first, count)))
@@ -109,18 +111,18 @@ def _pretrain(folder: str, workdir: str, axes: dict, steps: int, sigterm_at: int
     job = jobs.make(folder, mesh=MeshConfig(**axes), train={"steps": steps})
     if steps < jobs.STEPS:
         job = dataclasses.replace(job, eval="")
-    original = loop._Run.after
+    original = loop._Recorder.after_step
 
     def after(self, step, state):
         original(self, step, state)
         if step == sigterm_at and jax.process_index() == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    loop._Run.after = after
+    loop._Recorder.after_step = after
     try:
         return dataclasses.asdict(pretrain(job, workdir))
     finally:
-        loop._Run.after = original
+        loop._Recorder.after_step = original
 
 
 @pytest.mark.slow
@@ -139,6 +141,6 @@ def test_a_run_may_move_between_one_and_two_processes(data, tmp_path):
         timeout=300,
     )
     # Both stop at one step: the flags of a step are joined behind it and read after the next.
-    assert first == second == {"step": 6, "finished": False, "held_out": {}}
+    assert first == second == {"step": 6, "finished": False, "evaluations": {}}
     assert _pretrain(**common, axes={"fsdp": 8}, steps=jobs.STEPS)["finished"]
     jobs.assert_close(jobs.read(jobs.make(data), workdir), whole)
