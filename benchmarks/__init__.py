@@ -1,1 +1,1 @@
-"""Dated, re-runnable measurements, each against a named peer in the same run."""
+"""Benchmarks: re-runnable measurements, each against a named peer in the same run."""

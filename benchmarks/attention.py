@@ -1,15 +1,17 @@
-"""Attention, forward and backward: ours beside its peers, on whatever device is here.
+"""Speed of attention forward and backward: our kernels beside their peers, on this device.
 
-    python -m benchmarks.attention                  # T 2k-32k, D 64/128, causal, packed, window
+    python -m benchmarks.attention                  # T 2k-32k, head_dim 64/128, all masks
     python -m benchmarks.attention --quick          # eight cases, minutes on one GPU
     python -m benchmarks.attention --only pallas_gpu cudnn --out=attention.json
 
-Each implementation is first compared with float32 on one group of heads; one that is wrong is
-reported as wrong and not timed, one that can't run is listed with the reason. Kernels come first
-over all cases, the plain forms, which take longest, last (with --quick for the first case only);
-the JSON is written with every row. Times are medians of repeated batches of calls after a warm-up.
-FLOPs count the pairs that the mask lets through, 4·H each, and 2.5 times as many for the backward
-pass, whatever an implementation computes.
+Each implementation is first compared with float32 on one group of heads. One with wrong results is
+reported as wrong and not timed; one that cannot run is listed with the reason. Kernels are timed
+first over all cases, plain jnp forms, which take longest, last (with --quick at the first case
+only). Times are medians of repeated batches of calls after a warm-up. FLOPs count the query-key
+pairs that the mask leaves visible, 4·head_dim each, and 2.5 times as many for the backward pass,
+whatever an implementation computes.
+
+Prints a table and, as its last line, one JSON object, which --out saves with every row.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.report import emit, reason, save
-from benchmarks.runner import Runner
+from benchmarks.report import emit, error_summary, save
+from benchmarks.runner import RowRunner
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
 from qwen_jax.kernels.chunked import chunked_kernel
@@ -36,13 +40,23 @@ from qwen_jax.kernels.flash import row_delta
 from qwen_jax.kernels.mask import make_mask
 from qwen_jax.parallel import platform as device_platform
 
-MOST_SCORES = 8 * 2**30
-"""Bytes of float32 scores above which forms that hold all of them are not tried."""
+MAX_SCORE_BYTES = 8 * 2**30
+"""Bytes of float32 scores above which implementations that hold all of them are not run."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """Sizes and mask; `packed` means eight documents a row, `window` an eighth of the length."""
+class AttentionCase:
+    """Sizes and mask of one measurement.
+
+    Attributes:
+      length: tokens per row, both queries and keys.
+      heads: query heads.
+      kv_heads: key and value heads.
+      width: head dimension.
+      mask: "causal", "packed" (eight documents per row) or "window" (an eighth of the length).
+      batch: rows.
+      dtype: of the operands.
+    """
 
     length: int
     heads: int
@@ -54,48 +68,48 @@ class Case:
 
     @property
     def window(self) -> int | None:
-        """Slots a query sees, its own included."""
+        """Returns how many slots a query sees, its own included; None without a window."""
         return max(1, self.length // 8) if self.mask == "window" else None
 
     def segments(self) -> np.ndarray | None:
-        """int32 [B,T], documents of uneven length."""
+        """Returns segment ids of documents of uneven length, int32 [batch, length], or None."""
         if self.mask != "packed":
             return None
         rng = np.random.default_rng(0)
         cuts = np.sort(rng.integers(1, self.length, (self.batch, 7)), axis=1)
         return (1 + (np.arange(self.length) >= cuts[..., None]).sum(axis=1)).astype(np.int32)
 
-    def pairs(self) -> int:
-        """Pairs of query and key that see each other, per head, over the whole batch."""
+    def visible_pairs(self) -> int:
+        """Returns the number of visible query-key pairs of one head, over the whole batch."""
         slots = np.arange(self.length)
-        seen = np.broadcast_to(slots + 1, (self.batch, self.length))
+        visible = np.broadcast_to(slots + 1, (self.batch, self.length))
         if self.window:
-            seen = np.minimum(seen, self.window)
+            visible = np.minimum(visible, self.window)
         ids = self.segments()
         if ids is not None:
             first = np.stack([np.searchsorted(row, row, side="left") for row in ids])
-            seen = slots - first + 1
-        return int(seen.sum())
+            visible = slots - first + 1
+        return int(visible.sum())
 
 
 GRID = [
-    Case(length, *shape, mask, max(1, 16384 // length))
-    for shape in ((64, 8, 128), (16, 16, 128), (32, 32, 64), (32, 8, 64))
+    AttentionCase(length, *heads_and_width, mask, max(1, 16384 // length))
+    for heads_and_width in ((64, 8, 128), (16, 16, 128), (32, 32, 64), (32, 8, 64))
     for mask in ("causal", "packed", "window")
     for length in (2048, 4096, 8192, 16384, 32768)
 ]
 QUICK = [
-    Case(2048, 16, 16, 128, batch=8),
-    Case(4096, 16, 16, 128, batch=4),
-    Case(8192, 16, 16, 128, batch=2),
-    Case(16384, 16, 16, 128),
-    Case(8192, 64, 8, 128),
-    Case(8192, 64, 8, 128, "packed"),
-    Case(8192, 64, 8, 128, "window"),
-    Case(8192, 32, 32, 64, batch=2),
+    AttentionCase(2048, 16, 16, 128, batch=8),
+    AttentionCase(4096, 16, 16, 128, batch=4),
+    AttentionCase(8192, 16, 16, 128, batch=2),
+    AttentionCase(16384, 16, 16, 128),
+    AttentionCase(8192, 64, 8, 128),
+    AttentionCase(8192, 64, 8, 128, "packed"),
+    AttentionCase(8192, 64, 8, 128, "window"),
+    AttentionCase(8192, 32, 32, 64, batch=2),
 ]
 TINY = [
-    Case(128, 2, 1, 64, mask, batch=2, dtype=dtype)
+    AttentionCase(128, 2, 1, 64, mask, batch=2, dtype=dtype)
     for mask, dtype in (("causal", "float32"), ("packed", "float32"), ("window", "bfloat16"))
 ]
 
@@ -104,17 +118,22 @@ TINY = [
 
 
 def implementations() -> list[str]:
-    """Names of the dispatch; which of them run here, and why not, it says itself."""
+    """Returns the names that `kernels.attention` takes; it refuses those that cannot run here."""
     return [name for name in IMPLEMENTATIONS if name != "auto"]
 
 
 PLAIN = ("chunked", "reference")
-"""Forms in plain jnp, which are timed last: many times slower than any kernel."""
+"""Implementations in plain jnp, which are timed last: many times slower than any kernel."""
 
 
-def _function(name: str, case: Case, segments):
+def _attention_function(
+    name: str, case: AttentionCase, segments: jax.Array | None
+) -> Callable[..., jax.Array]:
+    """Returns attention(q, k, v) by one implementation, with the mask of a case."""
     return lambda q, k, v: attention(
-        *(q, k, v),
+        q,
+        k,
+        v,
         q_segments=segments,
         k_segments=segments,
         window=case.window,
@@ -122,17 +141,19 @@ def _function(name: str, case: Case, segments):
     )
 
 
-def _too_large(name: str, case: Case) -> str | None:
-    scores = 4 * case.batch * case.heads * case.length**2
-    if name == "reference" and scores > MOST_SCORES:
-        return f"its scores would take {scores / 2**30:.0f} GiB"
+def _too_large(name: str, case: AttentionCase) -> str | None:
+    """Returns why an implementation would need too much memory for a case, or None."""
+    score_bytes = 4 * case.batch * case.heads * case.length**2
+    if name == "reference" and score_bytes > MAX_SCORE_BYTES:
+        return f"its scores would take {score_bytes / 2**30:.0f} GiB"
     return None
 
 
 # --- Measuring -----------------------------------------------------------------------------------
 
 
-def _operands(case: Case):
+def _operands(case: AttentionCase) -> list[jax.Array]:
+    """Returns random [q, k, v, d_out] of a case, each [batch, length, heads, head_dim]."""
     keys = jax.random.split(jax.random.key(0), 4)
     heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
     return [
@@ -141,14 +162,15 @@ def _operands(case: Case):
     ]
 
 
-def _segments(case: Case) -> jax.Array | None:
+def _segments(case: AttentionCase) -> jax.Array | None:
+    """Returns `AttentionCase.segments` on the device."""
     ids = case.segments()
     return None if ids is None else jnp.asarray(ids)
 
 
 @functools.lru_cache(maxsize=len(GRID))
-def _exact(case: Case) -> tuple[np.ndarray, ...]:
-    """(out, dq, dk, dv) of the last kv head of the last row, in float32, on the host."""
+def _float32_results(case: AttentionCase) -> tuple[np.ndarray, ...]:
+    """Computes (out, dq, dk, dv) of the last kv head of the last row, in float32 on the host."""
     q, k, v, d_out = _operands(case)
     segments = _segments(case)
     groups = case.heads // case.kv_heads
@@ -157,7 +179,7 @@ def _exact(case: Case) -> tuple[np.ndarray, ...]:
     ids = None if segments is None else segments[-1:]
     mask, scale, kernel = make_mask(None, ids, ids, case.window), case.width**-0.5, chunked_kernel()
 
-    # Trying out products for the fastest takes seconds a case on a GPU, and this runs once.
+    # Autotuning of products takes seconds per case on a GPU, and this runs once.
     untuned = {"xla_gpu_autotune_level": 0} if device_platform()[0] == "gpu" else None
 
     @functools.partial(jax.jit, compiler_options=untuned)
@@ -170,18 +192,27 @@ def _exact(case: Case) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(x) for x in run(q, k, v, d_out))
 
 
-def _error(case: Case, got, exact) -> float:
-    """Largest over (out, dq, dk, dv) of the root mean square error, relative; NaN counts as inf."""
+def _relative_error(case: AttentionCase, got, expected) -> float:
+    """Returns the largest relative root-mean-square error of (out, dq, dk, dv).
+
+    Args:
+      case: the case.
+      got: the four arrays, [batch, length, heads, head_dim].
+      expected: the same for the last kv head of the last row (`_float32_results`).
+
+    Returns:
+      the error; inf if an element is NaN or infinite.
+    """
     groups, worst = case.heads // case.kv_heads, 0.0
-    for x, e, heads in zip(got, exact, (groups, groups, 1, 1), strict=True):
+    for x, e, heads in zip(got, expected, (groups, groups, 1, 1), strict=True):
         x, e = (np.asarray(a, np.float64) for a in (x[-1:, :, -heads:], e))
         error = np.sqrt(np.square(x - e).mean() / np.square(e).mean())
         worst = max(worst, float(error) if np.isfinite(error) else float("inf"))
     return worst
 
 
-def _seconds(function, *operands, repeats: int) -> float:
-    """Median seconds a call; calls are queued behind each other, so launching is hidden."""
+def _seconds_per_call(function: Callable[..., Any], *operands: Any, repeats: int) -> float:
+    """Returns the median seconds per call; calls are queued, so their launches overlap."""
     for _ in range(2):
         jax.block_until_ready(function(*operands))
     start = time.perf_counter()
@@ -197,48 +228,59 @@ def _seconds(function, *operands, repeats: int) -> float:
     return statistics.median(times)
 
 
-def measure(name: str, case: Case, repeats: int) -> dict:
-    """One row: sizes, and either times, or an error above the bound, or why it didn't run."""
+def measure(name: str, case: AttentionCase, repeats: int) -> dict[str, Any]:
+    """Measures one implementation at one case.
+
+    Args:
+      name: implementation, as `kernels.attention` takes it.
+      case: sizes and mask.
+      repeats: batches of calls whose median is taken.
+
+    Returns:
+      the fields of the case, "implementation", and "status": "ok" with times and TFLOP/s, or
+      "wrong", "failed" or "not run" with a "reason".
+    """
     row = {"implementation": name, **dataclasses.asdict(case)}
-    large = _too_large(name, case)
-    if large is not None:
-        return row | {"status": "not run", "reason": large}
+    too_large = _too_large(name, case)
+    if too_large is not None:
+        return row | {"status": "not run", "reason": too_large}
     segments = _segments(case)
     *operands, d_out = _operands(case)
     try:
-        function = _function(name, case, segments)
+        function = _attention_function(name, case, segments)
         forward = jax.jit(function)
         differentiate = jax.jit(lambda *x: jax.vjp(function, *x))
         backward = jax.jit(lambda pull, d_out: pull(d_out))
         out, pull = differentiate(*operands)
         got = (out, *backward(pull, d_out))
-        error = _error(case, got, _exact(case))
-    except UserError as problem:
-        return row | {"status": "not run", "reason": str(problem)}
-    except Exception as problem:  # a peer that fails here is a result, not the benchmark's end
-        return row | {"status": "failed", "reason": reason(problem)}
+        error = _relative_error(case, got, _float32_results(case))
+    except UserError as refusal:
+        return row | {"status": "not run", "reason": str(refusal)}
+    except Exception as failure:  # a peer that fails is a result and must not end the benchmark
+        return row | {"status": "failed", "reason": error_summary(failure)}
     del out, got
     row["error"] = error
     if error > (0.02 if jnp.dtype(case.dtype).itemsize == 2 else 1e-3):
         return row | {"status": "wrong", "reason": f"relative error {error:.2g} against float32"}
-    flops = 4 * case.width * case.heads * case.pairs()
-    seconds = _seconds(forward, *operands, repeats=repeats)
-    seconds_back = _seconds(backward, pull, d_out, repeats=repeats)
+    flops = 4 * case.width * case.heads * case.visible_pairs()
+    seconds = _seconds_per_call(forward, *operands, repeats=repeats)
+    backward_seconds = _seconds_per_call(backward, pull, d_out, repeats=repeats)
     return row | {
         "status": "ok",
         "forward_ms": seconds * 1e3,
-        "backward_ms": seconds_back * 1e3,
+        "backward_ms": backward_seconds * 1e3,
         "forward_tflops": flops / seconds / 1e12,
-        "backward_tflops": 2.5 * flops / seconds_back / 1e12,
+        "backward_tflops": 2.5 * flops / backward_seconds / 1e12,
     }
 
 
-def row(implementation: str, case: dict, repeats: int) -> dict:
-    """`measure`, from JSON."""
-    return measure(implementation, Case(**case), repeats)
+def measure_row(implementation: str, case: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Calls `measure` with a case given as a dict, for `RowRunner`."""
+    return measure(implementation, AttentionCase(**case), repeats)
 
 
-def _line(row: dict) -> str:
+def _format_row(row: dict[str, Any]) -> str:
+    """Returns the table line of a row of `measure`."""
     case = f"T={row['length']} B={row['batch']} {row['heads']}/{row['kv_heads']}x{row['width']}"
     head = f"{case:28}{row['mask']:8}{row['implementation']:12}"
     if row["status"] != "ok":
@@ -250,44 +292,58 @@ def _line(row: dict) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the cases; exit status 1 if an implementation of ours is wrong or fails."""
+def _parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     sets = parser.add_mutually_exclusive_group()
-    sets.add_argument("--quick", action="store_true", help="eight cases")
-    sets.add_argument("--tiny", action="store_true", help="sizes for a CPU, to try the program")
-    parser.add_argument("--only", nargs="+", choices=implementations(), metavar="NAME")
-    parser.add_argument("--repeats", type=int, default=10)
+    sets.add_argument("--quick", action="store_true", help="measure eight cases only")
+    sets.add_argument("--tiny", action="store_true", help="use tiny cases that run on a CPU")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=implementations(),
+        metavar="NAME",
+        help=f"implementations to measure, of {', '.join(implementations())} (default: all)",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=10, help="timed batches of calls (default: 10)"
+    )
     parser.add_argument(
         "--row-seconds",
         type=float,
         default=0,
-        help="run rows in a process that is given up when one takes longer (0: in this process)",
+        help="measure rows in a child process and kill it when one takes longer; 0: no child",
     )
-    parser.add_argument("--out", type=pathlib.Path, help="also write JSON here")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--out", type=pathlib.Path, help="also write the JSON to this file")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures all cases; returns 1 if one of our implementations is wrong or fails, else 0."""
+    options = _parser().parse_args(arguments)
     cases = TINY if options.tiny else QUICK if options.quick else GRID
-    runner = Runner("benchmarks.attention", options.row_seconds)
-    about = runner.environment()
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    runner = RowRunner("benchmarks.attention", options.row_seconds)
+    environment = runner.environment()
+    print(*(f"{key}: {value}" for key, value in environment.items()), sep="\n")
     print(f"{'case':28}{'mask':8}{'':12}{'forward':>12}{'':24}backward", flush=True)
-    report = {"benchmark": "attention", **about, "rows": [], "complete": False}
-    rows, path = report["rows"], str(options.out or "")
+    rows: list[dict[str, Any]] = []
+    report = {"benchmark": "attention", **environment, "rows": rows, "complete": False}
+    path = str(options.out or "")
     jobs = [
         (name, case)
         for case in cases
         for name in options.only or implementations()
         if not options.quick or name not in PLAIN or case == QUICK[0]
     ]
-    # Sorting keeps the order of cases within the kernels and within the plain forms.
+    # A stable sort: kernels first, then plain forms, each in the order of the cases.
     for name, case in sorted(jobs, key=lambda job: job[0] in PLAIN):
-        job = {"implementation": name, "case": dataclasses.asdict(case)}
-        found = runner.row(**job, repeats=options.repeats)
-        if "failed" in found:
-            found = {"implementation": name, **job["case"], "reason": found["failed"]}
-            found["status"] = "failed"
-        rows.append(found)
-        print(_line(found), flush=True)
+        case_fields = dataclasses.asdict(case)
+        row = runner.measure_row(implementation=name, case=case_fields, repeats=options.repeats)
+        if "failed" in row:
+            row = {"implementation": name, **case_fields, "reason": row["failed"]}
+            row["status"] = "failed"
+        rows.append(row)
+        print(_format_row(row), flush=True)
         save(report, path)
     runner.close()
     emit(report | {"complete": True}, path)

@@ -1,6 +1,6 @@
-"""libtpu's static cycle profile of a program, made in a process of its own for each case.
+"""Static cycle profiles of TPU programs by libtpu, each made in a child process.
 
-libtpu reads where to write it once, when it is loaded.
+libtpu reads where to write a profile once, when it is loaded, so each case needs its own process.
 """
 
 from __future__ import annotations
@@ -12,26 +12,35 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
 from qwen_jax.aot.topology import ENVIRONMENT
 
 _ROW = re.compile(r'hlo_op_name: "([^"]*)"\s+estimated_cycles: (\d+)\s+num_equivalent_hlos: (\d+)')
 
 
-def child(module: str, case: dict) -> dict:
-    """What `python -m module --case=…` prints last as JSON, or {"error": the reason}.
+def run_case(module: str, case: dict[str, Any]) -> dict[str, Any]:
+    """Runs a case of a benchmark in a child process that writes a cycle profile.
 
-    The case has its `chip`; the child gets it with `dump`, the folder of the profile, for `cycles`.
+    Args:
+      module: benchmark module; `python -m module --case=JSON` must print its result as one line of
+        JSON, the last one.
+      case: JSON values, with a "chip". The child gets it with "dump", the folder of the profile,
+        which `read_profile` takes.
+
+    Returns:
+      the child's result, or {"error": reason} if it failed.
     """
     with tempfile.TemporaryDirectory() as dump:
+        # On v5e the profile cannot walk prefetched scalars that are in VMEM.
+        no_vmem_scalars = "--xla_vf_vmem_memory_space_assignment=false"
         environment = (
             os.environ
             | ENVIRONMENT
             | {
                 "JAX_PLATFORMS": "cpu",
-                # On v5e the profile can't walk prefetched scalars that lie in VMEM.
                 "LIBTPU_INIT_ARGS": f"--xla_jf_dump_static_llo_profile_to={dump} "
-                + ("--xla_vf_vmem_memory_space_assignment=false" if case["chip"] == "v5e" else ""),
+                + (no_vmem_scalars if case["chip"] == "v5e" else ""),
             }
         )
         command = [sys.executable, "-m", module, f"--case={json.dumps(case | {'dump': dump})}"]
@@ -42,8 +51,8 @@ def child(module: str, case: dict) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def cycles(dump: str) -> list[tuple[str, int]]:
-    """Operations of the compiled program and the cycles they are estimated to take in all."""
+def read_profile(dump: str) -> list[tuple[str, int]]:
+    """Returns (name, estimated cycles over all its executions) of each operation of a profile."""
     return [
         (name, int(each) * int(times))
         for path in pathlib.Path(dump).glob("*.textproto")

@@ -1,9 +1,9 @@
-"""Compiles one of MaxText's own recipes ahead of time and writes what the compiler made of it.
+"""Compiles one of MaxText's own recipes ahead of time and writes the HLO and memory figures.
 
 Run by `benchmarks.maxtext_pods` with a Python that can import MaxText; imports nothing of this
-project. It calls MaxText's own `train_compile` with the recipe's own XLA flags and settings, taken
-from the checkout, and only listens in: the scheduled HLO goes to `OUT.hlo`, memory and the torus
-coordinates of the mesh's devices to `OUT.json`.
+project. Calls MaxText's own `train_compile` with the recipe's own XLA flags and settings, read from
+the checkout, and records its results: the scheduled HLO in `OUT.hlo`, memory and the torus
+coordinates of the mesh's devices in `OUT.json`.
 
     python maxtext_child.py '{"checkout": …, "module": …, "recipe": …, "overrides": {…}, "out": …}'
 """
@@ -18,8 +18,18 @@ import tempfile
 import time
 
 
-def recipe(case):
-    """(settings, XLA flags) of a recipe as MaxText's benchmarks list it, with our overrides."""
+def read_recipe(case):
+    """Reads a recipe from MaxText's benchmarks.
+
+    Args:
+      case: dict with "checkout" (MaxText's repository), "module" and "recipe" (where it is listed),
+        "overrides" of its settings, and optionally "flag_groups" (names of flag sets of MaxText's
+        library to use instead of the recipe's) and "without_flags" (flags that contain one of these
+        words are dropped).
+
+    Returns:
+      (settings, list of XLA flags).
+    """
     sys.path[:0] = [case["checkout"], os.path.join(case["checkout"], "src")]
     module = importlib.import_module(case["module"])
     listed = [value for value in vars(module).values() if hasattr(value, "tuning_params")]
@@ -33,31 +43,35 @@ def recipe(case):
 
 
 def compile_recipe(case, settings, folder):
-    """Runs MaxText's ahead-of-time compilation; (compiled, mesh, seconds)."""
+    """Runs MaxText's ahead-of-time compilation with a dump of the HLO in `folder`.
+
+    Returns:
+      (compiled program, device mesh, seconds of compilation).
+    """
     from maxtext.trainers.pre_train import train_compile
     from maxtext.utils import max_utils
 
-    made = {}
+    recorded = {}
     compile_step, parse = train_compile.jit_and_compile, max_utils.parse_libtpu_flags_to_dict
 
-    def listen(function, args, kwargs, mesh, *rest):
+    def compile_and_record(function, args, kwargs, mesh, *rest):
         start = time.monotonic()
         compiled = compile_step(function, args, kwargs, mesh, *rest)
-        made.update(compiled=compiled, mesh=mesh, seconds=time.monotonic() - start)
+        recorded.update(compiled=compiled, mesh=mesh, seconds=time.monotonic() - start)
         return compiled
 
-    train_compile.jit_and_compile = listen
+    train_compile.jit_and_compile = compile_and_record
     max_utils.parse_libtpu_flags_to_dict = lambda text: (
         parse(text) | {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
     )
     base = pathlib.Path(case["checkout"], "src/maxtext/configs/base.yml")
     argv = ["train_compile", str(base), *(f"{key}={value}" for key, value in settings.items())]
     train_compile.main(argv)
-    return made["compiled"], made["mesh"], made["seconds"]
+    return recorded["compiled"], recorded["mesh"], recorded["seconds"]
 
 
-def scheduled(folder, compiled):
-    """The text that libtpu has written; jaxlib's where there is none."""
+def scheduled_hlo(folder, compiled):
+    """Returns the scheduled HLO text that libtpu has dumped, or jaxlib's text without a dump."""
     for stage in ("after_codegen", "after_optimizations"):
         files = sorted(pathlib.Path(folder).glob(f"*train_step*.{stage}.txt"))
         if files:
@@ -65,21 +79,22 @@ def scheduled(folder, compiled):
     return compiled.as_text()
 
 
-def write(path, text):
-    """Writes whole or not at all."""
+def write_atomically(path, text):
+    """Writes a file completely or not at all."""
     partial = f"{path}.partial"
     pathlib.Path(partial).write_text(text)
     os.replace(partial, path)
 
 
 def main():
+    """Compiles the recipe of the JSON argument and writes `OUT.hlo` and `OUT.json`."""
     case = json.loads(sys.argv[1])
-    settings, flags = recipe(case)
+    settings, flags = read_recipe(case)
     # libtpu reads its flags when it is loaded, as in MaxText's own scripts.
     os.environ["LIBTPU_INIT_ARGS"] = " ".join(flags)
     with tempfile.TemporaryDirectory() as folder:
         compiled, mesh, seconds = compile_recipe(case, settings, folder)
-        hlo = scheduled(folder, compiled)
+        hlo = scheduled_hlo(folder, compiled)
     memory = compiled.memory_analysis()
     facts = {
         "settings": {key: str(value) for key, value in settings.items()},
@@ -93,8 +108,8 @@ def main():
         "compile_seconds": round(seconds, 1),
         "versions": {p: importlib.metadata.version(p) for p in ("jax", "libtpu", "flax")},
     }
-    write(case["out"] + ".hlo", hlo)
-    write(case["out"] + ".json", json.dumps(facts))
+    write_atomically(case["out"] + ".hlo", hlo)
+    write_atomically(case["out"] + ".json", json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -1,27 +1,30 @@
-"""MaxText's own pod recipes beside ours, compiled for the same chips and costed by the same model.
+"""MaxText's pod recipes beside ours, compiled for the same chips and priced by the same model.
 
     python -m benchmarks.maxtext_pods --checkout=DIR --python=PYTHON --work=DIR
         [--only=v5e-256,…] [--out=FILE.json]
-    python -m benchmarks.maxtext_pods --splash    # measures the constants SPLASH again, minutes
+    python -m benchmarks.maxtext_pods --splash    # measures SPLASH_CYCLES again, takes minutes
 
-Needs libtpu and no TPU; PYTHON is an interpreter that can import MaxText (its sources in DIR/src)
-with the same versions of jax and libtpu as this one, so that one compiler compiles both. Each
-program takes minutes; what is finished is kept in --work, of one checkout, and not compiled again,
-so the command may be stopped and started. Nothing is run: MFU and tokens/s are predictions of
-`qwen_jax.aot`.
+Needs libtpu and no TPU. PYTHON is an interpreter that can import MaxText (its sources are in
+DIR/src) with the same versions of jax and libtpu as this one, so that one compiler compiles both.
+Each program takes minutes. Finished compilations are kept in the --work folder and reused, so the
+command can be interrupted and run again; use one folder per MaxText checkout. Nothing is executed:
+MFU and tokens/s are predictions of `qwen_jax.aot`.
 
-MaxText's settings and XLA flags are read from its `benchmarks/`; of its Llama-2-7B recipes nothing
-is changed but the topology. It lists none for Qwen3-8B: that of Llama-2-7B takes its place, with
-the remat policies named. Flags that this libtpu refuses off v5e (async collective fusion) are left
-out there, and beside that stands MaxText's own set for SparseCores.
+MaxText's settings and XLA flags are read from its `benchmarks/`; of its Llama-2-7B recipes only the
+topology is changed. It lists none for Qwen3-8B, so that of Llama-2-7B is used with the remat
+policies named. Flags that this libtpu rejects on chips other than v5e (async collective fusion) are
+left out there; a second variant uses MaxText's own flags for SparseCores.
 
-Its attention is jax's splash kernel, which declares no cost. Its products are counted from the
-call's shapes, causal half: 2 forward, 3 for dq, 4 for dkv (scores and their gradients are made
-twice). Their time is that of libtpu's static cycle profile at the recipe's own tiling (SPLASH);
-"at our kernels' share" prices them as if they ran at the share of peak that ours do.
+MaxText's attention is jax's splash kernel, which declares no cost. Its products are counted from
+the call's shapes, causal half: 2 forward, 3 for dq, 4 for dkv (scores and their gradients are
+computed twice). Their time is that of libtpu's static cycle profile at the recipe's own block sizes
+(SPLASH_CYCLES). "At our kernels' share" prices them as if they reached the share of peak FLOP/s
+that our kernels do.
 
-"Cycles alone" is a cruder reckoning, on both sides alike: the compiler's estimated cycles,
+"Cycles alone" is a cruder estimate, for both sides alike: the compiler's estimated cycles,
 attention at the chip's peak, transfers free.
+
+Prints a table and, as its last line, one JSON object, which --out saves.
 """
 
 from __future__ import annotations
@@ -52,10 +55,7 @@ from qwen_jax.model import ModelConfig
 from qwen_jax.model.presets import preset
 from qwen_jax.train.flops import train_flops_per_token
 
-# Cycles of one causal head of 128 over 4,096 tokens by libtpu 0.0.51's static profile, in the tiles
-# (block_q, block_kv) of MaxText's recipes: `--splash`, 2026-11-21, estimates.
-# Those of v5p are of one of its two cores.
-SPLASH = {
+SPLASH_CYCLES = {
     ("v5e", "fwd", 512, 512): 76_663,
     ("v5e", "dq", 512, 512): 88_299,
     ("v5e", "dkv", 512, 512): 102_674,
@@ -66,31 +66,47 @@ SPLASH = {
     ("v6e", "dq", 2048, 512): 47_502,
     ("v6e", "dkv", 2048, 512): 62_038,
 }
-PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
-CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
+"""Cycles of splash attention by (chip, phase, block_q, block_kv), at the block sizes of MaxText.
 
-# Without what libtpu 0.0.51 refuses on v5p and v6e as "might lead to incorrect results".
+For one causal head of 128 over 4,096 tokens by libtpu 0.0.51's static profile (`--splash`,
+2026-11-21); estimates. Those of v5p are of one of its two cores.
+"""
+SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+"""Matrix products per query-key pair in each phase of splash attention."""
+CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
+"""Cores per chip."""
+
+# libtpu 0.0.51 rejects these flags on v5p and v6e as "might lead to incorrect results".
 _NO_FUSION = {"without_flags": ["async_collective_fusion"]}
 _OFFLOAD = "ENABLE_SPARSECORE_OFFLOADING_FOR_RS_AG_AR"
 
 
 @dataclasses.dataclass(frozen=True)
 class MaxText:
-    """Where MaxText is: its repository, and an interpreter that can import it."""
+    """MaxText installation to compile with.
+
+    Attributes:
+      checkout: its repository.
+      python: interpreter that can import it.
+    """
 
     checkout: pathlib.Path
     python: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """One program of the table.
+class PodProgram:
+    """One program of the table: a recipe of MaxText or of ours for one slice.
 
     Attributes:
-      name: of its files. slice: as sold. topology: as libtpu names it. length, rows: tokens per
-        row, rows per chip. model: what is trained.
-      theirs: module and recipe in MaxText's benchmarks, with `overrides` of its settings and
-        changes of its flags (see maxtext_child.recipe). ours: arguments of `launch.aot`.
+      name: shown in the table and part of its file names.
+      slice: name of the slice as sold, such as "v5e-256".
+      topology: name of the slice in libtpu, such as "v5e:16x16".
+      length: tokens per row.
+      rows: rows per chip.
+      model: configuration of the trained model, for FLOPs.
+      theirs: recipe of MaxText: arguments of `maxtext_child.read_recipe`; empty for ours.
+      ours: arguments of `launch.aot`; empty for MaxText's.
     """
 
     name: str
@@ -103,32 +119,51 @@ class Program:
     ours: tuple[str, ...] = ()
 
 
-def _group(where, named, length, rows, model, theirs, ours) -> Iterator[Program]:
-    """MaxText's variants {label: case}, then ours {label: arguments}."""
-    shape = (where, named, length, rows)
-    for label, case in theirs.items():
-        yield Program(f"maxtext {label} {where}", *shape, model[0], theirs=case)
-    for label, arguments in ours.items():
-        fixed = (f"--topology={named}", f"--seq_len={length}", f"--per_device_batch={rows}")
-        yield Program(
-            f"qwen_jax {label} {where}",
-            *shape,
-            model[1],
-            ours=(*arguments, *fixed, "--config.train.microbatches=1"),
+@dataclasses.dataclass(frozen=True)
+class _SliceShape:
+    """Slice and batch that the programs of a group share; attributes as in `PodProgram`."""
+
+    slice: str
+    topology: str
+    length: int
+    rows: int
+
+    def maxtext(self, label: str, model: ModelConfig, recipe: dict[str, Any]) -> PodProgram:
+        """Returns the program of a MaxText recipe (`_recipe`)."""
+        return PodProgram(
+            name=f"maxtext {label} {self.slice}",
+            model=model,
+            theirs=recipe,
+            **dataclasses.asdict(self),
+        )
+
+    def qwen_jax(self, label: str, model: ModelConfig, *arguments: str) -> PodProgram:
+        """Returns the program of our recipe, given by arguments of `launch.aot`."""
+        return PodProgram(
+            name=f"qwen_jax {label} {self.slice}",
+            model=model,
+            ours=(
+                *arguments,
+                f"--topology={self.topology}",
+                f"--seq_len={self.length}",
+                f"--per_device_batch={self.rows}",
+                "--config.train.microbatches=1",
+            ),
+            **dataclasses.asdict(self),
         )
 
 
 def _recipe(module: str, recipe: str, **more: Any) -> dict[str, Any]:
+    """Returns arguments of `maxtext_child.read_recipe` for a recipe of MaxText's benchmarks."""
     return {"module": f"benchmarks.{module}", "recipe": recipe} | more
 
 
-def programs() -> list[Program]:
-    """All programs, those to be compared next to each other."""
+def make_programs() -> list[PodProgram]:
+    """Returns all programs, with those to be compared next to each other."""
     qwen = preset("qwen-7b")
     # Llama-2-7B has Qwen-7B's widths and depth, no biases and a vocabulary of 32,000.
     llama = dataclasses.replace(qwen, vocab_size=32_000)
     qwen3 = preset("qwen3-8b")
-    small = "--config.model.vocab_size=32000"
     v5e = _recipe("maxtext_v5e_model_configs", "llama2-7b-v5e-256")
     v5p = _recipe("maxtext_v5p_model_configs", "llama2_7b_v5p_128")
     v6e = _recipe("maxtext_trillium_model_configs", "llama2-7b-4096")
@@ -136,60 +171,87 @@ def programs() -> list[Program]:
     offloaded_v6e = {"flag_groups": ["DENSE_VMEM_LIMIT_FLAG", _OFFLOAD]}
     ours_v5e = ("--config=configs/pods.py:7b,v5e-256", "--config.options.remat=attention")
     ours_v5p = ("--config=configs/pods.py:7b,v5p-128", "--config.options.remat=products")
-    ours_v6e = ("--config=configs/pods.py:7b,v6e-256", "--config.options.remat=full:16,out",
-                "--config.loss.chunk=8192")  # fmt: skip
-    ours_q3 = ("--config=configs/pretrain.py:qwen3-8b", "--config.options.remat=attention")
+    ours_v6e = (
+        "--config=configs/pods.py:7b,v6e-256",
+        "--config.options.remat=full:16,out",
+        "--config.loss.chunk=8192",
+    )
+    ours_qwen3 = ("--config=configs/pretrain.py:qwen3-8b", "--config.options.remat=attention")
+    on_v5e = _SliceShape("v5e-256", "v5e:16x16", length=2048, rows=4)
+    on_v5p = _SliceShape("v5p-128", "v5p:4x4x4", length=4096, rows=4)
+    on_v6e = _SliceShape("v6e-256", "v6e:16x16", length=4096, rows=12)
 
     def qwen3_with(remat):
         return v5e | {"overrides": {"model_name": "qwen3-8b", "remat_policy": remat}}
 
     return [
-        *_group("v5e-256", "v5e:16x16", 2048, 4, (llama, qwen), {"llama2-7b": v5e},
-                {"qwen-7b": ours_v5e}),
-        *_group("v5e-256", "v5e:16x16", 2048, 4, (llama, llama), {},
-                {"qwen-7b vocabulary 32000": (*ours_v5e, small)}),
-        *_group("v5p-128", "v5p:4x4x4", 4096, 4, (llama, qwen),
-                {"llama2-7b": v5p | _NO_FUSION, "llama2-7b SparseCore": v5p | offloaded_v5p},
-                {"qwen-7b": ours_v5p}),
-        *_group("v6e-256", "v6e:16x16", 4096, 12, (llama, qwen),
-                {"llama2-7b": v6e | _NO_FUSION, "llama2-7b SparseCore": v6e | offloaded_v6e},
-                {"qwen-7b": ours_v6e}),
-        *_group("v5e-256", "v5e:16x16", 2048, 4, (qwen3, qwen3),
-                {"qwen3-8b full": qwen3_with("full"),
-                 "qwen3-8b save_qkv_proj": qwen3_with("save_qkv_proj")},
-                {"qwen3-8b": ours_q3}),
-    ]  # fmt: skip
+        on_v5e.maxtext("llama2-7b", llama, v5e),
+        on_v5e.qwen_jax("qwen-7b", qwen, *ours_v5e),
+        on_v5e.qwen_jax(
+            "qwen-7b vocabulary 32000", llama, *ours_v5e, "--config.model.vocab_size=32000"
+        ),
+        on_v5p.maxtext("llama2-7b", llama, v5p | _NO_FUSION),
+        on_v5p.maxtext("llama2-7b SparseCore", llama, v5p | offloaded_v5p),
+        on_v5p.qwen_jax("qwen-7b", qwen, *ours_v5p),
+        on_v6e.maxtext("llama2-7b", llama, v6e | _NO_FUSION),
+        on_v6e.maxtext("llama2-7b SparseCore", llama, v6e | offloaded_v6e),
+        on_v6e.qwen_jax("qwen-7b", qwen, *ours_v6e),
+        on_v5e.maxtext("qwen3-8b full", qwen3, qwen3_with("full")),
+        on_v5e.maxtext("qwen3-8b save_qkv_proj", qwen3, qwen3_with("save_qkv_proj")),
+        on_v5e.qwen_jax("qwen3-8b", qwen3, *ours_qwen3),
+    ]
 
 
-def splash(chip: topology.Chip, *, own: bool) -> timeline.Kernels:
-    """Costs of splash attention's calls on this chip: at its own share of peak, or at ours."""
+def splash_costs(chip: topology.Chip, *, own_speed: bool) -> timeline.Kernels:
+    """Returns a function that prices calls of splash attention on a chip.
+
+    Args:
+      chip: the chip.
+      own_speed: price them at the share of peak that splash reaches by `SPLASH_CYCLES`, instead of
+        the share that our kernels reach.
+
+    Returns:
+      function of an HLO instruction; None for other instructions.
+    """
 
     def cost(call: hlo.Instruction) -> timeline.KernelCost | None:
-        phase = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", call.name)
-        if not phase:
+        kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)", call.name)
+        if not kernel:
             return None
-        part = phase[1]
-        taken = re.search(r"operand_layout_constraints=\{(.*?\})\}", call.attributes)
+        phase = kernel[1]
+        operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", call.attributes)
+        assert operands, f"{call.name} has no operand layouts"
         # Block masks come first, then queries, keys and values.
-        queries = next(s for s in hlo.parse_shapes(taken[1]) if s.dtype == "bf16")
+        queries = next(s for s in hlo.parse_shapes(operands[1]) if s.dtype == "bf16")
         rows, heads, length, width = queries.dims
-        flops = PRODUCTS[part] * 2 * rows * heads * length**2 / 2 * width
-        if not own:
+        flops = SPLASH_PRODUCTS[phase] * 2 * rows * heads * length**2 / 2 * width
+        if not own_speed:
             return timeline.KernelCost(flops, chip.kernel_efficiency)
-        suffix = "" if part == "fwd" else f"_{part}"
-        tile = (
-            int(re.search(rf'block_{name}{suffix}\\*": (\d+)', call.attributes)[1])
-            for name in ("q", "kv")
-        )
-        profiled = PRODUCTS[part] * 2 * 4096**2 / 2 * 128
-        seconds = SPLASH[chip.name, part, *tile] / chip.clock / CORES[chip.name]
-        return timeline.KernelCost(flops, profiled / seconds / chip.peak_flops)
+        suffix = "" if phase == "fwd" else f"_{phase}"
+
+        def block_size(name):
+            found = re.search(rf'block_{name}{suffix}\\*": (\d+)', call.attributes)
+            assert found, f"{call.name} has no block_{name}{suffix}"
+            return int(found[1])
+
+        profiled_flops = SPLASH_PRODUCTS[phase] * 2 * 4096**2 / 2 * 128
+        cycles = SPLASH_CYCLES[chip.name, phase, block_size("q"), block_size("kv")]
+        seconds = cycles / chip.clock / CORES[chip.name]
+        return timeline.KernelCost(flops, profiled_flops / seconds / chip.peak_flops)
 
     return cost
 
 
-def cycles_alone(module: hlo.Module, chip: topology.Chip, kernels: timeline.Kernels) -> float:
-    """Seconds of a step: cycles as estimated, kernels at peak, nothing waited for."""
+def seconds_of_cycles(module: hlo.Module, chip: topology.Chip, kernels: timeline.Kernels) -> float:
+    """Returns the "cycles alone" estimate of a step in seconds.
+
+    Cycles as the compiler estimates them, kernels at the chip's peak, no waiting for transfers.
+
+    Args:
+      module: the scheduled program.
+      chip: the chip.
+      kernels: FLOPs of kernels that declare none; returns None for others.
+    """
 
     def total(name: str) -> float:
         scope, seconds = module.computations[name], 0.0
@@ -208,35 +270,58 @@ def cycles_alone(module: hlo.Module, chip: topology.Chip, kernels: timeline.Kern
 
 
 def profile_splash() -> Iterator[str]:
-    """A line for each of SPLASH: its cycles as they are profiled now, and as they stand there."""
-    for (chip, part, *tile), listed in SPLASH.items():
-        case = {"chip": chip, "kernel": "splash", "blocks": (*tile, 512), "length": 4096}
-        case |= {"width": 128, "phase": "forward" if part == "fwd" else "backward"}
-        found = cycle_profile.child("benchmarks.attention_cycles", case)
-        cycles = [n for name, n in found.items() if f"_{part}_" in name] or [found]
-        yield f"{chip} {part} {tile}: {cycles[0]}, listed {listed}"
+    """Profiles each entry of `SPLASH_CYCLES` again; yields lines with new and listed cycles."""
+    for (chip, phase, block_q, block_kv), listed in SPLASH_CYCLES.items():
+        case = {
+            "chip": chip,
+            "kernel": "splash",
+            "blocks": (block_q, block_kv, 512),
+            "length": 4096,
+            "width": 128,
+            "phase": "forward" if phase == "fwd" else "backward",
+        }
+        found = cycle_profile.run_case("benchmarks.attention_cycles", case)
+        cycles = [n for name, n in found.items() if f"_{phase}_" in name] or [found]
+        yield f"{chip} {phase} {[block_q, block_kv]}: {cycles[0]}, listed {listed}"
 
 
-def figures(program: Program, peak: int, seconds: float, executed: float) -> dict[str, Any]:
-    """What the table says of a program; `executed` and `seconds` of one chip and step."""
+def table_figures(
+    program: PodProgram, peak_bytes: int, seconds: float, executed_flops: float
+) -> dict[str, Any]:
+    """Returns the table's figures of a program.
+
+    Args:
+      program: the program.
+      peak_bytes: peak memory of a chip.
+      seconds: predicted time of a step.
+      executed_flops: FLOPs that a chip executes in a step.
+    """
     chip, _ = topology.parse(program.topology)
     tokens = program.rows * program.length
-    model = train_flops_per_token(program.model, program.length) * tokens
+    model_flops = train_flops_per_token(program.model, program.length) * tokens
     return {
-        "peak_gib": peak / 2**30,
-        "executed_over_model": executed / model,
+        "peak_gib": peak_bytes / 2**30,
+        "executed_over_model": executed_flops / model_flops,
         "step_seconds": seconds,
         "tokens_per_second_per_chip": tokens / seconds,
-        "model_flops_per_second_per_chip": model / seconds,
-        "mfu": model / seconds / chip.peak_flops,
+        "model_flops_per_second_per_chip": model_flops / seconds,
+        "mfu": model_flops / seconds / chip.peak_flops,
     }
 
 
-def cost_theirs(program: Program, text: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Prices MaxText's schedule, on the mesh that MaxText laid.
+def price_theirs(program: PodProgram, text: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Prices MaxText's schedule on the mesh that MaxText laid out.
 
     Args:
-      text: the scheduled HLO. facts: what maxtext_child has written.
+      program: the program.
+      text: its scheduled HLO.
+      facts: the JSON that `maxtext_child` has written.
+
+    Returns:
+      `table_figures` and details.
+
+    Raises:
+      UserError: the program calls kernels of unknown cost.
     """
     chip, shape = topology.parse(program.topology)
     pod = topology.Pod(program.topology, chip, shape, ())
@@ -244,19 +329,19 @@ def cost_theirs(program: Program, text: str, facts: dict[str, Any]) -> dict[str,
     devices[:] = [types.SimpleNamespace(coords=tuple(c)) for c in facts["coordinates"]]
     mesh = types.SimpleNamespace(devices=devices)
     module = hlo.parse(text)
-    own = timeline.predict(module, pod, mesh, splash(chip, own=True))
+    costs = splash_costs(chip, own_speed=True)
+    own = timeline.predict(module, pod, mesh, costs)
     if own.unpriced_kernels:
         raise UserError(
             f"{program.name} calls {own.unpriced_kernels} kernels that neither declare their FLOPs "
             "nor are splash attention; add their costs to benchmarks/maxtext_pods.py"
         )
-    at_ours = timeline.predict(module, pod, mesh, splash(chip, own=False))
-    peak = facts["peak_bytes"]
-    made = figures(program, peak, own.seconds, own.flops)
-    alone = cycles_alone(module, chip, splash(chip, own=True))
-    return made | {
-        "mfu_at_our_kernels_share": made["mfu"] * own.seconds / at_ours.seconds,
-        "mfu_of_cycles_alone": made["mfu"] * own.seconds / alone,
+    at_our_speed = timeline.predict(module, pod, mesh, splash_costs(chip, own_speed=False))
+    figures = table_figures(program, facts["peak_bytes"], own.seconds, own.flops)
+    alone = seconds_of_cycles(module, chip, costs)
+    return figures | {
+        "mfu_at_our_kernels_share": figures["mfu"] * own.seconds / at_our_speed.seconds,
+        "mfu_of_cycles_alone": figures["mfu"] * own.seconds / alone,
         "waiting_seconds": dict(own.waiting),
         "collective_bytes": dict(own.bytes),
         "compile_seconds": facts["compile_seconds"],
@@ -266,28 +351,45 @@ def cost_theirs(program: Program, text: str, facts: dict[str, Any]) -> dict[str,
     }
 
 
-def cost_ours(program: Program, text: str, made: dict[str, Any]) -> dict[str, Any]:
-    """The same figures from the scheduled HLO and the report of `launch.aot`."""
+def price_ours(program: PodProgram, text: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Returns `table_figures` and details of our program.
+
+    Args:
+      program: the program.
+      text: its scheduled HLO.
+      facts: the report of `launch.aot`.
+    """
     chip, _ = topology.parse(program.topology)
-    predicted, executed = made["prediction"], made["flops"]["executed"] / made["devices"]
-    peak, seconds = made["memory"]["peak_bytes"], predicted["step_seconds"]
-    ours = figures(program, peak, seconds, executed)
-    alone = cycles_alone(hlo.parse(text), chip, lambda call: None)
-    return ours | {
-        "mfu_of_cycles_alone": ours["mfu"] * seconds / alone,
-        "waiting_seconds": predicted["waiting_seconds"],
-        "collective_bytes": {kind: c["bytes"] for kind, c in made["collectives"].items()},
-        "compile_seconds": made["compile_seconds"],
-        "versions": made["versions"],
-        "xla_flags": made["xla_options"],
-        "remat": made["remat"],
+    prediction = facts["prediction"]
+    executed_flops = facts["flops"]["executed"] / facts["devices"]
+    peak_bytes, seconds = facts["memory"]["peak_bytes"], prediction["step_seconds"]
+    figures = table_figures(program, peak_bytes, seconds, executed_flops)
+    alone = seconds_of_cycles(hlo.parse(text), chip, lambda call: None)
+    return figures | {
+        "mfu_of_cycles_alone": figures["mfu"] * seconds / alone,
+        "waiting_seconds": prediction["waiting_seconds"],
+        "collective_bytes": {kind: c["bytes"] for kind, c in facts["collectives"].items()},
+        "compile_seconds": facts["compile_seconds"],
+        "versions": facts["versions"],
+        "xla_flags": facts["xla_options"],
+        "remat": facts["remat"],
     }
 
 
-def _run(name: str, command: list[str], **how: Any) -> str:
+def _run_compiler(name: str, command: list[str], **options: Any) -> str:
+    """Runs a command for a program and returns its output.
+
+    Args:
+      name: of the program, for the error.
+      command: the command.
+      **options: for `subprocess.run`.
+
+    Raises:
+      UserError: it failed; has the last line of its error output.
+    """
     environment = os.environ | {"JAX_PLATFORMS": "cpu"} | topology.ENVIRONMENT
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, **how
+        command, env=environment, capture_output=True, text=True, check=False, **options
     )
     if done.returncode:
         reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
@@ -295,8 +397,14 @@ def _run(name: str, command: list[str], **how: Any) -> str:
     return done.stdout
 
 
-def compile_theirs(program: Program, stem: pathlib.Path, maxtext: MaxText) -> None:
-    """Writes `stem`.hlo and `stem`.json by MaxText's own ahead-of-time compiler."""
+def compile_theirs(program: PodProgram, stem: pathlib.Path, maxtext: MaxText) -> None:
+    """Compiles a MaxText recipe with MaxText's own ahead-of-time compiler.
+
+    Args:
+      program: the program.
+      stem: path without suffix of the files to write, `stem`.hlo and `stem`.json.
+      maxtext: the installation.
+    """
     settings = {
         "compile_topology": program.slice,
         "compile_topology_num_slices": 1,
@@ -313,21 +421,27 @@ def compile_theirs(program: Program, stem: pathlib.Path, maxtext: MaxText) -> No
     }
     child = pathlib.Path(__file__).with_name("maxtext_child.py")
     command = [maxtext.python, str(child), json.dumps(case)]
-    _run(program.name, command, cwd=stem.parent)
+    _run_compiler(program.name, command, cwd=stem.parent)
 
 
-def file_name(program: Program) -> str:
-    """Of the program's files: its name, and a digest of what is asked for and by which compiler."""
-    asked = [program.topology, program.length, program.rows, program.theirs, program.ours]
+def file_name(program: PodProgram) -> str:
+    """Returns the name of a program's files: its name and a digest of its inputs and compiler."""
+    inputs = [program.topology, program.length, program.rows, program.theirs, program.ours]
     for package in ("jax", "libtpu"):
         found = importlib.util.find_spec(package)
-        asked.append(importlib.metadata.version(package) if found else None)
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+        inputs.append(importlib.metadata.version(package) if found else None)
+    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]
     return re.sub(r"[^\w.-]+", "_", f"{program.name}-{digest}")
 
 
-def measure(program: Program, folder: pathlib.Path, maxtext: MaxText) -> dict[str, Any]:
-    """The program's figures; compiles it where that has not been done."""
+def measure(program: PodProgram, folder: pathlib.Path, maxtext: MaxText) -> dict[str, Any]:
+    """Returns the figures of a program, compiling it unless its files exist.
+
+    Args:
+      program: the program.
+      folder: of finished compilations.
+      maxtext: the installation.
+    """
     stem = folder / file_name(program)
     facts, text = (stem.with_name(stem.name + end) for end in (".json", ".hlo"))
     if not facts.exists():
@@ -336,13 +450,13 @@ def measure(program: Program, folder: pathlib.Path, maxtext: MaxText) -> dict[st
             compile_theirs(program, stem, maxtext)
         else:
             command = [sys.executable, "-m", "launch.aot", *program.ours, f"--dump_hlo={text}"]
-            write_text(str(facts), _run(program.name, command))
-    cost = cost_theirs if program.theirs else cost_ours
-    return cost(program, text.read_text(), json.loads(facts.read_text()))
+            write_text(str(facts), _run_compiler(program.name, command))
+    price = price_theirs if program.theirs else price_ours
+    return price(program, text.read_text(), json.loads(facts.read_text()))
 
 
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Rows of Markdown; an error takes the place of the figures."""
+def format_table(results: dict[str, dict[str, Any]]) -> str:
+    """Returns a Markdown table of figures by program; an "error" is shown instead of figures."""
     lines = [
         "| program | peak GiB | executed ÷ model | tokens/s per chip | model TFLOP/s per chip | "
         "predicted MFU | at our kernels' share | cycles alone |",
@@ -363,33 +477,34 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def main(_):
+    """Measures all programs, or with --splash profiles splash attention."""
     given = flags.FLAGS
     if given.splash:
         for line in profile_splash():
             print(line, flush=True)
         return
     if not (given.checkout and given.work):
-        raise app.UsageError("give --checkout=DIR, MaxText's repository, and --work=DIR")
+        raise app.UsageError("give --checkout=DIR (MaxText's repository) and --work=DIR")
     folder = pathlib.Path(given.work)
     (folder / "scratch").mkdir(parents=True, exist_ok=True)
     maxtext = MaxText(pathlib.Path(given.checkout), given.python)
     results: dict[str, dict[str, Any]] = {}
-    for program in programs():
+    for program in make_programs():
         if given.only and not {program.name, program.slice} & set(given.only):
             continue
         try:
             results[program.name] = measure(program, folder, maxtext)
-        except UserError as error:  # the others are still worth having
+        except UserError as error:  # the other programs are still measured
             results[program.name] = {"error": str(error)}
-    print(table(results))
+    print(format_table(results))
     emit(results, given.out)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("checkout", "", "MaxText's repository.")
+    flags.DEFINE_string("checkout", "", "Folder of MaxText's repository.")
     flags.DEFINE_string("python", sys.executable, "Interpreter that can import MaxText.")
-    flags.DEFINE_string("work", "", "Folder of finished compilations.")
-    flags.DEFINE_list("only", [], "Slices or names of programs, instead of all.")
-    flags.DEFINE_bool("splash", False, "Profile splash attention's calls instead.")
-    flags.DEFINE_string("out", "", "Also write the JSON here.")
+    flags.DEFINE_string("work", "", "Folder in which finished compilations are kept.")
+    flags.DEFINE_list("only", [], "Slices or names of programs to measure, instead of all.")
+    flags.DEFINE_bool("splash", False, "Only profile splash attention's kernels again.")
+    flags.DEFINE_string("out", "", "Also write the JSON to this file.")
     app.run(main)

@@ -1,6 +1,6 @@
-"""How a benchmark reports: JSON written as rows come in and printed at the end.
+"""Reports of benchmarks: JSON that is saved while rows arrive and printed as the last line.
 
-A part that is cut off by a time limit thus keeps the rows it had.
+A benchmark that a time limit stops keeps the rows it had saved.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import platform
+from typing import Any
 
 import jax
 
@@ -15,20 +16,20 @@ from qwen_jax.artifact import write_text
 from qwen_jax.parallel import platform as device_platform
 
 
-def save(report: dict, path: str) -> None:
-    """Writes the report so far to `path`, "" for nowhere; whole or not at all."""
+def save(report: dict[str, Any], path: str) -> None:
+    """Writes the report as JSON to `path`, atomically; does nothing if `path` is empty."""
     if path:
         write_text(path, json.dumps(report, indent=2) + "\n")
 
 
-def emit(report: dict, path: str) -> None:
-    """Prints the report and writes it to `path`, "" for nowhere."""
-    print(json.dumps(report, indent=2))
+def emit(report: dict[str, Any], path: str) -> None:
+    """Prints the report as one line of JSON and saves it to `path` unless that is empty."""
+    print(json.dumps(report), flush=True)
     save(report, path)
 
 
-def environment() -> dict:
-    """Date, device and versions of this process."""
+def environment() -> dict[str, str]:
+    """Returns today's date, and the device and versions of this process, as JSON values."""
     device = jax.devices()[0]
     return {
         "date": datetime.date.today().isoformat(),
@@ -40,7 +41,7 @@ def environment() -> dict:
     }
 
 
-def reason(problem: Exception) -> str:
-    """What an exception says, in one line of at most 300 characters."""
-    text = " ".join(str(problem).split())
-    return f"{type(problem).__name__}: {text}"[:300]
+def error_summary(error: Exception) -> str:
+    """Returns the type and message of an exception in one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]

@@ -1,9 +1,10 @@
-"""Rows of a benchmark in a process of their own: a kernel that hangs or crashes costs its row only.
+"""Runs the rows of a benchmark in a child process, so that a crash or hang costs one row only.
 
-A benchmark module has `row(**job) -> dict`, job and row in JSON types. `Runner(module)` calls it in
-this process; `Runner(module, seconds=60)` in a child that answers one job after another, is killed
-when a row takes longer than that, and replaced when it died or lost its device. Only the child
-opens the device then, so two processes never share its memory.
+A benchmark module defines `measure_row(**job) -> dict`, where job and row are JSON values.
+`RowRunner(module)` calls it in this process. `RowRunner(module, seconds=60)` calls it in a child
+process that measures one job after another; the child is killed when a row takes longer than that,
+and is replaced after it has died or lost its device. Only the child opens the device, so two
+processes never share its memory.
 """
 
 from __future__ import annotations
@@ -16,129 +17,158 @@ import queue
 import subprocess
 import sys
 import threading
+import types
+from typing import Any
 
 from absl import flags
 
-from benchmarks.report import environment, reason
+from benchmarks.report import environment, error_summary
 
-_MARK = "row: "
+_PREFIX = "row: "
+"""Begins the lines of a child's output that are meant for the parent."""
 _START_SECONDS = 180
-_PATIENCE = 2
-"""Rows of an implementation that may hang or crash before no more of its rows are tried."""
+_MAX_LOST_ROWS = 2
+"""Rows of one implementation that may hang or crash before its other rows are skipped."""
 
 
-class Runner:
-    """Answers jobs with rows; a row lost to a hang or a crash is {"failed": why}."""
+class RowRunner:
+    """Measures rows of a benchmark, in this process or in a child process."""
 
     def __init__(self, module: str, seconds: float = 0, arguments: tuple[str, ...] = ()):
-        """seconds: longest a row may take; 0: run in this process. arguments: the child's flags."""
-        self._module, self._seconds, self._arguments = module, seconds, arguments
-        self._child: subprocess.Popen | None = None
-        self._lost: collections.Counter = collections.Counter()
-        self._environment: dict | None = None
+        """Prepares a runner; the child starts with the first row.
 
-    def environment(self) -> dict:
-        """Of the process that runs the rows.
+        Args:
+          module: name of the benchmark module.
+          seconds: longest that a row may take; 0 measures rows in this process.
+          arguments: command-line flags of the child.
+        """
+        self._module, self._seconds, self._arguments = module, seconds, arguments
+        self._child: subprocess.Popen[str] | None = None
+        self._messages: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._lost_rows: collections.Counter[str | None] = collections.Counter()
+        self._environment: dict[str, str] | None = None
+
+    def environment(self) -> dict[str, str]:
+        """Returns `report.environment` of the process that measures the rows.
 
         Raises:
-          RuntimeError: the child doesn't start.
+          RuntimeError: the child process ended before its first row.
         """
         if not self._seconds:
             return environment()
         if self._environment is None:
             self._start()
+        assert self._environment is not None
         return self._environment
 
-    def row(self, **job) -> dict:
-        """The row of a job."""
+    def measure_row(self, **job: Any) -> dict[str, Any]:
+        """Returns the row of a job, or {"failed": reason} if it raised, hung or crashed.
+
+        After two hangs or crashes of one implementation (job["implementation"]) its other rows are
+        not measured.
+        """
         if not self._seconds:
-            return _row(_loaded(self._module), job)
-        key = job.get("implementation")
-        if self._lost[key] >= _PATIENCE:
-            return {"failed": f"not tried: {_PATIENCE} rows of it hung or crashed"}
+            return _measure(_import_benchmark(self._module), job)
+        implementation = job.get("implementation")
+        if self._lost_rows[implementation] >= _MAX_LOST_ROWS:
+            return {"failed": f"not tried: {_MAX_LOST_ROWS} rows of it hung or crashed"}
         if self._child is None:
             self._start()
+        assert self._child is not None and self._child.stdin is not None
         try:
             self._child.stdin.write(json.dumps(job) + "\n")
             self._child.stdin.flush()
-            answer = self._answer(self._seconds)
-        except (TimeoutError, EOFError, BrokenPipeError) as problem:
-            self._lost[key] += 1
+            message = self._receive(self._seconds)
+        except (TimeoutError, EOFError, BrokenPipeError) as error:
+            self._lost_rows[implementation] += 1
             status = self._kill()
-            if isinstance(problem, TimeoutError):
+            if isinstance(error, TimeoutError):
                 return {"failed": f"no answer in {self._seconds:g} s"}
             return {"failed": f"its process ended with status {status}"}
-        if not answer["device_well"]:
-            self._lost[key] += 1
+        if not message["device_works"]:
+            self._lost_rows[implementation] += 1
             self.close()
-        return answer["row"]
+        return message["row"]
 
     def close(self) -> None:
-        """Ends the child."""
+        """Ends the child process, if there is one."""
         if self._child is None:
             return
+        assert self._child.stdin is not None
         self._child.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._child.wait(20)
         self._kill()
 
     def _kill(self) -> int:
-        """The child's exit status, its own if it ended by itself."""
+        """Kills the child and returns its exit status, its own one if it had ended already."""
+        assert self._child is not None
         self._child.kill()
         status, self._child = self._child.wait(), None
         return status
 
     def _start(self) -> None:
+        """Starts the child and waits for its environment. Raises RuntimeError if it ends first."""
         command = [sys.executable, "-m", "benchmarks.runner", self._module, *self._arguments]
         pipe = subprocess.PIPE
         self._child = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
-        self._lines = queue.SimpleQueue()
-        threading.Thread(target=_read, args=(self._child, self._lines), daemon=True).start()
+        self._messages = queue.SimpleQueue()
+        threading.Thread(
+            target=_forward_output, args=(self._child, self._messages), daemon=True
+        ).start()
         try:
-            self._environment = self._answer(_START_SECONDS)
-        except (TimeoutError, EOFError) as problem:
+            self._environment = self._receive(_START_SECONDS)
+        except (TimeoutError, EOFError) as error:
             status = self._kill()
             raise RuntimeError(
                 f"the process that runs {self._module} ended before its first row ({status})"
-            ) from problem
+            ) from error
 
-    def _answer(self, seconds: float) -> dict:
-        """The child's next line. Raises TimeoutError, or EOFError where it ended."""
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        """Returns the child's next message.
+
+        Raises:
+          TimeoutError: none came within `seconds`.
+          EOFError: the child has ended.
+        """
         try:
-            answer = self._lines.get(timeout=seconds)
+            message = self._messages.get(timeout=seconds)
         except queue.Empty:
             raise TimeoutError from None
-        if answer is None:
+        if message is None:
             raise EOFError
-        return answer
+        return message
 
 
-def _read(child: subprocess.Popen, lines: queue.SimpleQueue) -> None:
+def _forward_output(child: subprocess.Popen[str], messages: queue.SimpleQueue) -> None:
+    """Puts the messages of a child in a queue, None at its end, and other output on stderr."""
+    assert child.stdout is not None
     for line in child.stdout:
-        if line.startswith(_MARK):
-            lines.put(json.loads(line[len(_MARK) :]))
-        else:  # what the libraries print
+        if line.startswith(_PREFIX):
+            messages.put(json.loads(line[len(_PREFIX) :]))
+        else:  # output of libraries
             sys.stderr.write(line)
-    lines.put(None)
+    messages.put(None)
 
 
-def _loaded(module: str):
-    """The module; where it is the program itself, that one, whose flags are defined already."""
+def _import_benchmark(name: str) -> types.ModuleType:
+    """Returns a module; the main program itself if it is that one, whose flags exist already."""
     program = sys.modules["__main__"]
-    if getattr(getattr(program, "__spec__", None), "name", None) == module:
+    if getattr(getattr(program, "__spec__", None), "name", None) == name:
         return program
-    return importlib.import_module(module)
+    return importlib.import_module(name)
 
 
-def _row(module, job: dict) -> dict:
+def _measure(module: types.ModuleType, job: dict[str, Any]) -> dict[str, Any]:
+    """Returns module.measure_row(**job), or {"failed": reason} if it raises."""
     try:
-        return module.row(**job)
-    except Exception as problem:
-        return {"failed": reason(problem)}
+        return module.measure_row(**job)
+    except Exception as error:
+        return {"failed": error_summary(error)}
 
 
-def _device_well() -> bool:
-    """Whether the device still computes; after a fault in a kernel it doesn't."""
+def _device_works() -> bool:
+    """Returns whether the device still computes, which it does not after a fault in a kernel."""
     import jax
     import jax.numpy as jnp
 
@@ -148,20 +178,20 @@ def _device_well() -> bool:
         return False
 
 
-def serve(module: str) -> None:
-    """The child: a line of JSON in, a row out, until the input ends or the device is lost."""
-    loaded = importlib.import_module(module)
-    print(_MARK + json.dumps(environment()), flush=True)
+def serve(name: str) -> None:
+    """Runs the child: reads a job per line of stdin and prints its row, until the device fails."""
+    module = importlib.import_module(name)
+    print(_PREFIX + json.dumps(environment()), flush=True)
     for line in sys.stdin:
-        answer = _row(loaded, json.loads(line))
-        well = _device_well()
-        print(_MARK + json.dumps({"row": answer, "device_well": well}), flush=True)
-        if not well:
+        row = _measure(module, json.loads(line))
+        works = _device_works()
+        print(_PREFIX + json.dumps({"row": row, "device_works": works}), flush=True)
+        if not works:
             return
 
 
 if __name__ == "__main__":
-    name = sys.argv[1]
-    importlib.import_module(name)  # its flags
+    benchmark = sys.argv[1]
+    importlib.import_module(benchmark)  # defines its flags
     flags.FLAGS(sys.argv[1:])
-    serve(name)
+    serve(benchmark)

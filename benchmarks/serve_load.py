@@ -1,15 +1,17 @@
-"""Many clients against a server, with cancellations and bad requests: nothing lost or mixed up.
+"""Load test of the server: many concurrent clients, cancellations and invalid requests.
 
     python -m benchmarks.serve_load --out=serve_load.json
 
-Starts `launch.serve` on a tiny random model that it makes itself (--model: another one), asks each
-of a few dozen different requests alone, and then has 64 clients send 2,000 of them at once, whole
-or streamed, some given up in the middle, some malformed. Every answer must be the one that the same
-request got alone, the beginning of it where it was given up, and every bad request must get its
-4xx. Afterwards the server must have nothing running, no page in use, and no more memory than
-before. Exit status: 0 all of that holds, 1 it does not.
+Starts `launch.serve` on a tiny random model that it creates (--model: another one), sends each of a
+few dozen different requests alone, and then has 64 clients send 2,000 of them concurrently, whole
+or streamed, some cancelled midway, some invalid. Every response must equal the one that the same
+request got alone, or be the beginning of it if it was cancelled, and every invalid request must get
+its 4xx status. Afterwards the server must have no request running, no page in use and no more
+memory than before. The exit status is 0 if all of that holds, else 1.
 
-Rates are of this machine, clients and server together; they say nothing of an accelerator.
+Rates are of this machine, which clients and server share, and say nothing about an accelerator.
+
+Prints one JSON object as its last line, which --out saves.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 import jax
@@ -41,19 +43,29 @@ from qwen_jax import interop
 from qwen_jax.model import ModelConfig, init_params
 from qwen_jax.tokenizer import Tokenizer
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-KINDS = {"whole": 40, "stream": 24, "stream given up": 12, "whole given up": 8, "bad": 16}
-_FLAT_MB = 32
+CHAT_PATH, COMPLETIONS_PATH = "/v1/chat/completions", "/v1/completions"
+KINDS = {"whole": 40, "stream": 24, "stream cancelled": 12, "whole cancelled": 8, "invalid": 16}
+"""Kinds of request, with their relative frequency."""
+_MEMORY_TOLERANCE_MB = 32
 """Growth of the server's memory over the second half of the load that counts as none."""
 
 _CONFIG = ModelConfig(
-    family="qwen", vocab_size=512, d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=16,
-    d_ff=128, max_length=1024, trained_length=1024, init_std=0.2,
-)  # fmt: skip
+    family="qwen",
+    vocab_size=512,
+    d_model=64,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=4,
+    head_dim=16,
+    d_ff=128,
+    max_length=1024,
+    trained_length=1024,
+    init_std=0.2,
+)
 
 
 def make_model(folder: pathlib.Path) -> pathlib.Path:
-    """A random model over bytes, for chats."""
+    """Writes a chat model over bytes with random weights to a folder, and returns the folder."""
     tokenizer = Tokenizer(tuple(bytes([i]) for i in range(256)))
     params = jax.jit(functools.partial(init_params, _CONFIG))(jax.random.key(0))
     generation = {"chat_format": "chatml", "eos_token_id": tokenizer.eod_id, "do_sample": True}
@@ -62,30 +74,39 @@ def make_model(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-# What is asked ------------------------------------------------------------------------------------
+# Requests -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
-    """A request that can be served: where it goes, and its fields."""
+class LoadRequest:
+    """A valid request.
+
+    Attributes:
+      path: URL path of the endpoint.
+      fields: JSON body.
+    """
 
     path: str
     fields: dict[str, Any]
 
 
-def asks(model: str, number: int, seed: int) -> list[Ask]:
-    """Different requests: chats and completions, short and long, greedy and drawn."""
-    draw = random.Random(seed)
-    made = []
+def make_requests(model: str, number: int, seed: int) -> list[LoadRequest]:
+    """Returns different valid requests: chats and completions, short and long, greedy and sampled.
+
+    Args:
+      model: name of the served model.
+      number: number of requests.
+      seed: of the random choices.
+    """
+    rng = random.Random(seed)
+    requests = []
     for i in range(number):
-        words = "".join(
-            f" {draw.choice('abcdefgh')}{draw.randrange(100)}" for _ in range(i % 40 + 1)
-        )
-        fields: dict[str, Any] = {"model": model, "max_tokens": draw.randrange(2, 40)}
+        words = "".join(f" {rng.choice('abcdefgh')}{rng.randrange(100)}" for _ in range(i % 40 + 1))
+        fields: dict[str, Any] = {"model": model, "max_tokens": rng.randrange(2, 40)}
         if i % 3 == 0:
             fields |= {"temperature": 0}
         else:
-            fields |= {"seed": i, "temperature": draw.choice([0.7, 1.0]), "top_p": 0.9}
+            fields |= {"seed": i, "temperature": rng.choice([0.7, 1.0]), "top_p": 0.9}
         if i % 5 == 0:
             fields |= {"repetition_penalty": 1.2, "presence_penalty": 0.5}
         if i % 7 == 0:
@@ -93,209 +114,259 @@ def asks(model: str, number: int, seed: int) -> list[Ask]:
         if i % 4 == 0:
             fields |= {"stop": ["e", "zz"]}
         if i % 2:
-            made.append(Ask(TEXT, {**fields, "prompt": words}))
+            requests.append(LoadRequest(COMPLETIONS_PATH, {**fields, "prompt": words}))
         else:
             messages = [{"role": "user", "content": words}]
-            made.append(Ask(CHAT, {**fields, "messages": messages}))
-    return made
+            requests.append(LoadRequest(CHAT_PATH, {**fields, "messages": messages}))
+    return requests
 
 
-def bad(model: str) -> list[tuple[str, bytes, int]]:
-    """Requests that must be refused: path, body, status."""
+def invalid_requests(model: str) -> list[tuple[str, bytes, int]]:
+    """Returns requests that must be refused, as (path, body, expected status)."""
     hi = [{"role": "user", "content": "hi"}]
 
     def chat(**fields: Any) -> bytes:
         return json.dumps({"model": model, "messages": hi, **fields}).encode()
 
+    def completion(**fields: Any) -> bytes:
+        return json.dumps({"model": model, **fields}).encode()
+
     return [
-        (CHAT, b'{"model": ', 400),
-        (CHAT, b"\xff\xfe{}", 400),
-        (CHAT, b"[1, 2]", 400),
-        (CHAT, b"", 400),
-        (CHAT, b"[" * 100_000, 400),
-        (CHAT, chat(temperature="hot"), 400),
-        (CHAT, chat(max_tokens=-1), 400),
-        (CHAT, chat(temprature=1), 400),
-        (CHAT, chat(messages=[]), 400),
-        (CHAT, chat(messages=[{"role": "user", "content": "x" * 500_000}]), 400),
-        (CHAT, chat(response_format={"type": "json_object"}), 400),
-        (CHAT, chat(model="another"), 404),
-        (CHAT, chat(user="x" * (5 << 20)), 413),
-        (TEXT, json.dumps({"model": model, "prompt": [1, -5]}).encode(), 400),
-        (TEXT, json.dumps({"model": model, "prompt": "x", "stop": ["a"] * 5}).encode(), 400),
+        (CHAT_PATH, b'{"model": ', 400),
+        (CHAT_PATH, b"\xff\xfe{}", 400),
+        (CHAT_PATH, b"[1, 2]", 400),
+        (CHAT_PATH, b"", 400),
+        (CHAT_PATH, b"[" * 100_000, 400),
+        (CHAT_PATH, chat(temperature="hot"), 400),
+        (CHAT_PATH, chat(max_tokens=-1), 400),
+        (CHAT_PATH, chat(temprature=1), 400),
+        (CHAT_PATH, chat(messages=[]), 400),
+        (CHAT_PATH, chat(messages=[{"role": "user", "content": "x" * 500_000}]), 400),
+        (CHAT_PATH, chat(response_format={"type": "json_object"}), 400),
+        (CHAT_PATH, chat(model="another"), 404),
+        (CHAT_PATH, chat(user="x" * (5 << 20)), 413),
+        (COMPLETIONS_PATH, completion(prompt=[1, -5]), 400),
+        (COMPLETIONS_PATH, completion(prompt="x", stop=["a"] * 5), 400),
         ("/v1/nothing", b"{}", 404),
     ]
 
 
 # Clients ------------------------------------------------------------------------------------------
 
-# An answer: of each choice (text, finish reason).
-Told = dict[int, tuple[str, str | None]]
+Choices: TypeAlias = dict[int, tuple[str, str | None]]
+"""A response: (text, finish reason) of each choice by its index."""
 
 
 @dataclasses.dataclass
-class Load:
-    """What came of it.
+class LoadResult:
+    """What a load test counted.
 
     Attributes:
-      counts: requests by kind. refused: 429s, which were sent again.
-      wrong: what was not as it must be, a sentence each.
-      seconds: of the load. tokens: new ones in answers that were read to their end.
+      counts: requests by kind.
+      retries: responses with status 429, after which the request was sent again.
+      wrong: a sentence for each response that was not as expected.
+      seconds: duration of the load.
+      tokens: output tokens of responses that were read to their end.
     """
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    refused: int = 0
+    retries: int = 0
     wrong: list[str] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     tokens: int = 0
 
 
-class Client:
-    """Sends requests of all kinds and compares what comes back."""
+class UnexpectedResponse(Exception):
+    """A response that is not as expected."""
 
-    def __init__(self, http: httpx.AsyncClient, load: Load):
-        self._http, self._load = http, load
 
-    async def whole(self, ask: Ask) -> Told:
-        """The answer in one piece; sent again after a 429."""
+class LoadClient:
+    """Sends requests of all kinds over HTTP, counts tokens and retries, and checks responses.
+
+    Raises UnexpectedResponse from its methods.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, result: LoadResult):
+        self._http, self._result = http, result
+
+    async def send(self, request: LoadRequest) -> Choices:
+        """Returns the response to a request that is not streamed; retries after status 429."""
         while True:
-            answer = await self._http.post(ask.path, json=ask.fields)
-            if answer.status_code != 429:
+            response = await self._http.post(request.path, json=request.fields)
+            if response.status_code != 429:
                 break
-            await self._wait(answer)
-        if answer.status_code != 200:
-            raise Unexpected(f"{answer.status_code}: {answer.text[:200]}")
-        body = answer.json()
-        self._load.tokens += body["usage"]["completion_tokens"]
-        return {c["index"]: (_text(c), c["finish_reason"]) for c in body["choices"]}
+            await self._wait_for_retry(response)
+        if response.status_code != 200:
+            raise UnexpectedResponse(f"{response.status_code}: {response.text[:200]}")
+        body = response.json()
+        self._result.tokens += body["usage"]["completion_tokens"]
+        return {c["index"]: (_text_of(c), c["finish_reason"]) for c in body["choices"]}
 
-    async def stream(self, ask: Ask, most: int | None = None) -> Told:
-        """The answer in pieces; given up after `most` of them."""
-        fields = {**ask.fields, "stream": True, "stream_options": {"include_usage": True}}
+    async def stream(self, request: LoadRequest, max_events: int | None = None) -> Choices:
+        """Returns the response to a streamed request, cancelled after `max_events` events."""
+        fields = {**request.fields, "stream": True, "stream_options": {"include_usage": True}}
         while True:
-            async with self._http.stream("POST", ask.path, json=fields) as answer:
-                if answer.status_code == 429:
-                    await self._wait(answer)
+            async with self._http.stream("POST", request.path, json=fields) as response:
+                if response.status_code == 429:
+                    await self._wait_for_retry(response)
                     continue
-                if answer.status_code != 200:
-                    raise Unexpected(f"{answer.status_code}: {(await answer.aread())[:200]!r}")
-                return await self._pieces(answer, most)
+                if response.status_code != 200:
+                    body = await response.aread()
+                    raise UnexpectedResponse(f"{response.status_code}: {body[:200]!r}")
+                return await self._read_events(response, max_events)
 
-    async def _pieces(self, answer: httpx.Response, most: int | None) -> Told:
-        told: Told = {}
+    async def _read_events(self, response: httpx.Response, max_events: int | None) -> Choices:
+        """Returns the choices assembled from the events of a stream, up to `max_events`."""
+        choices: Choices = {}
         events = 0
-        async for line in answer.aiter_lines():
+        async for line in response.aiter_lines():
             if not line.startswith("data: "):
                 continue
             if line == "data: [DONE]":
-                return told
-            if most is not None and events >= most:
-                return told
+                return choices
+            if max_events is not None and events >= max_events:
+                return choices
             events += 1
             value = json.loads(line.removeprefix("data: "))
             if "error" in value:
-                raise Unexpected(value["error"]["message"])
+                raise UnexpectedResponse(value["error"]["message"])
             if value.get("usage"):
-                self._load.tokens += value["usage"]["completion_tokens"]
+                self._result.tokens += value["usage"]["completion_tokens"]
             for choice in value["choices"]:
-                text, finish = told.get(choice["index"], ("", None))
-                told[choice["index"]] = (text + _text(choice), choice["finish_reason"] or finish)
-        raise Unexpected("the stream broke off")
+                text, finish = choices.get(choice["index"], ("", None))
+                text += _text_of(choice)
+                choices[choice["index"]] = (text, choice["finish_reason"] or finish)
+        raise UnexpectedResponse("the stream ended before its last event")
 
-    async def hang_up(self, ask: Ask, seconds: float) -> None:
-        """Sends the request and goes away before the answer, or nearly so."""
-        task = asyncio.ensure_future(self.whole(ask))
+    async def send_and_cancel(self, request: LoadRequest, seconds: float) -> None:
+        """Sends a request and closes the connection after `seconds`, usually before a response."""
+        task = asyncio.ensure_future(self.send(request))
         await asyncio.wait({task}, timeout=seconds)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    async def refused(self, path: str, body: bytes, status: int) -> None:
-        """Sends what must be refused with `status`, in OpenAI's format."""
+    async def expect_refusal(self, path: str, body: bytes, status: int) -> None:
+        """Sends an invalid request; checks the status and that the error is in OpenAI's format."""
         headers = {"content-type": "application/json"}
-        answer = await self._http.post(path, content=body, headers=headers)
-        if answer.status_code != status or not answer.json()["error"]["message"]:
-            raise Unexpected(f"{answer.status_code} instead of {status}: {answer.text[:200]}")
+        response = await self._http.post(path, content=body, headers=headers)
+        if response.status_code != status or not response.json()["error"]["message"]:
+            raise UnexpectedResponse(
+                f"{response.status_code} instead of {status}: {response.text[:200]}"
+            )
 
-    async def _wait(self, answer: httpx.Response) -> None:
-        self._load.refused += 1
-        await asyncio.sleep(float(answer.headers["retry-after"]))
+    async def _wait_for_retry(self, response: httpx.Response) -> None:
+        """Counts a 429 response and sleeps for as long as its Retry-After header says."""
+        self._result.retries += 1
+        await asyncio.sleep(float(response.headers["retry-after"]))
 
 
-class Unexpected(Exception):
-    """An answer that must not be."""
-
-
-def _text(choice: dict[str, Any]) -> str:
-    """The text of a choice of any of the four forms."""
+def _text_of(choice: dict[str, Any]) -> str:
+    """Returns the text of a choice, of a chat or a completion, whole or streamed."""
     if "text" in choice:
         return choice["text"]
     return (choice.get("message") or choice["delta"]).get("content") or ""
 
 
-async def alone(url: str, made: list[Ask]) -> list[Told]:
-    """What each request gets when nothing else runs."""
+async def run_alone(url: str, requests: list[LoadRequest]) -> list[Choices]:
+    """Returns the response to each request, sent one after the other."""
     async with httpx.AsyncClient(base_url=url, timeout=300) as http:
-        client = Client(http, Load())
-        return [await client.whole(ask) for ask in made]
+        client = LoadClient(http, LoadResult())
+        return [await client.send(request) for request in requests]
+
+
+async def _run_one(
+    client: LoadClient,
+    kind: str,
+    request: LoadRequest,
+    expected: Choices,
+    invalid: list[tuple[str, bytes, int]],
+    rng: random.Random,
+) -> None:
+    """Sends one request of a kind and raises UnexpectedResponse if the response is wrong.
+
+    Args:
+      client: sends it.
+      kind: one of `KINDS`.
+      request: the request, unless the kind is "invalid".
+      expected: the response that it got alone.
+      invalid: invalid requests to choose from.
+      rng: chooses the invalid request, and when to cancel.
+    """
+    if kind == "invalid":
+        path, body, status = rng.choice(invalid)
+        await client.expect_refusal(path, body, status)
+    elif kind == "whole cancelled":
+        await client.send_and_cancel(request, rng.random() * 0.1)
+    elif kind == "stream cancelled":
+        choices = await client.stream(request, rng.randrange(12))
+        for index, (text, _) in choices.items():
+            if not expected[index][0].startswith(text):
+                raise UnexpectedResponse(f"{text!r} does not begin {expected[index][0]!r}")
+    else:
+        choices = await (client.send if kind == "whole" else client.stream)(request)
+        if choices != expected:
+            raise UnexpectedResponse(f"{choices} is not {expected}")
 
 
 async def run_load(
     url: str,
-    made: list[Ask],
-    expected: list[Told],
+    requests: list[LoadRequest],
+    expected: list[Choices],
     *,
-    requests: int,
+    total: int,
     clients: int,
     seed: int,
-    on_progress: Callable[[int], None] = lambda done: None,
-) -> Load:
-    """Sends `requests` from `clients`, each client one after the other; compares all answers."""
-    load, draw = Load(), random.Random(seed)
-    refusals = bad(made[0].fields["model"])
-    kinds = draw.choices(list(KINDS), list(KINDS.values()), k=requests)
+    on_progress: Callable[[int], None] = lambda number: None,
+) -> LoadResult:
+    """Sends requests from concurrent clients and compares all responses.
+
+    Args:
+      url: address of the server.
+      requests: valid requests to choose from.
+      expected: response to each when it is sent alone (`run_alone`).
+      total: number of requests to send.
+      clients: number of clients; each sends one request after the other.
+      seed: of the random choices.
+      on_progress: called with the number of each request that is done.
+    """
+    result, rng = LoadResult(), random.Random(seed)
+    invalid = invalid_requests(requests[0].fields["model"])
+    kinds = rng.choices(list(KINDS), list(KINDS.values()), k=total)
     todo = collections.deque(enumerate(kinds))
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=clients)
 
-    async def work(http: httpx.AsyncClient) -> None:
-        client = Client(http, load)
+    async def run_client(http: httpx.AsyncClient) -> None:
+        client = LoadClient(http, result)
         while todo:
             number, kind = todo.popleft()
-            which = draw.randrange(len(made))
+            index = rng.randrange(len(requests))
             try:
-                await one(client, kind, which)
-            except (Unexpected, httpx.HTTPError, KeyError, ValueError) as error:
-                load.wrong.append(f"{kind} {which}: {type(error).__name__}: {error}")
-            load.counts[kind] += 1
+                await _run_one(client, kind, requests[index], expected[index], invalid, rng)
+            except (UnexpectedResponse, httpx.HTTPError, KeyError, ValueError) as error:
+                result.wrong.append(f"{kind} {index}: {type(error).__name__}: {error}")
+            result.counts[kind] += 1
             on_progress(number)
-
-    async def one(client: Client, kind: str, which: int) -> None:
-        ask, wanted = made[which], expected[which]
-        if kind == "bad":
-            await client.refused(*draw.choice(refusals))
-        elif kind == "whole given up":
-            await client.hang_up(ask, draw.random() * 0.1)
-        elif kind == "stream given up":
-            told = await client.stream(ask, draw.randrange(12))
-            for index, (text, _) in told.items():
-                if not wanted[index][0].startswith(text):
-                    raise Unexpected(f"{text!r} does not begin {wanted[index][0]!r}")
-        else:
-            told = await (client.whole if kind == "whole" else client.stream)(ask)
-            if told != wanted:
-                raise Unexpected(f"{told} is not {wanted}")
 
     started = time.monotonic()
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
-        await asyncio.gather(*(work(http) for _ in range(clients)))
-    load.seconds = time.monotonic() - started
-    return load
+        await asyncio.gather(*(run_client(http) for _ in range(clients)))
+    result.seconds = time.monotonic() - started
+    return result
 
 
 # The server ---------------------------------------------------------------------------------------
 
 
 def start_server(model: str, log: pathlib.Path) -> tuple[subprocess.Popen, str]:
-    """Starts `launch.serve`; returns the process and its address."""
+    """Starts `launch.serve` on a model folder; returns (process, address).
+
+    Args:
+      model: folder of the model.
+      log: file for the server's output.
+
+    Raises:
+      RuntimeError: the server did not start within ten minutes; has the end of its output.
+    """
     flags_ = [f"--model={model}", "--port=0", "--cpu_devices=1", "--rows=8", "--max_length=512"]
     flags_ += ["--page_size=16", "--prefill_tokens=128", "--max_waiting=48", "--memory=0.5"]
     with log.open("wb") as sink:
@@ -316,76 +387,88 @@ def start_server(model: str, log: pathlib.Path) -> tuple[subprocess.Popen, str]:
 
 
 def memory_mb(pid: int) -> float:
-    """Memory that a process holds (Linux: VmRSS), in MB."""
+    """Returns the resident memory of a process in MB (Linux: VmRSS)."""
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1024
+    found = re.search(r"VmRSS:\s+(\d+) kB", status)
+    assert found, f"/proc/{pid}/status has no VmRSS"
+    return int(found[1]) / 1024
 
 
-def numbers(url: str) -> dict[str, float]:
-    """The server's metrics."""
+def read_metrics(url: str) -> dict[str, float]:
+    """Returns the server's metrics by name with labels."""
     lines = httpx.get(f"{url}/metrics", timeout=30).text.splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
     return {name: float(value) for name, value in pairs}
 
 
-def settled(url: str, seconds: float = 10.0) -> dict[str, float]:
-    """The metrics when nothing runs any more, or after so many seconds."""
+def wait_until_idle(url: str, seconds: float = 10.0) -> dict[str, float]:
+    """Returns the metrics once no request is running or waiting, or after `seconds`."""
     end = time.monotonic() + seconds
     while True:
-        found = numbers(url)
-        busy = found["qwen_requests_running"] + found["qwen_requests_waiting"]
+        metrics = read_metrics(url)
+        busy = metrics["qwen_requests_running"] + metrics["qwen_requests_waiting"]
         if not busy or time.monotonic() > end:
-            return found
+            return metrics
         time.sleep(0.05)
 
 
-def left_over(found: dict[str, float]) -> list[str]:
-    """What a server that has nothing to do must not have, a sentence each."""
+def find_leaks(metrics: dict[str, float]) -> list[str]:
+    """Returns a sentence for each metric that an idle server must not show."""
     wrong = []
     for name in ("qwen_requests_running", "qwen_requests_waiting"):
-        if found[name]:
-            wrong.append(f"{name} is {found[name]:g} after the load")
-    if found["qwen_pages_free"] != found["qwen_pages_total"]:
-        wrong.append(
-            f"{found['qwen_pages_free']:g} of {found['qwen_pages_total']:g} pages are free"
-        )
-    ended = sum(value for name, value in found.items() if name.startswith("qwen_requests_ended_t"))
-    if ended != found["qwen_requests_submitted_total"]:
-        wrong.append(f"{found['qwen_requests_submitted_total']:g} submitted, {ended:g} ended")
-    if found['qwen_requests_ended_total{finish="failed"}']:
+        if metrics[name]:
+            wrong.append(f"{name} is {metrics[name]:g} after the load")
+    free, total = metrics["qwen_pages_free"], metrics["qwen_pages_total"]
+    if free != total:
+        wrong.append(f"{free:g} of {total:g} pages are free")
+    ended = sum(x for name, x in metrics.items() if name.startswith("qwen_requests_ended_t"))
+    if ended != metrics["qwen_requests_submitted_total"]:
+        wrong.append(f"{metrics['qwen_requests_submitted_total']:g} submitted, {ended:g} ended")
+    if metrics['qwen_requests_ended_total{finish="failed"}']:
         wrong.append("the engine failed")
     return wrong
 
 
 def measure(model: str, folder: pathlib.Path) -> dict[str, Any]:
-    """Everything, on a server of its own."""
+    """Runs the whole load test on a server of its own.
+
+    Args:
+      model: folder of the model.
+      folder: for the server's log.
+
+    Returns:
+      counts, rates, metrics and memory, and "wrong", a sentence for each violated expectation.
+    """
     log = folder / "server.log"
     process, url = start_server(model, log)
     try:
         name = httpx.get(f"{url}/v1/models", timeout=30).json()["data"][0]["id"]
-        made = asks(name, 48, flags.FLAGS.seed)
-        expected = asyncio.run(alone(url, made))
-        samples = [memory_mb(process.pid)]
-        step = max(1, flags.FLAGS.requests // 20)
+        requests = make_requests(name, 48, flags.FLAGS.seed)
+        expected = asyncio.run(run_alone(url, requests))
+        memory = [memory_mb(process.pid)]
+        interval = max(1, flags.FLAGS.requests // 20)
 
-        def sample(number: int) -> None:
-            if number % step == step - 1:
-                samples.append(memory_mb(process.pid))
+        def sample_memory(number: int) -> None:
+            if number % interval == interval - 1:
+                memory.append(memory_mb(process.pid))
 
-        load = asyncio.run(
+        result = asyncio.run(
             run_load(
-                *(url, made, expected),
-                requests=flags.FLAGS.requests,
+                url,
+                requests,
+                expected,
+                total=flags.FLAGS.requests,
                 clients=flags.FLAGS.clients,
                 seed=flags.FLAGS.seed,
-                on_progress=sample,
+                on_progress=sample_memory,
             )
         )
-        found = settled(url)
-        samples.append(memory_mb(process.pid))
-        wrong = [*load.wrong, *left_over(found)]
-        if samples[-1] - samples[len(samples) // 2] > _FLAT_MB:
-            wrong.append(f"memory grew by {samples[-1] - samples[len(samples) // 2]:.0f} MB")
+        metrics = wait_until_idle(url)
+        memory.append(memory_mb(process.pid))
+        wrong = [*result.wrong, *find_leaks(metrics)]
+        growth = memory[-1] - memory[len(memory) // 2]
+        if growth > _MEMORY_TOLERANCE_MB:
+            wrong.append(f"memory grew by {growth:.0f} MB")
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
         if status:
@@ -393,33 +476,35 @@ def measure(model: str, folder: pathlib.Path) -> dict[str, Any]:
     finally:
         process.kill()
         process.wait()
+    sent = sum(result.counts.values())
     return {
-        "requests": sum(load.counts.values()),
+        "requests": sent,
         "clients": flags.FLAGS.clients,
-        "kinds": dict(load.counts),
-        "sent_again_after_429": load.refused,
-        "seconds": round(load.seconds, 1),
-        "requests_per_second": round(sum(load.counts.values()) / load.seconds, 1),
-        "tokens_per_second": round(load.tokens / load.seconds, 1),
-        "cancelled_in_engine": found['qwen_requests_ended_total{finish="cancelled"}'],
-        "prompt_tokens": found["qwen_prompt_tokens_total"],
-        "cached_tokens": found["qwen_cached_tokens_total"],
-        "preemptions": found["qwen_preemptions_total"],
-        "memory_mb": [round(x, 1) for x in samples],
+        "kinds": dict(result.counts),
+        "sent_again_after_429": result.retries,
+        "seconds": round(result.seconds, 1),
+        "requests_per_second": round(sent / result.seconds, 1),
+        "tokens_per_second": round(result.tokens / result.seconds, 1),
+        "cancelled_in_engine": metrics['qwen_requests_ended_total{finish="cancelled"}'],
+        "prompt_tokens": metrics["qwen_prompt_tokens_total"],
+        "cached_tokens": metrics["qwen_cached_tokens_total"],
+        "preemptions": metrics["qwen_preemptions_total"],
+        "memory_mb": [round(x, 1) for x in memory],
         "wrong": wrong,
     }
 
 
-def _define_flags() -> None:  # not on import: tests import this beside other benchmarks
-    flags.DEFINE_string("model", "", "Folder to serve; by default a tiny random model.")
-    flags.DEFINE_integer("requests", 2000, "Requests to send.", 1)
-    flags.DEFINE_integer("clients", 64, "Clients that send them.", 1)
-    flags.DEFINE_integer("seed", 0, "Of the draws.")
-    flags.DEFINE_string("out", "", "Write the report here.")
+def _define_flags() -> None:
+    """Defines the flags; not at import, because tests import several benchmarks together."""
+    flags.DEFINE_string("model", "", "Model folder to serve; by default a tiny random model.")
+    flags.DEFINE_integer("requests", 2000, "Number of requests to send.", 1)
+    flags.DEFINE_integer("clients", 64, "Number of clients that send them.", 1)
+    flags.DEFINE_integer("seed", 0, "Seed of the random choices.")
+    flags.DEFINE_string("out", "", "Also write the JSON to this file.")
 
 
 def main(argv: list[str]) -> None:
-    """Runs the load and reports."""
+    """Runs the load test; exits with status 1 if an expectation is violated."""
     del argv
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as name:

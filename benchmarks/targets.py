@@ -1,10 +1,11 @@
-"""What this project wants to reach on one H200, and whether a run of the suite did.
+"""Performance targets on one H200, and whether a run of the GPU suite met them.
 
     python -m benchmarks.targets [FOLDER]   (results/ by default, as benchmarks/gpu_suite.sh writes)
 
-Reads whatever of correctness.json, attention.json, decode.json and train.json is there and prints a
-line for each bar: wanted, found, met or missed; "not measured" where the rows are not there. The
-exit status is 1 where something is wrong, 0 otherwise: a missed bar is a result, no failure.
+Reads those of correctness.json, attention.json, decode.json and train.json that exist and prints
+a line for each target: the wanted and the measured value, and "met", "MISSED" or "not measured".
+The exit status is 1 if a kernel computed wrong results, 0 otherwise; a missed target is not an
+error.
 """
 
 from __future__ import annotations
@@ -14,40 +15,51 @@ import dataclasses
 import json
 import pathlib
 import sys
+from typing import Any
 
-LONG = 8192
+LONG_CONTEXT = 8192
 """Tokens from which a context counts as long."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Bar:
-    """One aim. found: the worst of the cases that it speaks of, None if none was measured."""
+class Target:
+    """One performance target and what a run measured.
+
+    Attributes:
+      name: the quantity.
+      wanted: smallest value that meets the target.
+      measured: worst value over the cases that count, None if there is none.
+      cases: number of these cases.
+    """
 
     name: str
     wanted: float
-    found: float | None
+    measured: float | None
     cases: int
 
     @property
     def verdict(self) -> str:
-        """ "met", "MISSED" or "not measured"."""
-        if self.found is None:
+        """Returns "met", "MISSED" or "not measured"."""
+        if self.measured is None:
             return "not measured"
-        return "met" if self.found >= self.wanted else "MISSED"
+        return "met" if self.measured >= self.wanted else "MISSED"
 
 
-def _worst(name: str, wanted: float, found: list[float]) -> Bar:
-    return Bar(name, wanted, min(found, default=None), len(found))
+def _target(name: str, wanted: float, values: list[float]) -> Target:
+    """Returns a target measured by the smallest of `values`."""
+    return Target(name, wanted, min(values, default=None), len(values))
 
 
-def against_cudnn(rows: list[dict], what: str) -> list[float]:
-    """Our TFLOP/s over cuDNN's, for each case with heads of 128, T ≥ 4096, causal, bf16.
+def attention_ratios(rows: list[dict[str, Any]], phase: str) -> list[float]:
+    """Returns our TFLOP/s over cuDNN's for each case with head_dim 128, T ≥ 4096, causal, bf16.
 
-    what: "forward" or "backward".
+    Args:
+      rows: rows of attention.json.
+      phase: "forward" or "backward".
     """
     keys = ("length", "heads", "kv_heads", "width", "mask", "batch", "dtype")
     speeds = {
-        (row["implementation"], *(row[k] for k in keys)): row[f"{what}_tflops"]
+        (row["implementation"], *(row[key] for key in keys)): row[f"{phase}_tflops"]
         for row in rows
         if row["status"] == "ok"
     }
@@ -61,8 +73,13 @@ def against_cudnn(rows: list[dict], what: str) -> list[float]:
     return ratios
 
 
-def decode_shares(rows: list[dict], cache: str) -> list[float]:
-    """Shares of the copy bandwidth at batch ≥ 8 and a long context."""
+def decode_shares(rows: list[dict[str, Any]], cache: str) -> list[float]:
+    """Returns the shares of copy bandwidth that decoding reached at batch ≥ 8 and long context.
+
+    Args:
+      rows: rows of decode.json.
+      cache: dtype of the cache, "bfloat16" or "uint8".
+    """
     return [
         row["share"]
         for row in rows
@@ -70,59 +87,75 @@ def decode_shares(rows: list[dict], cache: str) -> list[float]:
         and "share" in row
         and row["cache"] == cache
         and row["batch"] >= 8
-        and row["context"] >= LONG
+        and row["context"] >= LONG_CONTEXT
     ]
 
 
-def training(report: dict, what: str) -> list[float]:
-    """`mfu` of our Qwen-1.8B step at 2,048 tokens a row, or its `speed_ratio` to PyTorch's."""
-    rows = [r for r in report.get("results", ()) if r["network"] == "qwen-1.8b"]
+def training_values(report: dict[str, Any], quantity: str) -> list[float]:
+    """Returns a quantity of the Qwen-1.8B train step at 2,048 tokens per row.
+
+    Args:
+      report: train.json.
+      quantity: "mfu", or "speed_ratio" to PyTorch.
+    """
+    rows = [row for row in report.get("results", ()) if row["network"] == "qwen-1.8b"]
     if report.get("sequence") != 2048:
         return []
-    found = [r["ours"].get("mfu") if what == "mfu" else r.get(what) for r in rows]
-    return [x for x in found if x is not None]
+    values = [row["ours"].get("mfu") if quantity == "mfu" else row.get(quantity) for row in rows]
+    return [x for x in values if x is not None]
 
 
-def bars(reports: dict[str, dict]) -> list[Bar]:
-    """Every bar, from the reports by name."""
+def targets(reports: dict[str, dict[str, Any]]) -> list[Target]:
+    """Returns every target, measured by the reports of the suite by name (`read_reports`)."""
     attention = reports.get("attention", {}).get("rows", [])
     decode = reports.get("decode", {}).get("results", [])
     train = reports.get("train", {})
     return [
         *(
-            _worst(f"attention {x}, times cuDNN's speed", 1.0, against_cudnn(attention, x))
+            _target(f"attention {x}, times cuDNN's speed", 1.0, attention_ratios(attention, x))
             for x in ("forward", "backward")
         ),
         *(
-            _worst(f"decode, {x} cache: share of the copy bandwidth", 0.8, decode_shares(decode, x))
+            _target(f"decode, {x} cache: share of copy bandwidth", 0.8, decode_shares(decode, x))
             for x in ("bfloat16", "uint8")
         ),
-        _worst("Qwen-1.8B training: MFU", 0.5, training(train, "mfu")),
-        _worst("Qwen-1.8B training: times PyTorch's speed", 1.2, training(train, "speed_ratio")),
+        _target("Qwen-1.8B training: MFU", 0.5, training_values(train, "mfu")),
+        _target(
+            "Qwen-1.8B training: times PyTorch's speed", 1.2, training_values(train, "speed_ratio")
+        ),
     ]
 
 
-def read(folder: pathlib.Path) -> dict[str, dict]:
-    """The reports that are there."""
+def read_reports(folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Returns the reports of the suite that exist in a folder, by name."""
     paths = {x: folder / f"{x}.json" for x in ("correctness", "attention", "decode", "train")}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the table."""
+    """Prints the table of targets; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", nargs="?", type=pathlib.Path, default=pathlib.Path("results"))
-    reports = read(parser.parse_args(arguments).folder)
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=pathlib.Path,
+        default=pathlib.Path("results"),
+        help="where benchmarks/gpu_suite.sh wrote its reports (default: results)",
+    )
+    reports = read_reports(parser.parse_args(arguments).folder)
     for name, report in reports.items():
         if not report.get("complete"):
-            print(f"{name}: cut off before its end")
+            print(f"{name}: incomplete, stopped before its end")
     wrong = reports.get("correctness", {}).get("wrong")
-    said = "not measured" if wrong is None else ", ".join(wrong) or "nothing is wrong"
-    print(f"correctness: {said}")
-    print(f"{'bar':<52}{'wanted':>8}{'found':>8}{'cases':>7}")
-    for bar in bars(reports):
-        found = "-" if bar.found is None else f"{bar.found:.2f}"
-        print(f"{bar.name:<52}{bar.wanted:>8.2f}{found:>8}{bar.cases:>7}  {bar.verdict}")
+    summary = "not measured" if wrong is None else ", ".join(wrong) or "all results are correct"
+    print(f"correctness: {summary}")
+    print(f"{'target':<52}{'wanted':>8}{'measured':>9}{'cases':>7}")
+    for target in targets(reports):
+        measured = "-" if target.measured is None else f"{target.measured:.2f}"
+        print(
+            f"{target.name:<52}{target.wanted:>8.2f}{measured:>9}{target.cases:>7}"
+            f"  {target.verdict}"
+        )
     return int(bool(wrong))
 
 

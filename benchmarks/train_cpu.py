@@ -1,14 +1,16 @@
-"""Tokens per second and peak memory of the train step, against a naive one in the same run.
+"""Speed and peak memory of the train step on a CPU, beside a naive step in the same run.
 
     python -m benchmarks.train_cpu [--rounds=5] [--dtype=bfloat16] [--out=FILE.json]
 
-The model is a Qwen v1 of hidden 512, 8 layers, sequence 512, batch 4, with a vocabulary of 4,096
-and of 151,936 rows. The naive step is what one writes in an afternoon with plain `jax.numpy`: a
-Python loop over the layers, all logits at once, `jax.nn.log_softmax`, `optax.adamw`, autodiff; the
-same parameters, mixed precision, loss and optimizer. Speeds: both steps take turns in one process
-and the median is reported. Memory: the growth of a fresh process's peak resident size while it
-trains, one process per step; and what XLA plans (arguments + temporaries). Processor seconds, the
-system's included, stand beside the speeds: they say more where the machine has other work.
+The model is a Qwen v1 of hidden size 512 with 8 layers, sequence length 512, batch 4, with a
+vocabulary of 4,096 and of 151,936 rows. The naive step is what one writes in an afternoon with
+plain `jax.numpy`: a Python loop over the layers, all logits at once, `jax.nn.log_softmax`,
+`optax.adamw`, autodiff; the same parameters, mixed precision, loss and optimizer. Speed: both steps
+take turns in one process and the median is reported, in wall time and in CPU time (user and
+system), which says more on a shared machine. Memory: the growth of a fresh process's peak resident
+size while it trains, one process per step, and the temporaries that XLA plans.
+
+Prints one JSON object as its last line, which --out saves.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -39,33 +43,43 @@ from qwen_jax.train.step import train_step
 BATCH, LENGTH = 4, 512
 VOCABULARIES = (4_096, 151_936)
 
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind, taking turns.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed steps of each kind, which take turns.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
-_CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens whose logits the real loss holds at a time.")
-_OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
+_CHUNK = flags.DEFINE_integer("chunk", 512, "Tokens whose logits our loss holds at one time.")
+_OUT = flags.DEFINE_string("out", "", "Also write the JSON to this file.")
 _WORKER = flags.DEFINE_string("worker", "", "Internal: what a child process measures.")
 
+Batch: TypeAlias = dict[str, Any]
+"""Arrays of a training batch by name, as `train_step` takes them."""
 
-def configs(vocab: int, dtype: str, chunk: int) -> StepConfig:
+
+def step_config(vocab_size: int, dtype: str, chunk: int) -> StepConfig:
+    """Returns the configuration of both steps.
+
+    Args:
+      vocab_size: vocabulary size.
+      dtype: compute dtype.
+      chunk: tokens whose logits our loss holds at one time.
+    """
     model = ModelConfig(
         family="qwen",
-        vocab_size=vocab,
+        vocab_size=vocab_size,
         d_model=512,
         n_layers=8,
         n_heads=8,
         n_kv_heads=8,
         head_dim=64,
-        d_ff=1376,  # 8/3 · 512, up to a multiple of 32
+        d_ff=1376,  # 8/3 · 512, rounded up to a multiple of 32
         max_length=LENGTH,
     )
     optimizer = OptimizerConfig(warmup_steps=10, decay_steps=1000)
-    # Recomputing the FFN is faster on a CPU than keeping it: memory traffic is what costs.
+    # On a CPU, recomputing the FFN is faster than storing it: memory traffic is the bottleneck.
     options = ForwardOptions(dtype=dtype, remat="qkv_out")
     return StepConfig(model, options, optimizer, LossConfig(chunk=chunk))
 
 
-def naive_forward(params, tokens, config: StepConfig):
-    """Logits float32 [B,T,V], nothing clever."""
+def naive_forward(params: Any, tokens: jax.Array, config: StepConfig) -> jax.Array:
+    """Computes logits float32 [B, T, V] of tokens int32 [B, T] (batch, sequence) in plain jnp."""
     c, dtype = config.model, config.options.compute_dtype
     params = jax.tree.map(lambda w: w.astype(dtype), params)
 
@@ -99,15 +113,28 @@ def naive_forward(params, tokens, config: StepConfig):
     return (x @ params["head"]["kernel"]).astype(jnp.float32)
 
 
-def naive_step(state, batch, config: StepConfig):
-    """(params, optimizer state, step) -> the same and the loss."""
+def naive_step(
+    state: tuple[Any, Any, jax.Array], batch: Batch, config: StepConfig
+) -> tuple[tuple[Any, Any, jax.Array], dict[str, jax.Array]]:
+    """Runs one naive train step.
+
+    Args:
+      state: (params, optimizer state or None to initialise it, step).
+      batch: tokens, targets and loss_mask, [B, T] each.
+      config: model, optimizer and dtypes.
+
+    Returns:
+      (next state, {"loss": mean loss}).
+    """
     o = config.optimizer
     params, opt_state, step = state
     optimizer = optax.chain(
         optax.clip_by_global_norm(o.clip_norm),
         optax.adamw(
             lambda count: learning_rate(o, count),
-            *(o.b1, o.b2, o.eps),
+            b1=o.b1,
+            b2=o.b2,
+            eps=o.eps,
             weight_decay=o.weight_decay,
             mask=decay_mask(config.model),
         ),
@@ -124,9 +151,10 @@ def naive_step(state, batch, config: StepConfig):
     return (optax.apply_updates(params, updates), opt_state, step + 1), {"loss": value}
 
 
-def make_batch(vocab: int):
+def make_batch(vocab_size: int) -> Batch:
+    """Returns a batch of random tokens, one segment per row, all with loss."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, vocab, (BATCH, LENGTH + 1)).astype(np.int32)
+    tokens = rng.integers(0, vocab_size, (BATCH, LENGTH + 1)).astype(np.int32)
     shape = (BATCH, LENGTH)
     return {
         "tokens": tokens[:, :-1],
@@ -138,10 +166,10 @@ def make_batch(vocab: int):
     }
 
 
-def build(kind: str, config: StepConfig, batch):
-    """(compiled step, fresh state)."""
-    state = jax.jit(functools.partial(init_state, config))(jax.random.key(0))
-    step = functools.partial(train_step, config=config, objective=NextToken())
+def build(kind: str, config: StepConfig, batch: Batch) -> tuple[Callable[..., Any], Any]:
+    """Returns (compiled step, initial state) of a kind, "real" or "naive"; the state is donated."""
+    state: Any = jax.jit(functools.partial(init_state, config))(jax.random.key(0))
+    step: Callable[..., Any] = functools.partial(train_step, config=config, objective=NextToken())
     if kind == "naive":
         step = functools.partial(naive_step, config=config)
         params = state.params
@@ -151,27 +179,28 @@ def build(kind: str, config: StepConfig, batch):
     return jax.jit(step, donate_argnums=0).lower(state, batch).compile(), state
 
 
-def measure_speed(config: StepConfig, rounds: int) -> dict:
+def measure_speed(config: StepConfig, rounds: int) -> dict[str, Any]:
+    """Returns speeds, losses and planned temporaries of both kinds of step, which take turns."""
     batch = jax.device_put(make_batch(config.model.vocab_size))
-    steps = {kind: build(kind, config, batch) for kind in ("real", "naive")}
+    steps: dict[str, Any] = {kind: build(kind, config, batch) for kind in ("real", "naive")}
     times: dict[str, list[float]] = {kind: [] for kind in steps}
-    used: dict[str, list[float]] = {kind: [] for kind in steps}
+    cpu_times: dict[str, list[float]] = {kind: [] for kind in steps}
     losses: dict[str, list[float]] = {kind: [] for kind in steps}
     for round_ in range(rounds + 1):  # the first one warms up
         for kind, (step, state) in steps.items():
-            start, processor = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             state, metrics = step(state, batch)
             jax.block_until_ready(state)
             if round_:
                 times[kind].append(time.perf_counter() - start)
-                used[kind].append(time.process_time() - processor)
+                cpu_times[kind].append(time.process_time() - cpu_start)
             losses[kind].append(float(metrics["loss"]))
             steps[kind] = (step, state)
     return {
         kind: {
             "tokens_per_second": BATCH * LENGTH / statistics.median(times[kind]),
             "seconds_per_step": [round(t, 3) for t in times[kind]],
-            "cpu_seconds_per_step": statistics.median(used[kind]),
+            "cpu_seconds_per_step": statistics.median(cpu_times[kind]),
             "losses": losses[kind],
             "xla_temp_bytes": steps[kind][0].memory_analysis().temp_size_in_bytes,
         }
@@ -179,51 +208,58 @@ def measure_speed(config: StepConfig, rounds: int) -> dict:
     }
 
 
-def measure_memory(kind: str, config: StepConfig) -> dict:
-    """Growth of the peak resident size over what the process had before it made any array."""
+def measure_memory(kind: str, config: StepConfig) -> dict[str, int]:
+    """Returns how much the peak resident size of this process grows over two steps of a kind."""
     jax.block_until_ready(jnp.zeros(1))
 
-    def peak():
+    def peak_bytes():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    before = peak()
+    before = peak_bytes()
     batch = jax.device_put(make_batch(config.model.vocab_size))
     step, state = build(kind, config, batch)
     for _ in range(2):
         state, _ = step(state, batch)
     jax.block_until_ready(state)
-    return {"peak_bytes": peak() - before}
+    return {"peak_bytes": peak_bytes() - before}
 
 
-def child(what: str) -> dict:
-    command = [sys.executable, "-m", "benchmarks.train_cpu", f"--worker={what}"]
+def run_worker(job: str) -> dict[str, Any]:
+    """Returns `measure_worker` of a job, from a child process with the same flags."""
+    command = [sys.executable, "-m", "benchmarks.train_cpu", f"--worker={job}"]
     command += [f"--{f.name}={f.value}" for f in (_ROUNDS, _DTYPE, _CHUNK)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
 
 
-def worker(what: str) -> dict:
-    task, vocab = what.split(":")
-    config = configs(int(vocab), _DTYPE.value, _CHUNK.value)
+def measure_worker(job: str) -> dict[str, Any]:
+    """Measures a job in a child process.
+
+    job: "speed:VOCABULARY" for the speed of both steps, or "real:…" or "naive:…" for the memory of
+      one.
+    """
+    task, vocab_size = job.split(":")
+    config = step_config(int(vocab_size), _DTYPE.value, _CHUNK.value)
     if task == "speed":
         return measure_speed(config, _ROUNDS.value)
     return measure_memory(task, config)
 
 
 def main(_):
+    """Measures both steps at all vocabularies, or in a child process the job of --worker."""
     if _WORKER.value:
-        print(json.dumps(worker(_WORKER.value)))
+        print(json.dumps(measure_worker(_WORKER.value)))
         return
     results = []
-    for vocab in VOCABULARIES:
-        speed = child(f"speed:{vocab}")
-        for kind in speed:
-            speed[kind] |= child(f"{kind}:{vocab}")
-        real, naive = speed["real"], speed["naive"]
+    for vocab_size in VOCABULARIES:
+        measured = run_worker(f"speed:{vocab_size}")
+        for kind in measured:
+            measured[kind] |= run_worker(f"{kind}:{vocab_size}")
+        real, naive = measured["real"], measured["naive"]
         results.append(
             {
-                "vocabulary": vocab,
-                "parameters": count_params(configs(vocab, _DTYPE.value, 1).model),
-                **speed,
+                "vocabulary": vocab_size,
+                "parameters": count_params(step_config(vocab_size, _DTYPE.value, 1).model),
+                **measured,
                 "speed_ratio": real["tokens_per_second"] / naive["tokens_per_second"],
                 "cpu_seconds_ratio": naive["cpu_seconds_per_step"] / real["cpu_seconds_per_step"],
                 "peak_memory_ratio": real["peak_bytes"] / naive["peak_bytes"],

@@ -1,17 +1,19 @@
-"""Training speed of Qwen on one GPU, against a PyTorch step of the same network in the same run.
+"""Training speed of Qwen on one GPU, beside a PyTorch step of the same network in the same run.
 
     python -m benchmarks.train_gpu [--quick] [--seconds=200] [--out=FILE.json]
 
-Two networks: Qwen-1.8B, whole, and a slice of Qwen-7B (its widths, fewer layers, so that float32
-master weights and moments fit), at 2,048 tokens a row. The peer is `transformers`'
+Two networks: all of Qwen-1.8B, and a part of Qwen-7B (its widths with fewer layers, so that float32
+master weights and moments fit), at 2,048 tokens per row. The peer is `transformers`'
 `Qwen2ForCausalLM` of the same shape (biases on q, k, v; multi-head attention; untied), with scaled
 dot-product attention, `torch.compile`, bf16 autocast over float32 weights and fused AdamW: the same
-precision and optimizer state. Its attention is told that it is causal: left to itself, the library
-hands a mask over under `torch.compile`, which keeps PyTorch from its flash kernels. Neither side
-computes anything twice (`--remat=none`), since 141 GB hold it all. Each side runs in a process of
-its own, which then holds the whole memory; the median step is reported, loss values are printed to
-be compared by eye (both start near ln V). MFU is analytic (`train.flops`, causal attention counted
-at half) over the data sheet's dense bf16 peak.
+precision and optimizer state. Its attention is declared causal; by default the library passes a
+mask under `torch.compile`, which keeps PyTorch from its flash kernels. Neither side recomputes
+anything (`--remat=none`), since 141 GB hold it all. Each side runs in a process of its own with the
+whole memory. Reports the median step, and the losses for comparison (both start near ln V, V
+vocabulary size). MFU is analytic (`train.flops`, causal attention counted by half) over the data
+sheet's dense bf16 peak.
+
+Prints a table and, as its last line, one JSON object, which --out saves with every row.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import app, flags
@@ -33,34 +37,41 @@ from absl import app, flags
 from benchmarks.report import emit, save
 from benchmarks.torch_attention import register_causal_sdpa
 
+if TYPE_CHECKING:  # imported in the child processes only
+    from qwen_jax.model import ModelConfig
+
 NETWORKS = {
-    # name: (preset, layers or None for all, rows per step on one 141 GB GPU)
     "qwen-1.8b": ("qwen-1.8b", None, 8),
     "qwen-7b/8": ("qwen-7b", 8, 8),
     "toy": ("toy", None, 2),
 }
+"""By name: (preset, number of layers or None for all, rows per step on one 141 GB GPU)."""
 
-_NETWORKS = flags.DEFINE_list("networks", ["qwen-1.8b", "qwen-7b/8"], "What to train.")
-_BATCH = flags.DEFINE_integer("batch", 0, "Rows per step; 0 for the network's own number.")
+_NETWORKS = flags.DEFINE_list(
+    "networks", ["qwen-1.8b", "qwen-7b/8"], f"Networks to train, of {', '.join(NETWORKS)}."
+)
+_BATCH = flags.DEFINE_integer("batch", 0, "Rows per step; 0: the network's own number.")
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens per row.")
 _STEPS = flags.DEFINE_integer("steps", 10, "Timed steps, after three to warm up.")
-_REMAT = flags.DEFINE_string("remat", "none", "Our remat policy.")
-_SECONDS = flags.DEFINE_float("seconds", 3600, "For everything; a side out of time says so.")
-_ATTENTION = flags.DEFINE_string("attention", "auto", "Our attention implementation.")
-_QUICK = flags.DEFINE_bool("quick", False, "Only Qwen-1.8B, five timed steps.")
+_REMAT = flags.DEFINE_string("remat", "none", "Remat policy of our side.")
+_SECONDS = flags.DEFINE_float(
+    "seconds", 3600, "Time limit of the whole run; a side that exceeds it is reported as failed."
+)
+_ATTENTION = flags.DEFINE_string("attention", "auto", "Attention implementation of our side.")
+_QUICK = flags.DEFINE_bool("quick", False, "Train only Qwen-1.8B, with five timed steps.")
 _COMPILE = flags.DEFINE_bool("torch_compile", True, "Compile the PyTorch step.")
-_OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
+_OUT = flags.DEFINE_string("out", "", "Also write the JSON to this file.")
 _WORKER = flags.DEFINE_string("worker", "", "Internal: what a child process measures.")
 
 
-def model_config(name: str):
-    """(ModelConfig, rows) of a network of `NETWORKS`."""
+def model_config(name: str) -> tuple[ModelConfig, int]:
+    """Returns (model configuration, rows per step) of a network of `NETWORKS`."""
     from qwen_jax.model.presets import preset
 
-    known, layers, rows = NETWORKS[name]
-    model = preset("qwen-1.8b" if known == "toy" else known)
+    preset_name, layers, rows = NETWORKS[name]
+    model = preset("qwen-1.8b" if preset_name == "toy" else preset_name)
     model = dataclasses.replace(model, n_layers=layers or model.n_layers)
-    if known == "toy":
+    if preset_name == "toy":
         model = dataclasses.replace(
             model,
             vocab_size=512,
@@ -74,10 +85,11 @@ def model_config(name: str):
     return model, _BATCH.value or rows
 
 
-def batch(vocab: int, rows: int) -> dict:
+def make_batch(vocab_size: int, rows: int) -> dict[str, Any]:
+    """Returns a batch of random tokens, [rows, --length], one segment per row, all with loss."""
     rng = np.random.default_rng(0)
     shape = (rows, _LENGTH.value)
-    tokens = rng.integers(0, vocab, (rows, _LENGTH.value + 1)).astype(np.int32)
+    tokens = rng.integers(0, vocab_size, (rows, _LENGTH.value + 1)).astype(np.int32)
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
@@ -88,21 +100,33 @@ def batch(vocab: int, rows: int) -> dict:
     }
 
 
-def measure(step, wait, steps: int) -> dict:
-    """Median seconds of a step; `step` starts one, `wait` ends it and returns its loss."""
+def time_steps(
+    start_step: Callable[[], None], wait: Callable[[], float], steps: int
+) -> dict[str, float]:
+    """Times train steps after three to warm up.
+
+    Args:
+      start_step: starts a step.
+      wait: waits for its end and returns its loss.
+      steps: number of timed steps.
+
+    Returns:
+      median "seconds_per_step", "fastest" and the last "loss".
+    """
     for _ in range(3):
-        step()
+        start_step()
         wait()
     times, loss = [], 0.0
     for _ in range(steps):
         start = time.perf_counter()
-        step()
+        start_step()
         loss = wait()
         times.append(time.perf_counter() - start)
     return {"seconds_per_step": statistics.median(times), "fastest": min(times), "loss": loss}
 
 
-def ours(name: str) -> dict:
+def measure_ours(name: str) -> dict[str, Any]:
+    """Trains a network of `NETWORKS` with our step; returns times, memory and FLOPs."""
     import jax
 
     from qwen_jax.model import ForwardOptions, count_params
@@ -121,31 +145,32 @@ def ours(name: str) -> dict:
         OptimizerConfig(peak_lr=1e-4, warmup_steps=10, decay_steps=1000),
         LossConfig(chunk=2048),
     )
-    data = jax.device_put(batch(model.vocab_size, rows))
-    held = {"state": jax.jit(functools.partial(init_state, config))(jax.random.key(0))}
-    step_fn = functools.partial(train_step, config=config, objective=NextToken())
+    data = jax.device_put(make_batch(model.vocab_size, rows))
+    current: dict[str, Any] = {
+        "state": jax.jit(functools.partial(init_state, config))(jax.random.key(0))
+    }
+    step = functools.partial(train_step, config=config, objective=NextToken())
     start = time.perf_counter()
     compiled = (
-        jax.jit(step_fn, donate_argnums=0)
-        .lower(held["state"], data)
+        jax.jit(step, donate_argnums=0)
+        .lower(current["state"], data)
         .compile(compiler_options=xla_options(jax.devices()[0].device_kind))
     )
     compile_seconds = time.perf_counter() - start
 
-    def step():
-        held["state"], held["metrics"] = compiled(held["state"], data)
+    def start_step():
+        current["state"], current["metrics"] = compiled(current["state"], data)
 
     def wait():
-        jax.block_until_ready(held["state"])
-        return float(held["metrics"]["loss"])
+        jax.block_until_ready(current["state"])
+        return float(current["metrics"]["loss"])
 
-    result = measure(step, wait, _STEPS.value)
-    flops = train_flops_per_token(model, _LENGTH.value)
+    result = time_steps(start_step, wait, _STEPS.value)
     memory = jax.devices()[0].memory_stats() or {}
     return result | {
         "parameters": count_params(model),
         "tokens_per_step": rows * _LENGTH.value,
-        "flops_per_token": flops,
+        "flops_per_token": train_flops_per_token(model, _LENGTH.value),
         "peak_flops": peak_flops(jax.devices()[0]),
         "compile_seconds": compile_seconds,
         "peak_bytes": memory.get("peak_bytes_in_use"),
@@ -153,8 +178,8 @@ def ours(name: str) -> dict:
     }
 
 
-def peer(name: str) -> dict:
-    """The same network in PyTorch; {"not_run": why} where it can't be run."""
+def measure_peer(name: str) -> dict[str, Any]:
+    """Trains the same network in PyTorch; returns times and memory, or {"not_run": reason}."""
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             return {"not_run": f"{package} is not installed"}
@@ -183,8 +208,9 @@ def peer(name: str) -> dict:
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=device == "cuda"
     )
-    tokens = torch.as_tensor(batch(model.vocab_size, rows)["tokens"], device=device).long()
-    held = {}
+    data = make_batch(model.vocab_size, rows)
+    tokens = torch.as_tensor(data["tokens"], device=device).long()
+    current = {}
 
     def loss_of(tokens):
         with torch.autocast(device, torch.bfloat16):
@@ -192,19 +218,19 @@ def peer(name: str) -> dict:
 
     loss_of = torch.compile(loss_of) if _COMPILE.value else loss_of
 
-    def step():
+    def start_step():
         optimizer.zero_grad(set_to_none=True)
-        held["loss"] = loss_of(tokens)
-        held["loss"].backward()
+        current["loss"] = loss_of(tokens)
+        current["loss"].backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
 
     def wait():
         if device == "cuda":
             torch.cuda.synchronize()
-        return held["loss"].item()
+        return current["loss"].item()
 
-    result = measure(step, wait, _STEPS.value)
+    result: dict[str, Any] = time_steps(start_step, wait, _STEPS.value)
     if device == "cuda":
         result["peak_bytes"] = torch.cuda.max_memory_allocated()
     return result | {
@@ -213,15 +239,17 @@ def peer(name: str) -> dict:
     }
 
 
-def child(what: str, until: float) -> dict:
-    """One measurement in a process of its own; a failure becomes its last line.
+def measure_in_child(job: str, deadline: float) -> dict[str, Any]:
+    """Returns a measurement from a child process, or {"failed": reason}.
 
-    until: when, by `time.monotonic`, it has to be done.
+    Args:
+      job: "ours:NETWORK" or "torch:NETWORK".
+      deadline: value of `time.monotonic` at which the child is stopped.
     """
-    command = [sys.executable, "-m", "benchmarks.train_gpu", f"--worker={what}"]
+    command = [sys.executable, "-m", "benchmarks.train_gpu", f"--worker={job}"]
     passed = (_BATCH, _LENGTH, _STEPS, _REMAT, _ATTENTION, _COMPILE)
     command += [f"--{f.name}={f.value}" for f in passed]
-    left = until - time.monotonic()
+    left = deadline - time.monotonic()
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=max(left, 1))
     except subprocess.TimeoutExpired:
@@ -232,7 +260,8 @@ def child(what: str, until: float) -> dict:
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 
-def versions() -> dict:
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the installed packages that matter, by name."""
     found = {"python": platform.python_version()}
     for package in ("jax", "jaxlib", "torch", "transformers"):
         try:
@@ -242,8 +271,13 @@ def versions() -> dict:
     return found
 
 
-def rates(result: dict, reference: dict) -> dict:
-    """Tokens per second and MFU, from the analytic FLOPs of our own network."""
+def add_rates(result: dict[str, Any], reference: dict[str, Any]) -> dict[str, Any]:
+    """Returns a measurement with "tokens_per_second" and "mfu" added, if it has a step time.
+
+    Args:
+      result: of either side.
+      reference: result of our side, whose analytic FLOPs and peak are used for both.
+    """
     if "seconds_per_step" not in result:
         return result
     speed = result["tokens_per_step"] / result["seconds_per_step"]
@@ -253,12 +287,13 @@ def rates(result: dict, reference: dict) -> dict:
     return result | {"tokens_per_second": speed, "mfu": mfu}
 
 
-def line(name: str, side: str, result: dict) -> str:
+def format_row(name: str, side: str, result: dict[str, Any]) -> str:
+    """Returns the table line of one side of a network."""
     if "tokens_per_second" not in result:
         return f"{name:<20}{side:<8}{result.get('not_run') or result.get('failed')}"
     mfu = "" if result["mfu"] is None else f"{result['mfu']:>8.3f}"
-    peak = result.get("peak_bytes")
-    peak = "" if not peak else f"{peak / 2**30:>10.1f}"
+    peak_bytes = result.get("peak_bytes")
+    peak = "" if not peak_bytes else f"{peak_bytes / 2**30:>10.1f}"
     milliseconds = 1e3 * result["seconds_per_step"]
     return (
         f"{name:<20}{side:<8}{result['tokens_per_second']:>12,.0f}{mfu:>8}{milliseconds:>11.1f}"
@@ -267,9 +302,10 @@ def line(name: str, side: str, result: dict) -> str:
 
 
 def main(_):
+    """Trains all networks on both sides, or in a child process measures the job of --worker."""
     if _WORKER.value:
         side, name = _WORKER.value.split(":", 1)
-        print(json.dumps({"ours": ours, "torch": peer}[side](name)))
+        print(json.dumps({"ours": measure_ours, "torch": measure_peer}[side](name)))
         return
     unknown = [name for name in _NETWORKS.value if name not in NETWORKS]
     if unknown:
@@ -279,8 +315,8 @@ def main(_):
     print(
         f"{'network':<20}{'side':<8}{'tokens/s':>12}{'MFU':>8}{'ms/step':>11}{'loss':>9}{'GiB':>10}"
     )
-    until = time.monotonic() + _SECONDS.value
-    report = {
+    deadline = time.monotonic() + _SECONDS.value
+    report: dict[str, Any] = {
         "benchmark": "train_gpu",
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
@@ -292,13 +328,13 @@ def main(_):
         "complete": False,
     }
     for name in _NETWORKS.value:
-        row = {"network": name, "ours": {}, "torch": {}, "speed_ratio": None}
+        row: dict[str, Any] = {"network": name, "ours": {}, "torch": {}, "speed_ratio": None}
         report["results"].append(row)
         for side in ("ours", "torch"):
-            found = child(f"{side}:{name}", until)
-            row[side] = rates(found, found if side == "ours" else row["ours"])
-            report["device"] = report["device"] or found.get("device")
-            print(line(name, side, row[side]), flush=True)
+            result = measure_in_child(f"{side}:{name}", deadline)
+            row[side] = add_rates(result, result if side == "ours" else row["ours"])
+            report["device"] = report["device"] or result.get("device")
+            print(format_row(name, side, row[side]), flush=True)
             save(report, _OUT.value)
         speeds = [row[side].get("tokens_per_second") for side in ("ours", "torch")]
         if all(speeds):

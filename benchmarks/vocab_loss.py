@@ -1,12 +1,14 @@
-"""Memory and time of the loss over the vocabulary, against the plain form that keeps all logits.
+"""Memory and time of the loss over the vocabulary, beside the plain form that keeps all logits.
 
     python -m benchmarks.vocab_loss [--topologies=v5e:4x4,v6e:4x4] [--out=FILE.json]
 
-Two parts. *Compiled*: value and gradients at the shapes of Qwen-7B are compiled for TPU pods, which
-needs `libtpu` but no TPU. Temporaries are what the compiler reserves; time is its own prediction,
-the cycles it estimates for each fusion, with loop bodies counted as often as they run. It leaves
-collectives out and is no measurement. *Measured*: the same forms at small shapes on the devices
-that are here.
+Two parts. *Compiled*: value and gradients at the shapes of Qwen-7B are compiled for TPU slices,
+which needs libtpu but no TPU. Temporaries are what the compiler reserves; time is predicted from
+the cycles that it estimates for each fusion, loop bodies times their trip counts. The prediction
+leaves out collectives and is no measurement. *Measured*: the same forms at small shapes on the
+devices of this machine.
+
+Prints both tables and, as its last line, one JSON object, which --out saves.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,27 +40,40 @@ from qwen_jax.parallel import (
 )
 from qwen_jax.train.losses import NextTokenSums, next_token_loss
 
-# (bf16 FLOP/s, clock in Hz) per chip, from the vendor's public tables; clocks as the TPU compiler's
-# cycle estimates assume them.
 CHIPS = {"v5e": (197e12, 1.5e9), "v5p": (459e12, 1.75e9), "v6e": (918e12, 1.75e9)}
+"""(bf16 FLOP/s, clock in Hz) per chip.
+
+FLOP/s by the vendor's public tables, clocks as the TPU compiler's cycle estimates assume them.
+"""
 
 _TOPOLOGIES = flags.DEFINE_list(
     "topologies", ["v5e:4x4", "v6e:4x4", "v5p:2x2x4"], "TPU topologies to compile for."
 )
-_TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens per device, compiled part.")
-_D_MODEL = flags.DEFINE_integer("d_model", 4096, "Hidden size, compiled part.")
-_VOCAB = flags.DEFINE_integer("vocab", 151_936, "Vocabulary, compiled part.")
+_TOKENS = flags.DEFINE_integer("tokens", 8192, "Tokens per device in the compiled part.")
+_D_MODEL = flags.DEFINE_integer("d_model", 4096, "Hidden size in the compiled part.")
+_VOCAB = flags.DEFINE_integer("vocab", 151_936, "Vocabulary size in the compiled part.")
 _CHUNK = flags.DEFINE_integer("chunk", 2048, "Tokens whose logits exist at one time.")
 _SMALL = flags.DEFINE_list(
-    "small", ["1024", "512", "32768"], "Tokens per device, D, V of the measured part."
+    "small",
+    ["1024", "512", "32768"],
+    "Tokens per device, hidden size and vocabulary size in the measured part.",
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each form, taking turns.")
-_OUT = flags.DEFINE_string("out", "", "Also write the JSON here.")
-_WORKER = flags.DEFINE_string("worker", "", "Internal: the topology a child process compiles for.")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "Timed calls of each form, which take turns.")
+_OUT = flags.DEFINE_string("out", "", "Also write the JSON to this file.")
+_WORKER = flags.DEFINE_string("worker", "", "Internal: the topology that a child compiles for.")
 
 
-def plain_loss(hidden, kernel, targets, weights) -> NextTokenSums:
-    """All logits at once, autodiff: what one writes first."""
+def plain_loss(
+    hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array
+) -> NextTokenSums:
+    """Computes the next-token loss with all logits at once, to be differentiated by autodiff.
+
+    Args:
+      hidden: [B, T, D] (batch, sequence, hidden size), compute dtype.
+      kernel: output projection [D, V] (V vocabulary size), float32.
+      targets: int32 [B, T].
+      weights: float32 [B, T], loss weight of each token.
+    """
     kernel = gather_weight(kernel, ("embed", "vocab"), hidden.dtype)
     logits = jnp.einsum("BTD,DV->BTV", hidden, kernel, preferred_element_type=jnp.float32)
     is_target = targets[..., None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)
@@ -65,14 +82,21 @@ def plain_loss(hidden, kernel, targets, weights) -> NextTokenSums:
     return NextTokenSums(total, total, weights.sum())
 
 
-def forms(chunk: int) -> dict:
-    """Name -> loss function; on one device there is nobody to divide the vocabulary with."""
-    divided = {"chunked, vocabulary divided": functools.partial(next_token_loss, chunk=chunk)}
-    whole = functools.partial(next_token_loss, chunk=chunk, vocab_parts=1)
-    return {"plain": plain_loss, "chunked": whole} | (divided if on_mesh() else {})
+def loss_forms(chunk: int) -> dict[str, Callable[..., NextTokenSums]]:
+    """Returns the loss functions to compare by name, with the arguments of `plain_loss`.
+
+    Splitting the vocabulary over devices is included on a mesh only.
+
+    chunk: tokens whose logits exist at one time.
+    """
+    split = {"chunked, vocabulary divided": functools.partial(next_token_loss, chunk=chunk)}
+    chunked = functools.partial(next_token_loss, chunk=chunk, vocab_parts=1)
+    return {"plain": plain_loss, "chunked": chunked} | (split if on_mesh() else {})
 
 
-def value_and_gradients(loss):
+def value_and_gradients(loss: Callable[..., NextTokenSums]) -> Callable[..., Any]:
+    """Returns a function that computes the mean loss and the gradients of hidden and kernel."""
+
     def objective(hidden, kernel, targets, weights):
         sums = loss(hidden, kernel, targets, weights)
         return sums.objective / sums.weight
@@ -80,8 +104,17 @@ def value_and_gradients(loss):
     return jax.value_and_grad(objective, (0, 1))
 
 
-def shapes(mesh, tokens: int, d_model: int, vocab: int):
-    """Abstract arguments: `tokens` per device, in rows of at most 2,048."""
+def abstract_arguments(
+    mesh: jax.sharding.Mesh | None, tokens: int, d_model: int, vocab: int
+) -> list[jax.ShapeDtypeStruct]:
+    """Returns abstract arguments of `plain_loss`, sharded over a mesh.
+
+    Args:
+      mesh: device mesh, or None for one device.
+      tokens: tokens per device, in rows of at most 2,048.
+      d_model: hidden size.
+      vocab: vocabulary size.
+    """
     length = min(tokens, 2048)
     rows = tokens // length * (mesh.devices.size if mesh else 1)
     batch = ("batch", "sequence")
@@ -91,12 +124,18 @@ def shapes(mesh, tokens: int, d_model: int, vocab: int):
         ((rows, length), jnp.int32, batch),
         ((rows, length), jnp.float32, batch),
     ]
-    place = functools.partial(named_sharding, mesh) if mesh else lambda *axes: None
-    return [jax.ShapeDtypeStruct(s, t, sharding=place(*axes)) for s, t, axes in table]
+    sharding = functools.partial(named_sharding, mesh) if mesh else lambda *axes: None
+    return [jax.ShapeDtypeStruct(s, t, sharding=sharding(*axes)) for s, t, axes in table]
 
 
-def compile_for(topology: str) -> list[dict]:
-    """One row per form: temporaries, predicted cycles, and the floor of three products."""
+def compile_for(topology: str) -> list[dict[str, Any]]:
+    """Compiles each form for a TPU topology such as "v5e:4x4".
+
+    Returns:
+      a row per form: bytes of temporaries, predicted cycles and milliseconds, and the milliseconds
+      that its three products take at the chip's peak; "temp_bytes" is None and "why" the reason
+      where it does not fit the chip's memory.
+    """
     from jax.experimental import topologies
 
     chip = topology.split(":")[0]
@@ -106,9 +145,10 @@ def compile_for(topology: str) -> list[dict]:
     sizes = (_TOKENS.value, _D_MODEL.value, _VOCAB.value)
     rows = []
     with jax.set_mesh(mesh):
-        for name, loss in forms(_CHUNK.value).items():
+        for name, loss in loss_forms(_CHUNK.value).items():
             row = {"topology": topology, "form": name}
-            lowered = jax.jit(value_and_gradients(loss)).lower(*shapes(mesh, *sizes))
+            arguments = abstract_arguments(mesh, *sizes)
+            lowered = jax.jit(value_and_gradients(loss)).lower(*arguments)
             try:
                 compiled = lowered.compile()
             except jax.errors.JaxRuntimeError as error:
@@ -129,52 +169,57 @@ def compile_for(topology: str) -> list[dict]:
     return rows
 
 
-def measure() -> list[dict]:
-    """Median seconds of each form on the devices that are here, taking turns."""
+def measure() -> list[dict[str, Any]]:
+    """Returns a row per form: median seconds, loss and temporaries on this machine's devices."""
+    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
+    if mesh is None:
+        return _measure_forms(None)
+    with jax.set_mesh(mesh):
+        return _measure_forms(mesh)
+
+
+def _measure_forms(mesh: jax.sharding.Mesh | None) -> list[dict[str, Any]]:
+    """Returns the rows of `measure`, with the forms taking turns on a mesh or one device."""
     tokens, d_model, vocab = map(int, _SMALL.value)
     chunk = min(_CHUNK.value, tokens // 2)
-    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
     rng = np.random.default_rng(0)
+    structs = abstract_arguments(mesh, tokens, d_model, vocab)
 
-    def run():
-        def fill(s):
-            draw = rng.standard_normal if s.dtype != jnp.int32 else None
-            x = draw(s.shape) * 0.05 if draw else rng.integers(0, vocab, s.shape)
-            return jax.device_put(np.asarray(x, s.dtype), s.sharding)
+    def random_array(struct):
+        if struct.dtype == jnp.int32:
+            x = rng.integers(0, vocab, struct.shape)
+        else:
+            x = rng.standard_normal(struct.shape) * 0.05
+        return jax.device_put(np.asarray(x, struct.dtype), struct.sharding)
 
-        args = [fill(s) for s in shapes(mesh, tokens, d_model, vocab)]
-        args[3] = jnp.ones_like(args[3])
-        structs = shapes(mesh, tokens, d_model, vocab)
-        steps = {
-            name: jax.jit(value_and_gradients(loss)).lower(*structs).compile()
-            for name, loss in forms(chunk).items()
+    args = [random_array(struct) for struct in structs]
+    args[3] = jnp.ones_like(args[3])
+    steps = {
+        name: jax.jit(value_and_gradients(loss)).lower(*structs).compile()
+        for name, loss in loss_forms(chunk).items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    losses = {}
+    for round_ in range(_ROUNDS.value + 1):  # the first one warms up
+        for name, step in steps.items():
+            start = time.perf_counter()
+            value, _ = jax.block_until_ready(step(*args))
+            losses[name] = float(value)
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    return [
+        {
+            "form": name,
+            "seconds": statistics.median(times[name]),
+            "loss": losses[name],
+            "temp_bytes": steps[name].memory_analysis().temp_size_in_bytes,
         }
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        losses = {}
-        for round_ in range(_ROUNDS.value + 1):  # the first one warms up
-            for name, step in steps.items():
-                start = time.perf_counter()
-                value, _ = jax.block_until_ready(step(*args))
-                losses[name] = float(value)
-                if round_:
-                    times[name].append(time.perf_counter() - start)
-        return [
-            {
-                "form": name,
-                "seconds": statistics.median(times[name]),
-                "loss": losses[name],
-                "temp_bytes": steps[name].memory_analysis().temp_size_in_bytes,
-            }
-            for name in steps
-        ]
-
-    if mesh is None:
-        return run()
-    with jax.set_mesh(mesh):
-        return run()
+        for name in steps
+    ]
 
 
-def child(topology: str) -> list[dict]:
+def compile_in_child(topology: str) -> list[dict[str, Any]]:
+    """Returns `compile_for` of a topology, from a child process with the same flags."""
     command = [sys.executable, "-m", "benchmarks.vocab_loss", f"--worker={topology}"]
     command += [f"--{f.name}={f.value}" for f in (_TOKENS, _D_MODEL, _VOCAB, _CHUNK)]
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
@@ -182,7 +227,8 @@ def child(topology: str) -> list[dict]:
     return json.loads(output.splitlines()[-1])
 
 
-def print_tables(compiled: list[dict], measured: list[dict]):
+def print_tables(compiled: list[dict[str, Any]], measured: list[dict[str, Any]]) -> None:
+    """Prints the rows of `compile_for` and of `measure`."""
     sizes = f"{_TOKENS.value} tokens per device, D={_D_MODEL.value}, V={_VOCAB.value}"
     print(f"Compiled, {sizes} (predictions, not measurements)")
     print(f"{'topology':12} {'form':30} {'temporaries':>12} {'predicted':>10} {'products':>9}")
@@ -202,10 +248,11 @@ def print_tables(compiled: list[dict], measured: list[dict]):
 
 
 def main(_):
+    """Compiles and measures all forms, or in a child process compiles for --worker."""
     if _WORKER.value:
         print(json.dumps(compile_for(_WORKER.value)))
         return
-    compiled = [row for topology in _TOPOLOGIES.value for row in child(topology)]
+    compiled = [row for topology in _TOPOLOGIES.value for row in compile_in_child(topology)]
     measured = measure()
     print_tables(compiled, measured)
     report = {

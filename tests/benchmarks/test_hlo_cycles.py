@@ -1,9 +1,9 @@
-"""Predicted cycles of a program are those of its operations, as often as they run."""
+"""Predicted cycles of a program count each operation as often as it runs."""
 
 from benchmarks.hlo_cycles import predicted_cycles
 
 
-def test_a_loop_counts_as_often_as_it_runs():
+def test_loop_bodies_count_once_per_trip():
     """Two nested loops, 3 × 5 trips of 7 cycles, and 11 cycles outside."""
     hlo = """
 %inner_cond (a: s32[]) -> pred[] {

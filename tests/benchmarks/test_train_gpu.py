@@ -1,4 +1,4 @@
-"""The training benchmark runs both sides end to end; here on a CPU with a toy network."""
+"""The GPU training benchmark runs both sides end to end, here on a CPU with a toy network."""
 
 import json
 import math
@@ -17,12 +17,14 @@ def test_both_sides_train_the_same_network(tmp_path):
     command += ["--steps=2", "--notorch_compile", f"--out={out}"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "toy" in text and "torch" in text
-    (result,) = json.loads(out.read_text())["results"]
+    report = json.loads(out.read_text())
+    assert json.loads(text.splitlines()[-1]) == report
+    (result,) = report["results"]
     ours, peer = result["ours"], result["torch"]
-    # v1 has no bias on the attention output and neither has Qwen2: as many parameters on each side.
+    # Neither Qwen v1 nor Qwen2 has a bias on the attention output: equal parameter counts.
     assert ours["parameters"] == peer["parameters"]
     for side in (ours, peer):
-        assert abs(side["loss"] - math.log(512)) < 0.5  # both start from scratch
+        assert abs(side["loss"] - math.log(512)) < 0.5  # both start from random weights
         assert side["tokens_per_second"] > 0 and side["mfu"] > 0
     assert result["speed_ratio"] > 0
 
@@ -34,7 +36,7 @@ def test_an_unknown_network_is_refused():
 
 
 @pytest.mark.slow
-def test_the_peers_attention_is_the_librarys_without_a_mask():
+def test_peer_attention_equals_the_library_and_passes_no_mask():
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -59,7 +61,7 @@ def test_the_peers_attention_is_the_librarys_without_a_mask():
     got = torch.compile(lambda x: net(input_ids=x).logits, backend=keep)(tokens)
     net.config._attn_implementation = "sdpa"
     torch.testing.assert_close(got, net(input_ids=tokens).logits)
-    # Compiled as one graph, whose attention is causal by a flag: what flash kernels can take.
+    # One graph, whose attention is causal by a flag instead of a mask, as flash kernels require.
     (graph,) = graphs
     calls = [n for n in graph.graph.nodes if "scaled_dot_product" in str(n.target)]
     assert len(calls) == 2
