@@ -62,7 +62,9 @@ def test_splash_flops_do_not_depend_on_the_number_of_kv_heads():
 
 
 def test_pricing_at_our_kernels_share_changes_only_the_efficiency():
-    own, ours = (splash_costs(V5E, own_speed=own)(only_instruction(call("dq"))) for own in (True, False))
+    own, ours = (
+        splash_costs(V5E, own_speed=own)(only_instruction(call("dq"))) for own in (True, False)
+    )
     assert own.flops == ours.flops and ours.efficiency == V5E.kernel_efficiency
 
 

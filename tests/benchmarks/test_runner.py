@@ -17,7 +17,8 @@ MODULE = "tests.benchmarks.flaky_rows"
 
 def test_rows_run_in_this_process_without_a_time_limit():
     runner = RowRunner(MODULE)
-    assert runner.measure_row(implementation="a", does="answer") == {"answer": "a", "process": os.getpid()}
+    row = runner.measure_row(implementation="a", does="answer")
+    assert row == {"answer": "a", "process": os.getpid()}
     assert runner.environment()["jax"] == jax.__version__
 
 
@@ -106,7 +107,8 @@ def test_the_table_names_incomplete_reports(tmp_path, capsys):
     )
     assert targets.main([str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "attention: incomplete, stopped before its end" in text and "correctness: not measured" in text
+    assert "attention: incomplete, stopped before its end" in text
+    assert "correctness: not measured" in text
     save({"wrong": ["cudnn, short"], "complete": True}, tmp_path / "correctness.json")
     assert targets.main([str(tmp_path)]) == 1
     assert "correctness: cudnn, short" in capsys.readouterr().out

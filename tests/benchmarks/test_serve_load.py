@@ -1,4 +1,4 @@
-"""The load benchmark: on the real engine in small, and what it says of a server that errs."""
+"""The load test passes on the real engine in small and detects a server that errs."""
 
 import asyncio
 import gc
@@ -14,36 +14,37 @@ from tests.generate.fake_engine import FakeEngine, default_answer
 from tests.server.serving import serve, serve_service
 
 
-def drive(server, made, expected, **sizes):
-    return asyncio.run(serve_load.run_load(server.url, made, expected, seed=1, **sizes))
+def run_load(server, requests, expected, **sizes):
+    """Returns the `LoadResult` of a load on a server under test."""
+    return asyncio.run(serve_load.run_load(server.url, requests, expected, seed=1, **sizes))
 
 
 @pytest.mark.slow
-def test_the_real_engine_loses_and_mixes_nothing(tmp_path):
-    """300 requests from 24 clients, some given up, some bad; nothing is left over."""
+def test_the_real_engine_passes_the_load_test(tmp_path):
+    """300 requests from 24 clients, some cancelled, some invalid; nothing leaks."""
     folder = serve_load.make_model(tmp_path / "tiny")
     sizes = {"rows": 4, "max_length": 512, "page_size": 32, "prefill_tokens": 32, "pages": 48}
     with load(folder, warm_up=False, max_waiting=20, **sizes) as qwen:
         model = served_model(qwen, "tiny", created=1)
         with serve_service(qwen.service, model, ServerLimits()) as server:
-            made = serve_load.asks("tiny", 24, seed=0)
-            expected = asyncio.run(serve_load.alone(server.url, made))
-            assert len({told[0] for told in expected}) > 12
-            load_ = drive(server, made, expected, requests=300, clients=24)
-            assert load_.wrong == []
-            assert sum(load_.counts.values()) == 300 and set(load_.counts) == set(serve_load.KINDS)
-            found = serve_load.settled(server.url)
-            assert serve_load.left_over(found) == []
-            assert found['qwen_requests_ended_total{finish="cancelled"}'] > 0
+            requests = serve_load.make_requests("tiny", 24, seed=0)
+            expected = asyncio.run(serve_load.run_alone(server.url, requests))
+            assert len({choices[0] for choices in expected}) > 12
+            result = run_load(server, requests, expected, total=300, clients=24)
+            assert result.wrong == []
+            assert sum(result.counts.values()) == 300
+            assert set(result.counts) == set(serve_load.KINDS)
+            metrics = serve_load.wait_until_idle(server.url)
+            assert serve_load.find_leaks(metrics) == []
+            assert metrics['qwen_requests_ended_total{finish="cancelled"}'] > 0
             assert server.state.gate.active == 0
             gc.collect()
             kept = [x for x in gc.get_objects() if isinstance(x, Answer | Job | CompletionJob)]
             assert kept == []
 
 
-def test_wrong_answers_are_found():
-    """A server whose answers depend on how many came before is told apart from a right one."""
-    engine = FakeEngine(rows=4)
+def test_wrong_responses_are_detected():
+    """A server whose responses depend on earlier requests is told apart from a correct one."""
     count = iter(range(10**6))
 
     def drifting(request):
@@ -51,26 +52,26 @@ def test_wrong_answers_are_found():
             yield 65
         yield from default_answer(request)
 
-    made = serve_load.asks("toy", 12, seed=0)
-    for script, right in ((default_answer, True), (drifting, False)):
+    requests = serve_load.make_requests("toy", 12, seed=0)
+    for script, correct in ((default_answer, True), (drifting, False)):
         engine = FakeEngine(script, rows=4, max_length=4000)
         with serve(engine) as server:
-            expected = asyncio.run(serve_load.alone(server.url, made))
-            found = drive(server, made, expected, requests=60, clients=8)
-            if right:
-                assert found.wrong == []
-                assert serve_load.left_over(serve_load.settled(server.url)) == []
+            expected = asyncio.run(serve_load.run_alone(server.url, requests))
+            result = run_load(server, requests, expected, total=60, clients=8)
+            if correct:
+                assert result.wrong == []
+                assert serve_load.find_leaks(serve_load.wait_until_idle(server.url)) == []
             else:
-                assert any("is not" in entry or "does not begin" in entry for entry in found.wrong)
+                assert any("is not" in entry or "does not begin" in entry for entry in result.wrong)
 
 
-def test_what_is_left_over_is_found():
+def test_requests_left_after_the_load_are_detected():
     engine = FakeEngine()
     engine.hold()
     with serve(engine) as server:
         answer = server.service.submit([1, 2, 3])
         server.wait_until(lambda: server.service.stats().waiting == 1)
-        wrong = serve_load.left_over(serve_load.settled(server.url, 0.1))
+        wrong = serve_load.find_leaks(serve_load.wait_until_idle(server.url, 0.1))
         assert wrong == [
             "qwen_requests_waiting is 1 after the load",
             "1 submitted, 0 ended",
