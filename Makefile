@@ -1,4 +1,4 @@
-# make setup | demo | test | lint. PYTHON picks the interpreter the environment is made from.
+# make setup | demo | test | test-fast | lint | types. PYTHON picks the interpreter the environment is made from.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 DEV_STAMP := $(VENV)/.dev-stamp
 
-.PHONY: setup setup-dev demo test lint format clean
+.PHONY: setup setup-dev demo test test-fast lint types format clean
 
 setup: $(STAMP)
 
@@ -34,8 +34,15 @@ format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+types: setup-dev
+	$(BIN)/mypy
+
 test: lint
 	$(BIN)/python -m pytest tests
+
+# Lint and every test that is not marked slow.
+test-fast: lint
+	$(BIN)/python -m pytest tests -m "not slow"
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache
