@@ -26,7 +26,7 @@ from qwen_jax.errors import UserError, nearest
 from qwen_jax.interop import folder as hf_folder
 from qwen_jax.json_files import read_json
 from qwen_jax.model import ModelConfig, abstract_params
-from qwen_jax.train.checkpoint import Checkpoints, read_identity, restore_params
+from qwen_jax.train.checkpoint import Checkpoints, read_header, restore_params
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,8 +41,8 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def to_native(hf_dir: str, out: str, *, dtype: str = "float32") -> ModelConfig:
     """Writes the weights of `hf_dir` as checkpoint 0 of the folder `out`; returns their network.
 
-    The state is `{"params": tree}`, the identity `{"model": ModelConfig as a dict}`, the info names
-    source and `param_dtype`.
+    The state is `{"params": tree}`, the fingerprint `{"model": ModelConfig as a dict}`, the info
+    names source and `param_dtype`.
 
     Raises:
       UserError: a bad model folder or dtype, or checkpoints already in `out`.
@@ -53,9 +53,9 @@ def to_native(hf_dir: str, out: str, *, dtype: str = "float32") -> ModelConfig:
     if target.exists() and (not target.is_dir() or any(map(_finished, target.iterdir()))):
         raise UserError(f"{out} already exists and is not an empty folder; choose a new one")
     params = interop.load_params(hf_dir, cfg, _abstract(cfg, dtype))
-    identity = {"model": dataclasses.asdict(cfg)}
+    fingerprint = {"model": dataclasses.asdict(cfg)}
     info = {"source": pathlib.Path(hf_dir).resolve().name, "param_dtype": dtype}
-    with Checkpoints(out, keep_last=1, keep_every=None, identity=identity) as checkpoints:
+    with Checkpoints(out, keep_last=1, keep_every=None, fingerprint=fingerprint) as checkpoints:
         checkpoints.save(0, {"params": params}, info, wait=True)
     return cfg
 
@@ -83,13 +83,13 @@ def to_hf(
     """
     _check_dtype(dtype)
     extras = _assets(assets) if assets else {}
-    facts = read_identity(checkpoint, step)
-    if "model" not in facts["identity"]:
+    header = read_header(checkpoint, step)
+    if "model" not in header.fingerprint:
         raise UserError(f"{checkpoint} does not say which model it is of; give one of a training")
-    cfg = from_config_dict(ModelConfig, facts["identity"]["model"], "model")
+    cfg = from_config_dict(ModelConfig, header.fingerprint["model"], "model")
     # Training keeps float32 parameters; only converted checkpoints may have another dtype.
-    stored = facts["info"].get("param_dtype", "float32")
-    params = restore_params(checkpoint, _abstract(cfg, stored), step=facts["step"])
+    stored = header.info.get("param_dtype", "float32")
+    params = restore_params(checkpoint, _abstract(cfg, stored), step=header.step)
     interop.save_hf(out, params, cfg, dtype=dtype, **extras)
     return cfg
 

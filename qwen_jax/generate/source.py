@@ -20,7 +20,7 @@ from qwen_jax.generate.generation_config import Defaults, read_defaults
 from qwen_jax.model import ModelConfig, Params, abstract_params
 from qwen_jax.model.quantised import Format, quantise_params
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
-from qwen_jax.train.checkpoint import read_identity, restore_params
+from qwen_jax.train.checkpoint import read_header, restore_params
 
 WEIGHTS = {"int8": Format(bits=8, group=None), "int4": Format(bits=4, group=128)}
 """Ways to quantise plain weights on the way in: a scale per output channel, or per 128 inputs."""
@@ -82,8 +82,8 @@ def find_model(
         folder, places = path, [path]
     else:
         folder, step = _checkpoints(path, step)
-        found = read_identity(str(folder), step)
-        step, facts = found["step"], {**found["info"], **found["identity"]}
+        header = read_header(str(folder), step)
+        step, facts = header.step, header.info | header.fingerprint
         if "model" not in facts:
             raise UserError(f"{folder} does not say which model it is of; give one of a training.")
         config = from_config_dict(ModelConfig, facts["model"], "model")

@@ -1,26 +1,28 @@
-"""Checkpoints: any pytree of `jax.Array`, saved without stopping the training, restored exactly.
+"""Asynchronous sharded checkpoints of any pytree of `jax.Array`, with exact restore.
 
-This module is the only one that knows Orbax. Layout of a checkpoint folder::
+This is the only module that uses Orbax. Layout of a checkpoint folder::
 
     <directory>/
-      step_00000200/               complete: it gets this name in one rename, after the last byte
-        _CHECKPOINT_METADATA       JSON; under custom_metadata.qwen_jax: format, step, identity,
-                                   info, leaves {path: shape, dtype, checksum} and their digest
+      step_00000200/               complete: renamed to this once, after the last byte is written
+        _CHECKPOINT_METADATA       JSON; custom_metadata.qwen_jax has format, step, identity (the
+                                   fingerprint of the run), info, leaves {path: shape, dtype,
+                                   checksum} and a digest of all of these
         state/                     the arrays (Orbax PyTree: Zarr3 chunks in OCDBT files), as
                                    nested dicts: state.params["a"]["b"] is params/a/b
         files.json                 name and size of every file, written right after the rename
-      step_00000300.orbax-checkpoint-tmp/   a save in progress, or one cut short: ignored, removed
-      step_00000200.damaged/                found unreadable on restore: kept for a human
+      step_00000300.orbax-checkpoint-tmp/   a save in progress or interrupted: ignored, removed
+      step_00000200.damaged/                found unreadable on restore: kept for inspection
 
-What holds, and where it is checked (`tests/train/test_checkpoint.py`): a kill at any moment leaves
-the newest complete step readable; a truncated, missing or flipped file is noticed and the step
-before it is used; values are exact on any mesh and any number of hosts. See docs/checkpoints.md.
+Guarantees, tested in `tests/train/test_checkpoint.py`: a kill at any moment leaves the newest
+complete step readable; a truncated, missing or corrupted file is detected and the step before it is
+used; values are exact on any mesh and any number of hosts. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any, Self
@@ -35,31 +37,50 @@ from qwen_jax.errors import UserError
 from qwen_jax.parallel.distributed import from_all_processes, on_first_process
 from qwen_jax.train import checkpoint_files as files
 
-# What TensorStore and XLA say when the machine, not the file, is at fault.
-_TROUBLE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+# Status codes in errors of TensorStore and XLA when the machine, not the file, is at fault.
+_MACHINE_FAILURES = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointHeader:
+    """What a checkpoint records beside its arrays.
+
+    Attributes:
+      step: training step, the number of batches consumed.
+      fingerprint: description of the run that wrote it, from which alone it can be resumed.
+      info: further facts given to `Checkpoints.save`.
+    """
+
+    step: int
+    fingerprint: dict[str, Any]
+    info: dict[str, Any]
 
 
 class Checkpoints:
-    """Saves and restores the training state in one folder; every process of the job makes one.
+    """Checkpoint folder of one run; every process of the job opens it and makes the same calls.
 
     Saving is asynchronous (the arrays are copied to the host, then written by a thread), sharded
-    (every host writes what it holds) and atomic. An error of a running save is raised by the next
+    (every host writes its shards) and atomic. An error of a save in progress is raised by the next
     call. Use it as a context manager, or call `close`, so that the last save is finished.
-
-    Args:
-      directory: folder on storage that every host sees (local path, NFS, gs://); made if absent.
-      keep_last: how many of the newest checkpoints stay (>= 1).
-      keep_every: steps divisible by this stay forever; None keeps none of them.
-      identity: JSON-able description of what the state belongs to (model, tokenizer, data,
-        optimizer); stored with every checkpoint and compared on `restore`.
 
     Raises:
       UserError: bad retention numbers, or a directory that cannot be used.
     """
 
     def __init__(
-        self, directory: str, *, keep_last: int, keep_every: int | None, identity: Mapping
+        self, directory: str, *, keep_last: int, keep_every: int | None, fingerprint: Mapping
     ):
+        """Opens the folder and removes saves that were interrupted.
+
+        Args:
+          directory: folder on storage that every host sees (local path, NFS, gs://); created if
+            absent.
+          keep_last: number of newest checkpoints that are kept, at least 1.
+          keep_every: checkpoints of steps divisible by this number are kept as well; None keeps no
+            others.
+          fingerprint: JSON-able description of the run (model, tokenizer, data, optimizer); stored
+            with every checkpoint and compared by `restore`.
+        """
         if keep_last < 1 or (keep_every is not None and keep_every < 1):
             raise UserError(
                 f"keep_last={keep_last} and keep_every={keep_every} must be at least 1 (keep_every "
@@ -67,27 +88,27 @@ class Checkpoints:
             )
         self._directory = files.absolute(directory)
         self._keep_last, self._keep_every = keep_last, keep_every
-        self._identity = files.jsonable(identity)
+        self._fingerprint = files.jsonable(fingerprint)
         self._pending: concurrent.futures.Future | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         files.prepare_directory(self._directory)
 
     def save(self, step: int, state: Any, info: Mapping, *, wait: bool = False) -> None:
-        """Starts to save `state` as checkpoint `step`; a step that is already there is left alone.
+        """Starts to save `state` as checkpoint `step`, unless that step is saved already.
 
-        Waits for the save before it, if that still runs. Afterwards the caller may donate or
-        overwrite the arrays of `state`.
+        Waits for the previous save if it is still in progress. After the return the caller may
+        donate or overwrite the arrays of `state`.
 
         Args:
-          step: training step, >= 0.
+          step: training step, at least 0.
           state: pytree of `jax.Array`, the same global arrays on all processes.
-          info: free JSON-able facts (data position, metrics); non-finite floats become strings.
-          wait: return only when the checkpoint is complete on disk.
+          info: further JSON-able facts (data position, metrics); non-finite floats become strings.
+          wait: whether to return only when the checkpoint is complete on disk.
         """
         self.wait()
         path = self._directory / files.step_name(step)
         if on_first_process(path.exists):
-            logging.info("Checkpoint %s is already there.", path)
+            logging.info("Checkpoint %s exists already.", path)
             return
         leaves = _named_leaves(state)
         described = {
@@ -97,7 +118,7 @@ class Checkpoints:
         facts = {
             "format": files.FORMAT,
             "step": step,
-            "identity": self._identity,
+            "identity": self._fingerprint,
             "info": files.jsonable(info),
             "leaves": described,
         }
@@ -112,13 +133,13 @@ class Checkpoints:
             self.wait()
 
     def restore(self, abstract_state: Any) -> tuple[Any, dict] | None:
-        """Returns (state, info) of the newest good checkpoint, or None when there is none at all.
+        """Returns (state, info) of the newest readable checkpoint, or None if the folder has none.
 
-        A damaged checkpoint is logged, renamed to `step_N.damaged`, and the one before it is used.
+        A damaged checkpoint is logged and renamed to `step_N.damaged`; the one before it is used.
 
         Args:
-          abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) with the shardings wanted
-            now, on any mesh. A leaf without one is replicated over the mesh of the others.
+          abstract_state: pytree of `jax.ShapeDtypeStruct` (or arrays) with the shardings to
+            restore to, on any mesh. A leaf without one is replicated over the mesh of the others.
 
         Raises:
           UserError: the checkpoint is of another run or model, or all checkpoints are damaged.
@@ -129,21 +150,21 @@ class Checkpoints:
             if found is None:
                 return None
             path, facts = self._directory / found["name"], found["facts"]
-            files.check_identity(path, facts["identity"], self._identity)
+            files.check_fingerprint(path, facts["identity"], self._fingerprint)
             try:
                 state = _load(path, facts, abstract_state)
-            except files.Damaged as problem:
-                on_first_process(functools.partial(files.set_aside, path, str(problem)))
+            except files.DamagedCheckpoint as problem:
+                on_first_process(functools.partial(files.rename_damaged, path, str(problem)))
                 continue
             logging.info("Restored checkpoint %s.", path)
             return state, facts["info"]
 
     def latest_step(self) -> int | None:
-        """Returns the newest complete step on disk, or None; it is not checked for damage."""
+        """Returns the newest complete step on disk, or None; does not check it for damage."""
         return max(on_first_process(lambda: files.steps(self._directory)), default=None)
 
     def wait(self) -> None:
-        """Returns when the save in progress is complete on disk; raises its error if it failed."""
+        """Waits until the save in progress is complete on disk; raises its error if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -164,18 +185,25 @@ class Checkpoints:
         except Exception:
             if kind is None:
                 raise
-            logging.exception("The last save failed too.")  # the first error is the cause
+            # Only logged: the error that ends the block is the cause.
+            logging.exception("The last save failed too.")
 
     def _newest_readable(self) -> dict | None:
-        """Process 0: name and facts of the newest step that passes the checks without arrays."""
+        """Returns {"name", "facts"} of the newest step that passes all checks without its arrays.
+
+        Runs on process 0 only; renames damaged checkpoints. None if there are no checkpoints.
+
+        Raises:
+          UserError: all checkpoints are damaged.
+        """
         for step in reversed(files.steps(self._directory)):
             path = self._directory / files.step_name(step)
             try:
                 facts = files.read_facts(path)
                 files.check_files(path)
                 return {"name": path.name, "facts": facts}
-            except files.Damaged as problem:
-                files.set_aside(path, str(problem))
+            except files.DamagedCheckpoint as problem:
+                files.rename_damaged(path, str(problem))
         damaged = files.damaged(self._directory)
         if damaged:
             raise UserError(
@@ -186,7 +214,12 @@ class Checkpoints:
         return None
 
     def _finish(self, response: ocp.AsyncResponse, path: epath.Path) -> None:
-        """In the thread: waits for the commit, writes files.json, deletes what need not stay."""
+        """Waits for the commit, writes files.json and deletes old checkpoints; runs in a thread.
+
+        Args:
+          response: the save that Orbax has in progress.
+          path: folder of the checkpoint once it is complete.
+        """
         response.result()
         if jax.process_index() != 0:
             return
@@ -197,28 +230,36 @@ class Checkpoints:
                 files.remove(self._directory / files.step_name(step))
 
 
-def read_identity(directory: str, step: int | None = None) -> dict:
-    """Returns {"step", "identity", "info"} of a checkpoint (default: the newest); loads no arrays.
+def read_header(directory: str, step: int | None = None) -> CheckpointHeader:
+    """Reads what a checkpoint records beside its arrays; changes nothing on disk.
 
-    Raises UserError when there is no such checkpoint or it is damaged. Changes nothing on disk.
+    Args:
+      directory: the folder given to `Checkpoints`.
+      step: which checkpoint; None reads the newest.
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
     """
     facts = files.facts_to_read(directory, step)[1]
-    return {key: facts[key] for key in ("step", "identity", "info")}
+    return CheckpointHeader(facts["step"], facts["identity"], facts["info"])
 
 
 def restore_params(
     directory: str, abstract_params: Any, *, step: int | None = None, subtree: str = "params"
 ) -> Any:
-    """Returns one sub-tree of a saved state, such as its parameters, reading nothing else.
+    """Reads one sub-tree of a saved state, such as its parameters; changes nothing on disk.
 
     Args:
       directory: the folder given to `Checkpoints`.
       abstract_params: the sub-tree as `Checkpoints.restore` takes it: shapes, dtypes, shardings.
-      step: which checkpoint; the newest by default.
+      step: which checkpoint; None reads the newest.
       subtree: name of the sub-tree in the state ("a/b" for a nested one).
 
-    Raises UserError when the checkpoint is missing, damaged or of another shape. Changes nothing
-    on disk.
+    Returns:
+      The sub-tree with the structure of `abstract_params`.
+
+    Raises:
+      UserError: the checkpoint is missing, damaged or has other shapes.
     """
     path, facts = files.facts_to_read(directory, step)
     if not any(name.startswith(subtree + "/") for name in facts["leaves"]):
@@ -226,7 +267,7 @@ def restore_params(
         raise UserError(f"{path} has no {subtree!r}, only {', '.join(tops)}: name one of these.")
     try:
         return _load(path, facts, abstract_params, subtree)
-    except files.Damaged as problem:
+    except files.DamagedCheckpoint as problem:
         raise UserError(f"{path} is damaged ({problem}): name an older step.") from problem
 
 
@@ -234,19 +275,34 @@ def restore_params(
 
 
 def _load(path: epath.Path, facts: dict, abstract: Any, subtree: str = "") -> Any:
-    """Reads the arrays of `abstract` (below `subtree`) and proves them by their checksums."""
+    """Reads arrays of one checkpoint and verifies their checksums.
+
+    Args:
+      path: folder of the checkpoint.
+      facts: what is stored beside its arrays.
+      abstract: pytree of shapes, dtypes and shardings to read.
+      subtree: where in the saved state `abstract` is; "" is the whole state.
+
+    Returns:
+      Arrays with the structure of `abstract`.
+
+    Raises:
+      UserError: shapes or dtypes differ from those saved.
+      files.DamagedCheckpoint: the files cannot be read, or values differ from those saved.
+    """
     wanted = _placed(_named_leaves(abstract, subtree))
     files.check_leaves(path, facts["leaves"], wanted, subtree)
-    failure, loaded = None, {}
+    failure: Exception | None = None
+    loaded: dict[str, jax.Array] = {}
     try:
         files.check_metadata(path)
     except Exception as error:
         failure = error
-    # Before Orbax, which counts its operations: a process that fails ahead of the count would be
-    # out of step with the others at the next save.
+    # Before Orbax, which numbers its operations: a process that fails before an operation is
+    # numbered would be out of step with the others at the next save.
     _agree_on(failure)
     try:
-        # Partial: with a sub-tree the rest of the state is not even opened.
+        # Partial: with a sub-tree, the files of the rest of the state are not opened.
         with _context(reading=True, partial=bool(subtree)):
             tree = ocp.load_checkpointables(path, {"state": _nested(wanted)})["state"]
         found = _named_leaves(tree)
@@ -256,51 +312,72 @@ def _load(path: epath.Path, facts: dict, abstract: Any, subtree: str = "") -> An
     _agree_on(failure)
     for name, checksum in zip(loaded, _checksums(loaded), strict=True):
         if checksum != facts["leaves"][name]["checksum"]:
-            raise files.Damaged(f"the values of {name} are not those that were saved")
+            raise files.DamagedCheckpoint(f"the values of {name} are not those that were saved")
     return jax.tree.unflatten(jax.tree.structure(abstract), loaded.values())
 
 
 def _context(*, reading: bool, partial: bool = False) -> ocp.Context:
-    """Options of a call to Orbax.
+    """Returns the options of a call to Orbax.
 
-    By default the processes meet inside Orbax by a collective on the devices: from the thread of a
-    save it would race with those of the training step, and it waits for ever when one process has
-    failed. With the processes named, savers meet through the coordinator, with a time limit; a
-    reader meets nobody, and the processes compare afterwards how it went.
+    By default Orbax synchronises the processes by a collective on the devices: from the thread of a
+    save it would race with those of the training step, and it waits forever when one process has
+    failed. With the processes listed, a save synchronises through the coordinator, with a time
+    limit. A read does not synchronise: each process reads alone, and `_agree_on` compares the
+    results.
+
+    Args:
+      reading: whether the call reads; else it saves.
+      partial: whether it reads only a part of the saved tree.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     if jax.process_count() > 1:
-        everyone, me = set(range(jax.process_count())), jax.process_index()
-        context.multiprocessing.active_processes = {me} if reading else everyone
-        context.multiprocessing.primary_host = me if reading else 0
+        all_processes, own = set(range(jax.process_count())), jax.process_index()
+        context.multiprocessing.active_processes = {own} if reading else all_processes
+        context.multiprocessing.primary_host = own if reading else 0
     return context
 
 
 def _agree_on(failure: Exception | None) -> None:
-    """Raises on all processes when reading failed on one: Damaged only if the files are to blame.
+    """Raises an error on all processes if reading failed on any of them.
 
-    A machine in trouble (no memory, no permission, no network) condemns no checkpoint.
+    Args:
+      failure: the error of this process; None if reading succeeded.
+
+    Raises:
+      files.DamagedCheckpoint: the files are at fault.
+      Exception: a machine is at fault (no memory, no permission, no network); the checkpoint may be
+        good, so it is not renamed.
     """
     text, trouble = "", False
     if failure is not None:
         text = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:300]}"
         trouble = isinstance(failure, (MemoryError, PermissionError, ConnectionError, TimeoutError))
-        trouble |= any(word in str(failure) for word in _TROUBLE)
+        trouble |= any(code in str(failure) for code in _MACHINE_FAILURES)
     reports = from_all_processes(f"{'trouble' if trouble else 'damage'} {text}" if text else "")
     found = [(i, *report.split(" ", 1)) for i, report in enumerate(reports) if report]
-    for index, kind, text in found:
+    for index, kind, message in found:
         if kind == "trouble":
-            raise failure or RuntimeError(f"Process {index} could not read a checkpoint: {text}")
-    for index, _, text in found:
-        raise files.Damaged(text if jax.process_count() == 1 else f"process {index}: {text}")
+            raise failure or RuntimeError(f"Process {index} could not read a checkpoint: {message}")
+    for index, _, message in found:
+        raise files.DamagedCheckpoint(
+            message if jax.process_count() == 1 else f"process {index}: {message}"
+        )
 
 
 # --- trees -----------------------------------------------------------------------------------
 
 
 def _named_leaves(tree: Any, subtree: str = "") -> dict[str, Any]:
-    """Returns {"params/embed/weight": leaf}, in tree order, whatever containers the tree has."""
+    """Returns {"params/embed/weight": leaf} in tree order, for a tree of any containers.
+
+    Args:
+      tree: pytree of arrays or of `ShapeDtypeStruct`s.
+      subtree: prefix of the names, without its slash.
+
+    Raises:
+      TypeError: a leaf is not an array of numbers.
+    """
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -311,7 +388,7 @@ def _named_leaves(tree: Any, subtree: str = "") -> dict[str, Any]:
 
 
 def _nested(leaves: Mapping[str, Any]) -> dict:
-    """Turns {"a/b": x} into {"a": {"b": x}}: plain dicts, readable without this code's classes."""
+    """Converts {"a/b": x} to {"a": {"b": x}}: plain dicts, readable without this code's classes."""
     tree: dict = {}
     for name, leaf in leaves.items():
         *folders, last = name.split("/")
@@ -323,9 +400,10 @@ def _nested(leaves: Mapping[str, Any]) -> dict:
 
 
 def _placed(leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Gives every abstract leaf a concrete sharding.
+    """Returns abstract leaves with concrete shardings.
 
-    None becomes replicated over the mesh, or the first device of this process without any mesh.
+    A leaf without a sharding is replicated over the mesh of the others; without any mesh it goes to
+    the first device of this process.
     """
     named = [s for x in leaves.values() if isinstance(s := x.sharding, jax.NamedSharding)]
     meshes = [s.mesh for s in named if isinstance(s.mesh, jax.sharding.Mesh)]
@@ -337,7 +415,7 @@ def _placed(leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
             single = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             sharding = single if mesh.empty else jax.NamedSharding(mesh, jax.P())
         elif isinstance(sharding, jax.NamedSharding):
-            # What `jax.eval_shape` returns may name only an abstract mesh.
+            # Shardings from `jax.eval_shape` may refer to an abstract mesh only.
             concrete = isinstance(sharding.mesh, jax.sharding.Mesh)
             sharding = sharding if concrete else jax.NamedSharding(mesh, sharding.spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
@@ -346,16 +424,17 @@ def _placed(leaves: dict[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _checksums(leaves: Mapping[str, jax.Array]) -> list[int]:
-    """Returns one 32-bit number per array, the same on every mesh: it changes with any one bit.
+    """Computes a 32-bit checksum of each array that is the same on every mesh.
 
-    Σ wordᵢ·wᵢ mod 2³² with odd weights wᵢ from the position i. Integer sums do not depend on their
-    order, so the sharding cannot matter; one changed word moves the sum by ±2ᵏ·odd ≠ 0.
+    The checksum is Σ wordᵢ·wᵢ mod 2³² with odd weights wᵢ made from the position i. Integer sums do
+    not depend on their order, hence not on the sharding. Any single changed bit is detected, as it
+    changes the sum by ±2ᵏ·odd ≠ 0.
     """
     sums: dict[str, int] = {}
     for mesh in {getattr(leaf.sharding, "mesh", None) for leaf in leaves.values()}:
         here = {n: x for n, x in leaves.items() if getattr(x.sharding, "mesh", None) == mesh}
         # One program for all, then a wait: several small programs with collectives in flight can
-        # block each other for ever where many CPU devices share few cores.
+        # block each other forever where many CPU devices share few cores.
         with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():
             sums |= jax.device_get(_checksum_all(here))
     return [int(sums[name]) for name in leaves]
@@ -363,10 +442,12 @@ def _checksums(leaves: Mapping[str, jax.Array]) -> list[int]:
 
 @jax.jit
 def _checksum_all(leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Returns the uint32 checksum of every array; see `_checksums`."""
     return {name: _checksum(leaf) for name, leaf in leaves.items()}
 
 
 def _checksum(x: jax.Array) -> jax.Array:
+    """Returns the uint32 checksum of an array of any shape and numeric dtype; see `_checksums`."""
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")

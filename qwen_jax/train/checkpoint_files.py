@@ -1,6 +1,6 @@
-"""A checkpoint folder as files: names, what is stored beside the arrays, checks, retention.
+"""Files of a checkpoint folder: names, metadata, checks for damage, deletion.
 
-Nothing here reads an array or knows Orbax; `checkpoint.py` does, and has the layout.
+Nothing here reads arrays or uses Orbax: `checkpoint.py` does, and documents the layout.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ from qwen_jax.parallel.distributed import from_all_processes, on_first_process
 FORMAT = 1
 _STEP = re.compile(r"step_(\d{8,})$")
 _LEFTOVER = re.compile(r"step_\d{8,}\.(orbax-checkpoint-tmp.*|deleting)$")
-_SET_ASIDE = re.compile(r"step_\d{8,}\.damaged(-\d+)?$")
+_DAMAGED = re.compile(r"step_\d{8,}\.damaged(-\d+)?$")
 _MARKER = "commit_success.txt"
 
 
-class Damaged(Exception):
-    """This checkpoint cannot be read; the message says which part."""
+class DamagedCheckpoint(Exception):
+    """Error of a checkpoint that cannot be read; the message names the part at fault."""
 
 
 def jsonable(tree: Any) -> Any:
-    """Returns `tree` as JSON gives it back: lists for tuples, plain numbers, no NaN."""
+    """Converts nested containers to what JSON gives back: lists for tuples, plain numbers.
+
+    Non-finite floats become strings.
+
+    Raises:
+      TypeError: a value has no JSON form.
+    """
     if isinstance(tree, Mapping):
         return {str(key): jsonable(value) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -48,26 +54,34 @@ def jsonable(tree: Any) -> Any:
 
 
 def digest(facts: Mapping) -> str:
-    """Returns the SHA-256 of `facts` without its own entry "digest"."""
+    """Returns the SHA-256, in hex, of the JSON of `facts` without its entry "digest"."""
     text = json.dumps({k: v for k, v in facts.items() if k != "digest"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_facts(path: epath.Path) -> dict:
-    """Returns what `save` stored beside the arrays; raises Damaged, or UserError if foreign."""
+    """Reads what `Checkpoints.save` stored beside the arrays of the checkpoint at `path`.
+
+    Returns:
+      format, step, identity (the run's fingerprint), info, leaves and digest, by these names.
+
+    Raises:
+      DamagedCheckpoint: the metadata cannot be read or differs from its digest.
+      UserError: another program, or another version of the format, wrote it.
+    """
     try:
         text = (path / "_CHECKPOINT_METADATA").read_text()
         metadata = json.loads(text)
         facts = metadata["custom_metadata"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"_CHECKPOINT_METADATA cannot be read: {error}") from error
+        raise DamagedCheckpoint(f"_CHECKPOINT_METADATA cannot be read: {error}") from error
     if not isinstance(facts, dict) or "qwen_jax" not in facts:
         raise UserError(
             f"{path} is an Orbax checkpoint of another program: use another directory, or move it."
         )
     facts = facts["qwen_jax"]
     if not isinstance(facts, dict) or facts.get("digest") != digest(facts):
-        raise Damaged("the digest of _CHECKPOINT_METADATA is wrong")
+        raise DamagedCheckpoint("the digest of _CHECKPOINT_METADATA is wrong")
     if facts["format"] != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {facts['format']}, this version reads {FORMAT}: "
@@ -77,31 +91,49 @@ def read_facts(path: epath.Path) -> dict:
 
 
 def check_metadata(path: epath.Path) -> None:
-    """Raises OSError or ValueError when Orbax's own description is not there or not JSON."""
+    """Checks that Orbax's own metadata files exist and are JSON.
+
+    Raises:
+      OSError: a file is missing.
+      ValueError: a file is not JSON.
+    """
     for name in ("_CHECKPOINT_METADATA", "state/_METADATA"):
         json.loads((path / name).read_text())
 
 
 def check_files(path: epath.Path) -> None:
-    """Raises Damaged naming a file that is missing or has another size than when written."""
+    """Checks that all files of a checkpoint exist with the sizes they were written with.
+
+    Raises:
+      DamagedCheckpoint: names the first file that is missing or has another size.
+    """
     if not (path / _MARKER).exists():
-        raise Damaged(f"{_MARKER} is missing")
+        raise DamagedCheckpoint(f"{_MARKER} is missing")
     manifest = path / "files.json"
     if not manifest.exists():
-        return  # killed between commit and this list: complete, the arrays have their checksums
+        return  # killed between commit and manifest: complete, and the arrays have checksums
     try:
         sizes = json.loads(manifest.read_text()).items()
     except (ValueError, AttributeError) as error:
-        raise Damaged(f"files.json cannot be read: {error}") from error
+        raise DamagedCheckpoint(f"files.json cannot be read: {error}") from error
     for name, size in sizes:
         if not (path / name).exists():
-            raise Damaged(f"{name} is missing")
+            raise DamagedCheckpoint(f"{name} is missing")
         if (found := (path / name).stat().length) != size:
-            raise Damaged(f"{name} has {found} bytes, was written with {size}")
+            raise DamagedCheckpoint(f"{name} has {found} bytes, was written with {size}")
 
 
-def check_identity(path: epath.Path, saved: dict, now: dict) -> None:
-    """Raises UserError naming the first field in which two identities differ."""
+def check_fingerprint(path: epath.Path, saved: dict, now: dict) -> None:
+    """Checks that a checkpoint is of this run.
+
+    Args:
+      path: the checkpoint, for the message.
+      saved: fingerprint stored with the checkpoint.
+      now: fingerprint of this run.
+
+    Raises:
+      UserError: names the first field in which the fingerprints differ.
+    """
     saved, now = dict(_fields(saved)), dict(_fields(now))
     names = [*now, *(name for name in saved if name not in now)]
     different = [n for n in names if n not in saved or n not in now or saved[n] != now[n]]
@@ -117,7 +149,7 @@ def check_identity(path: epath.Path, saved: dict, now: dict) -> None:
 
 
 def _fields(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ("model.num_layers", 24) for every value of a nested mapping."""
+    """Yields pairs like ("model.num_layers", 24) for every value of a nested mapping."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _fields(value, f"{prefix}{key}.")
@@ -126,7 +158,17 @@ def _fields(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_leaves(path: epath.Path, saved: dict, wanted: dict, subtree: str) -> None:
-    """Raises UserError naming the first leaf in which checkpoint and model differ."""
+    """Checks that a checkpoint has exactly the arrays to be read, with their shapes and dtypes.
+
+    Args:
+      path: the checkpoint, for the message.
+      saved: leaf name -> {"shape", "dtype"} of all saved arrays.
+      wanted: leaf name -> array or `ShapeDtypeStruct` to be read.
+      subtree: part of the saved state that is read; "" is all of it.
+
+    Raises:
+      UserError: names the first leaf that differs.
+    """
     prefix = f"{subtree}/" if subtree else ""
     saved = {name: facts for name, facts in saved.items() if name.startswith(prefix)}
     for name, leaf in wanted.items():
@@ -148,7 +190,18 @@ def check_leaves(path: epath.Path, saved: dict, wanted: dict, subtree: str) -> N
 
 
 def facts_to_read(directory: str, step: int | None) -> tuple[epath.Path, dict]:
-    """Path and facts of one checkpoint for a program that only reads."""
+    """Finds a checkpoint for a program that only reads, changing nothing on disk.
+
+    Args:
+      directory: folder of checkpoints.
+      step: which one; None takes the newest.
+
+    Returns:
+      Its path, and what is stored beside its arrays (`read_facts`).
+
+    Raises:
+      UserError: there is no such checkpoint, or it is damaged.
+    """
     root = absolute(directory)
     present = steps(root) if root.is_dir() else []
     if not present:
@@ -160,7 +213,7 @@ def facts_to_read(directory: str, step: int | None) -> tuple[epath.Path, dict]:
     try:
         facts = read_facts(path)
         check_files(path)
-    except Damaged as problem:
+    except DamagedCheckpoint as problem:
         raise UserError(f"{path} is damaged ({problem}): name an older step.") from problem
     return path, facts
 
@@ -171,34 +224,39 @@ def absolute(directory: str) -> epath.Path:
 
 
 def step_name(step: int) -> str:
-    """Returns the folder name of a complete checkpoint."""
+    """Returns the folder name of the complete checkpoint of `step`."""
     return f"step_{step:08d}"
 
 
 def is_remote(directory: epath.Path) -> bool:
-    """Whether this is an object store: no atomic rename there, the commit marker comes last."""
+    """Returns whether a folder is in an object store, where the commit marker is written last.
+
+    Object stores have no atomic rename.
+    """
     return "://" in str(directory)
 
 
 def steps(directory: epath.Path) -> list[int]:
-    """Returns the complete steps, oldest first; whatever else lies in the folder is not ours.
+    """Returns the steps with a complete checkpoint in a folder, in ascending order.
 
-    Locally a missing marker is damage, for the name itself came last; remotely it is a save cut
-    short.
+    Other entries of the folder are ignored. In an object store a checkpoint without its commit
+    marker is an interrupted save and left out; locally, where the final name itself is given last,
+    it is listed, and reading it reports the damage.
     """
     found = [p for p in directory.iterdir() if _STEP.match(p.name)]
     if is_remote(directory):
         found = [p for p in found if (p / _MARKER).exists()]
-    return sorted(int(_STEP.match(p.name).group(1)) for p in found)
+    matches = [_STEP.match(p.name) for p in found]
+    return sorted(int(match.group(1)) for match in matches if match)
 
 
 def damaged(directory: epath.Path) -> list[str]:
-    """Returns the names of the checkpoints that were set aside."""
-    return sorted(p.name for p in directory.iterdir() if _SET_ASIDE.match(p.name))
+    """Returns the names of the checkpoints in a folder that were renamed as damaged."""
+    return sorted(p.name for p in directory.iterdir() if _DAMAGED.match(p.name))
 
 
 def write_manifest(path: epath.Path) -> None:
-    """Writes files.json: name and size of every file of a complete checkpoint."""
+    """Writes files.json into a complete checkpoint: name and size in bytes of its every file."""
     sizes = {str(p.relative_to(path)): p.stat().length for p in _walk(path)}
     partial = path / "files.json.partial"
     partial.write_text(json.dumps(sizes, indent=0))
@@ -206,6 +264,7 @@ def write_manifest(path: epath.Path) -> None:
 
 
 def _walk(folder: epath.Path) -> Iterator[epath.Path]:
+    """Yields the path of every file below a folder."""
     for path in folder.iterdir():
         if path.is_dir():
             yield from _walk(path)
@@ -214,7 +273,11 @@ def _walk(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def prepare_directory(directory: epath.Path) -> None:
-    """Makes the folder, proves that all processes see and may write it, removes cut-short saves."""
+    """Creates a checkpoint folder, checks it on all processes and removes interrupted saves.
+
+    Raises:
+      UserError: it cannot be created or written, or a process does not see what process 0 writes.
+    """
     probe = directory / f".probe-{uuid.uuid4().hex}"
 
     def make() -> str:
@@ -229,7 +292,7 @@ def prepare_directory(directory: epath.Path) -> None:
         for path in directory.iterdir():
             unfinished = is_remote(path) and _STEP.match(path.name)
             if _LEFTOVER.match(path.name) or (unfinished and not (path / _MARKER).exists()):
-                logging.info("Removing %s, left by a run that was stopped.", path)
+                logging.info("Removing %s, left by an interrupted run.", path)
                 path.rmtree()
         return probe.name
 
@@ -247,8 +310,13 @@ def prepare_directory(directory: epath.Path) -> None:
         )
 
 
-def set_aside(path: epath.Path, reason: str) -> None:
-    """Renames a damaged checkpoint, so that its step can be saved again and nothing is lost."""
+def rename_damaged(path: epath.Path, reason: str) -> None:
+    """Renames a checkpoint to `<name>.damaged`, so that its step can be saved again.
+
+    Args:
+      path: the checkpoint.
+      reason: what is wrong with it, for the log.
+    """
     target, number = path.parent / f"{path.name}.damaged", 2
     while target.exists():
         target, number = path.parent / f"{path.name}.damaged-{number}", number + 1
@@ -262,7 +330,7 @@ def set_aside(path: epath.Path, reason: str) -> None:
 
 
 def remove(path: epath.Path) -> None:
-    """Deletes a checkpoint so that a kill half-way leaves no step that looks complete."""
+    """Deletes a checkpoint; if killed half-way, what is left does not look complete."""
     if is_remote(path):
         (path / _MARKER).unlink()
         path.rmtree()

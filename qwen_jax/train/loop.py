@@ -79,7 +79,7 @@ def train(
     with (
         jax.set_mesh(task.mesh),
         Checkpoints(
-            folder, keep_last=run.keep_last, keep_every=keep_every, identity=task.fingerprint
+            folder, keep_last=run.keep_last, keep_every=keep_every, fingerprint=task.fingerprint
         ) as checkpoints,
         Preemption() as preemption,
     ):

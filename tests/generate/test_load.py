@@ -36,11 +36,11 @@ def folder(tmp_path_factory):
 def workdir(tmp_path_factory):
     """What a training leaves: checkpoints, and the vocabulary beside them."""
     place = tmp_path_factory.mktemp("runs") / "demo"
-    identity = {
+    fingerprint = {
         "model": dataclasses.asdict(tiny.CONFIG),
         "tokenizer_sha256": tiny.TOKENIZER.sha256,
     }
-    options = {"keep_last": 2, "keep_every": None, "identity": identity}
+    options = {"keep_last": 2, "keep_every": None, "fingerprint": fingerprint}
     with Checkpoints(str(place / "checkpoints"), **options) as checkpoints:
         zeros = jax.tree.map(lambda x: 0 * x, tiny.params())
         checkpoints.save(1, {"params": zeros}, {}, wait=True)

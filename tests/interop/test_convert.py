@@ -54,12 +54,12 @@ def test_half_precision_checkpoints_keep_the_bits(tmp_path):
 
 
 def test_a_training_state_is_exported_without_reading_the_moments(tmp_path):
-    """Identity as a training writes it; the newest or a named step; other sub-trees untouched."""
+    """A fingerprint as of a training; the newest or a named step; other sub-trees untouched."""
     write(tmp_path / "in", V3, random_tensors(V3))
     params = load_params(tmp_path / "in", V3, abstract_params(V3, toy_mesh(1, 8, 1)))
-    identity = {"model": dataclasses.asdict(V3), "tokenizer_sha256": "0", "seed": 1}
+    fingerprint = {"model": dataclasses.asdict(V3), "tokenizer_sha256": "0", "seed": 1}
     with Checkpoints(
-        str(tmp_path / "run"), keep_last=2, keep_every=None, identity=identity
+        str(tmp_path / "run"), keep_last=2, keep_every=None, fingerprint=fingerprint
     ) as checkpoints:
         for step, scale in ((5, 1.0), (10, 2.0)):
             state = {"params": jax.tree.map(lambda x, s=scale: x * s, params), "mu": params}

@@ -22,7 +22,7 @@ from launch.cluster.render import render
 from launch.cluster.slices import find_slice, slices
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import MeshConfig
-from qwen_jax.train.checkpoint import read_identity
+from qwen_jax.train.checkpoint import read_header
 from qwen_jax.train.metrics import read_metrics
 from tests import multiprocess, programs
 from tests.launch import jobset, slurm_stand_in
@@ -419,7 +419,7 @@ def test_the_slurm_script_trains_stops_when_told_and_goes_on(tmp_path):
     assert f"step {stopped} of {steps}" in logs
     rows = read_metrics(work / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, steps + 1))
-    assert read_identity(str(work / "checkpoints"))["step"] == steps
+    assert read_header(str(work / "checkpoints")).step == steps
 
 
 class Pod:

@@ -12,7 +12,7 @@ import pytest
 from qwen_jax.corpus import Document, PackConfig, pack
 from qwen_jax.tokenizer import load_tokenizer
 from qwen_jax.tokenizer.huggingface import byte_order
-from qwen_jax.train.checkpoint import read_identity
+from qwen_jax.train.checkpoint import read_header
 from qwen_jax.train.metrics import read_metrics
 from tests import programs
 from tests.train import jobs
@@ -81,7 +81,7 @@ def test_kill_and_sigterm_at_any_moment_change_no_number(data, whole, tmp_path):
     polite = Running(data, run, log)
     assert polite.when(r"step +6\d/", signal.SIGTERM) == 0
     stopped = int(re.search(r"stopped at step (\d+); the same command goes on", polite.output())[1])
-    assert read_identity(f"{run}/checkpoints")["step"] == stopped < STEPS
+    assert read_header(f"{run}/checkpoints").step == stopped < STEPS
     last = Running(data, run, log)
     assert last.process.wait(180) == 0, last.output()
     assert f"step {stopped} of {STEPS}" in last.output()

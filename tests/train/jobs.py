@@ -16,7 +16,7 @@ from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.huggingface import byte_order
-from qwen_jax.train.checkpoint import Checkpoints, read_identity
+from qwen_jax.train.checkpoint import Checkpoints, read_header
 from qwen_jax.train.config import LossConfig, RunConfig
 from qwen_jax.train.job import PretrainJob
 from qwen_jax.train.loop import Outcome, train
@@ -115,17 +115,17 @@ def read(job: PretrainJob, workdir: str | os.PathLike) -> Result:
     """Reads the newest checkpoint (in this process, on all its devices) and metrics.jsonl."""
     mesh = make_mesh(MeshConfig(fsdp=-1))
     folder = f"{workdir}/checkpoints"
-    facts = read_identity(folder)
+    header = read_header(folder)
     with (
         jax.set_mesh(mesh),
-        Checkpoints(folder, keep_last=9, keep_every=None, identity=facts["identity"]) as found,
+        Checkpoints(folder, keep_last=9, keep_every=None, fingerprint=header.fingerprint) as found,
     ):
         state, _ = found.restore(abstract_state(job.step_config, mesh))
     leaves = {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
     }
-    return Result(facts["step"], leaves, read_metrics(f"{workdir}/metrics.jsonl"))
+    return Result(header.step, leaves, read_metrics(f"{workdir}/metrics.jsonl"))
 
 
 def run(job: PretrainJob, workdir: str | os.PathLike) -> Result:

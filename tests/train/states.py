@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 AXES = ("data", "fsdp", "context", "tensor")
-IDENTITY = {
+FINGERPRINT = {
     "model": {"num_layers": 2, "hidden_size": 32, "rope": {"theta": 10000.0}},
     "tokenizer": {"sha256": "ab12"},
     "optimizer": {"betas": (0.9, 0.95), "mu_dtype": "bfloat16"},

@@ -1,4 +1,4 @@
-"""Checkpoints: exact values on any mesh, nothing lost by kills or damage, clear refusals."""
+"""Checkpoints: exact values on any mesh, no loss by kills or damage, clear refusals."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from orbax.checkpoint import v1 as ocp
 
 from qwen_jax.errors import UserError
 from qwen_jax.train import checkpoint
-from qwen_jax.train.checkpoint import Checkpoints, read_identity, restore_params
+from qwen_jax.train.checkpoint import CheckpointHeader, Checkpoints, read_header, restore_params
 from tests import multiprocess
-from tests.train.states import IDENTITY, State, abstract, assert_state, make_mesh, state_at
+from tests.train.states import FINGERPRINT, State, abstract, assert_state, make_mesh, state_at
 
 pytestmark = pytest.mark.filterwarnings("error::DeprecationWarning")
 MESHES = {"8": (1, 8, 1, 1), "4x2": (1, 4, 1, 2), "2x2x2": (2, 2, 1, 2), "1": (1, 1, 1, 1)}
@@ -38,7 +38,7 @@ def mesh():
 
 
 def open_at(directory, **changes) -> Checkpoints:
-    settings = {"keep_last": 3, "keep_every": None, "identity": IDENTITY}
+    settings = {"keep_last": 3, "keep_every": None, "fingerprint": FINGERPRINT}
     return Checkpoints(str(directory), **{**settings, **changes})
 
 
@@ -61,7 +61,7 @@ def test_an_empty_folder_has_nothing_to_restore(tmp_path, mesh):
         assert checkpoints.latest_step() is None
 
 
-def test_what_comes_back_is_what_was_saved(tmp_path, mesh):
+def test_restored_state_and_info_equal_those_saved(tmp_path, mesh):
     info = {"position": 24, "loss": 2.5, "shards": ("a", "b"), "none": None}
     with open_at(tmp_path) as checkpoints:
         checkpoints.save(3, state_at(3, mesh), info)
@@ -84,7 +84,7 @@ def test_restore_onto_another_mesh_is_exact(tmp_path, source, to):
 
 def test_abstract_leaves_without_a_concrete_sharding_get_one(tmp_path, mesh):
     save_steps(tmp_path, mesh, 1)
-    # As `eval_shape` under a mesh gives them: the mesh is abstract, and a counter has none.
+    # As `eval_shape` under a mesh returns them: abstract mesh, no sharding for a counter.
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape,
@@ -111,7 +111,7 @@ def test_the_state_may_be_donated_right_after_save_returns(tmp_path, mesh):
             assert_state(restored, step, mesh, width=512)
 
 
-def test_saving_again_and_again_does_not_fill_the_memory(tmp_path, mesh):
+def test_repeated_saves_do_not_accumulate_memory(tmp_path, mesh):
     def resident() -> int:
         status = pathlib.Path("/proc/self/status").read_text()
         return int(status.split("VmRSS:")[1].split()[0]) * 1024
@@ -141,7 +141,7 @@ def test_a_second_resume_continues_where_the_first_ended(tmp_path, mesh):
     assert folders(tmp_path) == {"step_00000005", "step_00000006"}
 
 
-def test_saving_a_step_again_leaves_it_alone(tmp_path, mesh):
+def test_saving_an_existing_step_keeps_the_first(tmp_path, mesh):
     with open_at(tmp_path) as checkpoints:
         checkpoints.save(4, state_at(4, mesh), {"first": True})
         checkpoints.save(4, state_at(5, mesh), {"first": False}, wait=True)
@@ -162,12 +162,12 @@ def test_non_finite_metrics_do_not_stop_a_save(tmp_path, mesh):
 # --- retention -------------------------------------------------------------------------------
 
 
-def test_the_newest_and_every_nth_stay(tmp_path, mesh):
+def test_retention_keeps_the_newest_and_every_nth(tmp_path, mesh):
     save_steps(tmp_path, mesh, *range(1, 9), keep_last=2, keep_every=3)
     assert folders(tmp_path) == {f"step_{s:08d}" for s in (3, 6, 7, 8)}
 
 
-def test_one_is_always_left(tmp_path, mesh):
+def test_retention_keeps_at_least_one(tmp_path, mesh):
     save_steps(tmp_path, mesh, 1, 2, 3, keep_last=1)
     assert folders(tmp_path) == {"step_00000003"}
     with pytest.raises(UserError, match=r"keep_last=0 .* must be at least 1"):
@@ -180,9 +180,10 @@ def test_one_is_always_left(tmp_path, mesh):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": {**IDENTITY["model"], "num_layers": 4}},
+        ({"model": {**FINGERPRINT["model"], "num_layers": 4}},
          r"step_00000002 was written with model.num_layers = 2, this run has 4: go back"),
-        ({"model": {**IDENTITY["model"], "rope": {"theta": 1e6}}}, r"model.rope.theta = 10000.0,"),
+        ({"model": {**FINGERPRINT["model"], "rope": {"theta": 1e6}}},
+         r"model.rope.theta = 10000.0,"),
         ({"optimizer": {"betas": (0.9, 0.999), "mu_dtype": "bfloat16"}},
          r"optimizer.betas = \[0.9, 0.95\], this run has \[0.9, 0.999\]"),
         ({"data": "x"}, r"data = nothing, this run has 'x'"),
@@ -191,10 +192,10 @@ def test_one_is_always_left(tmp_path, mesh):
          r"model.num_layers = 2, this run has 4 \(3 more: tokenizer.sha256, "),
     ],
 )  # fmt: skip
-def test_another_identity_is_refused_by_name(tmp_path, mesh, change, message):
+def test_another_fingerprint_is_refused_naming_the_field(tmp_path, mesh, change, message):
     save_steps(tmp_path, mesh, 1, 2)
     with (
-        open_at(tmp_path, identity={**IDENTITY, **change}) as checkpoints,
+        open_at(tmp_path, fingerprint={**FINGERPRINT, **change}) as checkpoints,
         pytest.raises(UserError, match=message),
     ):
         checkpoints.restore(abstract(mesh))
@@ -202,7 +203,7 @@ def test_another_identity_is_refused_by_name(tmp_path, mesh, change, message):
         assert_state(checkpoints.restore(abstract(mesh))[0], 2, mesh)
 
 
-def test_another_shape_dtype_or_tree_is_refused_by_leaf(tmp_path, mesh):
+def test_another_shape_dtype_or_tree_is_refused_naming_the_leaf(tmp_path, mesh):
     save_steps(tmp_path, mesh, 1)
     like = abstract(mesh)
     wider = abstract(mesh, width=64)
@@ -279,7 +280,7 @@ def _zero(path: pathlib.Path) -> None:
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.parametrize("listed", [True, False], ids=["", "without-files.json"])
 @pytest.mark.parametrize("damage", [_half, _zero, pathlib.Path.unlink])
-def test_any_damaged_file_is_noticed_and_the_step_before_is_used(
+def test_any_damaged_file_is_detected_and_the_step_before_is_used(
     tmp_path, mesh, damage, listed, caplog
 ):
     save_steps(tmp_path / "good", mesh, 1, 2)
@@ -287,7 +288,7 @@ def test_any_damaged_file_is_noticed_and_the_step_before_is_used(
         tmp_path / "good" / "step_00000002")]  # fmt: skip
     names = [n for n in names if n.name != "files.json"]
     assert len(names) >= 7
-    if not listed:  # killed before the list was written: only what reading needs is noticed
+    if not listed:  # killed before the manifest was written: only files needed to read are checked
         names = [n for n in names if "d" in n.parts or n.name in (
             "_CHECKPOINT_METADATA", "_METADATA")]  # fmt: skip
     for number, name in enumerate(names):
@@ -306,12 +307,12 @@ def test_any_damaged_file_is_noticed_and_the_step_before_is_used(
             if listed and name.name != "_CHECKPOINT_METADATA":
                 assert str(name) in caplog.text
             assert folders(run) == {"step_00000001", "step_00000002.damaged"}
-            # The step can be saved again, beside the one set aside.
+            # The step can be saved again, beside the damaged one.
             checkpoints.save(2, state_at(2, mesh), {}, wait=True)
             assert_state(checkpoints.restore(abstract(mesh))[0], 2, mesh)
 
 
-def test_a_flipped_bit_is_noticed(tmp_path, mesh):
+def test_a_flipped_bit_is_detected(tmp_path, mesh):
     save_steps(tmp_path / "good", mesh, 1, 2)
     rng, count = random.Random(0), 0
     for number in range(8):
@@ -324,13 +325,13 @@ def test_a_flipped_bit_is_noticed(tmp_path, mesh):
         path.write_bytes(data)
         with open_at(run) as checkpoints:
             state, _ = checkpoints.restore(abstract(mesh))
-        noticed = "step_00000002.damaged" in folders(run)
-        assert_state(state, 1 if noticed else 2, mesh)  # a few bytes of the file carry nothing
-        count += noticed
+        detected = "step_00000002.damaged" in folders(run)
+        assert_state(state, 1 if detected else 2, mesh)  # a few bytes of the file are padding
+        count += detected
     assert count >= 6
 
 
-def test_a_changed_number_in_the_metadata_is_damage_and_not_another_identity(tmp_path, mesh):
+def test_a_changed_number_in_the_metadata_is_damage_and_not_another_fingerprint(tmp_path, mesh):
     save_steps(tmp_path, mesh, 1, 2)
     path = tmp_path / "step_00000002" / "_CHECKPOINT_METADATA"
     path.write_text(path.read_text().replace('"num_layers": 2', '"num_layers": 3'))
@@ -342,7 +343,7 @@ def test_when_all_are_damaged_the_run_does_not_start_from_zero(tmp_path, mesh):
     save_steps(tmp_path, mesh, 1, 2)
     for step in (1, 2):
         _zero(tmp_path / f"step_0000000{step}" / "_CHECKPOINT_METADATA")
-    for _ in range(2):  # nor when a scheduler simply starts it again
+    for _ in range(2):  # nor when a scheduler starts it again
         with (
             open_at(tmp_path) as checkpoints,
             pytest.raises(UserError, match=r"no readable checkpoint left, only step_00000001\.dam"),
@@ -351,7 +352,7 @@ def test_when_all_are_damaged_the_run_does_not_start_from_zero(tmp_path, mesh):
     assert folders(tmp_path) == {"step_00000001.damaged", "step_00000002.damaged"}
 
 
-def test_a_step_damaged_twice_is_set_aside_twice(tmp_path, mesh):
+def test_a_step_damaged_twice_leaves_two_renamed_copies(tmp_path, mesh):
     for _ in range(2):
         save_steps(tmp_path, mesh, 1, 2)
         _zero(tmp_path / "step_00000002" / "_CHECKPOINT_METADATA")
@@ -360,7 +361,7 @@ def test_a_step_damaged_twice_is_set_aside_twice(tmp_path, mesh):
     assert {"step_00000002.damaged", "step_00000002.damaged-2"} <= folders(tmp_path)
 
 
-def test_a_machine_in_trouble_does_not_condemn_a_good_checkpoint(tmp_path, mesh, monkeypatch):
+def test_out_of_memory_does_not_mark_a_checkpoint_damaged(tmp_path, mesh, monkeypatch):
     save_steps(tmp_path, mesh, 1)
 
     def out_of_memory(*_, **__):
@@ -374,7 +375,7 @@ def test_a_machine_in_trouble_does_not_condemn_a_good_checkpoint(tmp_path, mesh,
         assert_state(checkpoints.restore(abstract(mesh))[0], 1, mesh)
 
 
-def test_an_error_of_a_running_save_is_raised_by_the_next_call(tmp_path, mesh):
+def test_an_error_of_a_save_in_progress_is_raised_by_the_next_call(tmp_path, mesh):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     calls = {
         "save": lambda c: c.save(3, state_at(3, mesh), {}),
@@ -385,7 +386,7 @@ def test_an_error_of_a_running_save_is_raised_by_the_next_call(tmp_path, mesh):
     for name, call in calls.items():
         with open_at(tmp_path / name) as checkpoints:
             checkpoints.save(1, state_at(1, mesh), {}, wait=True)
-            # No file may pass 64 KiB: what a full disk looks like to the writer.
+            # No file may exceed 64 KiB, which looks like a full disk to the writer.
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
             try:
                 checkpoints.save(2, state_at(2, mesh, width=256), {})
@@ -395,8 +396,7 @@ def test_an_error_of_a_running_save_is_raised_by_the_next_call(tmp_path, mesh):
                 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         with open_at(tmp_path / name) as checkpoints:
             assert_state(checkpoints.restore(abstract(mesh))[0], 1, mesh)
-        # A writer of the failed save may still have been at work: what it leaves goes at a later
-        # start.
+        # A writer thread of the failed save may still be running; a later start removes its files.
         for _ in range(50):
             if folders(tmp_path / name) == {"step_00000001"}:
                 break
@@ -408,16 +408,12 @@ def test_an_error_of_a_running_save_is_raised_by_the_next_call(tmp_path, mesh):
 # --- reading without a run -------------------------------------------------------------------
 
 
-def test_identity_and_params_can_be_read_from_the_folder_alone(tmp_path, mesh):
+def test_header_and_params_can_be_read_from_the_folder_alone(tmp_path, mesh):
     save_steps(tmp_path, mesh, 1, 2, 3)
     before = folders(tmp_path)
-    found = read_identity(str(tmp_path))
-    assert found == {
-        "step": 3,
-        "identity": json.loads(json.dumps(IDENTITY)),
-        "info": {"position": 24},
-    }
-    assert read_identity(str(tmp_path), step=2)["info"] == {"position": 16}
+    fingerprint = json.loads(json.dumps(FINGERPRINT))
+    assert read_header(str(tmp_path)) == CheckpointHeader(3, fingerprint, {"position": 24})
+    assert read_header(str(tmp_path), step=2).info == {"position": 16}
     one = make_mesh(1, 1, 1, 1)
     with jax.set_mesh(one):
         params = restore_params(str(tmp_path), abstract(one).params, step=2)
@@ -430,7 +426,7 @@ def test_identity_and_params_can_be_read_from_the_folder_alone(tmp_path, mesh):
     assert folders(tmp_path) == before
 
 
-def test_without_any_mesh_params_come_to_one_device(tmp_path):
+def test_params_restored_without_a_mesh_go_to_one_device(tmp_path):
     mesh = make_mesh(1, 4, 1, 2)
     with jax.set_mesh(mesh):
         save_steps(tmp_path, mesh, 2)
@@ -444,7 +440,7 @@ def test_without_any_mesh_params_come_to_one_device(tmp_path):
 def test_reading_without_a_run_refuses_clearly_and_changes_nothing(tmp_path, mesh):
     like = abstract(mesh).params
     with pytest.raises(UserError, match=r"nowhere holds no checkpoint"):
-        read_identity(str(tmp_path / "nowhere"))
+        read_header(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
     save_steps(tmp_path, mesh, 1, 2)
     with pytest.raises(UserError, match=r"no checkpoint of step 5: choose one of 1, 2"):
@@ -464,7 +460,7 @@ def test_reading_without_a_run_refuses_clearly_and_changes_nothing(tmp_path, mes
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "int8"])
-def test_the_checksum_sees_one_bit_and_not_the_mesh(dtype):
+def test_checksum_depends_on_every_bit_but_not_on_the_mesh(dtype):
     values = np.random.default_rng(0).integers(0, 2, (8, 16)).astype(dtype)
     sums = set()
     for shape in MESHES.values():
@@ -485,13 +481,13 @@ def test_the_checksum_sees_one_bit_and_not_the_mesh(dtype):
         assert checkpoint._checksums({"x": jnp.asarray(flipped)})[0] != right
 
 
-def test_on_an_object_store_the_marker_makes_a_step_complete(tmp_path, mesh, monkeypatch):
-    """Rules for storage without an atomic rename, on a local folder that is said to be one."""
+def test_object_store_step_is_complete_once_its_marker_exists(tmp_path, mesh, monkeypatch):
+    """The rules for storage without atomic renames, applied to a local folder."""
     monkeypatch.setattr(checkpoint.files, "is_remote", lambda path: True)
     save_steps(tmp_path, mesh, 1, 2, 3, 4, keep_last=2)
     assert folders(tmp_path) == {"step_00000003", "step_00000004"}
     (tmp_path / "step_00000004" / "commit_success.txt").unlink()
-    assert read_identity(str(tmp_path))["step"] == 3
+    assert read_header(str(tmp_path)).step == 3
     with open_at(tmp_path) as checkpoints:
         assert_state(checkpoints.restore(abstract(mesh))[0], 3, mesh)
     assert folders(tmp_path) == {"step_00000003"}
@@ -500,7 +496,7 @@ def test_on_an_object_store_the_marker_makes_a_step_complete(tmp_path, mesh, mon
 # --- kill -9 ---------------------------------------------------------------------------------
 
 
-def _save_for_ever(directory: str) -> None:
+def _save_forever(directory: str) -> None:
     mesh = make_mesh(1, 2, 1, 1)
     with jax.set_mesh(mesh), open_at(directory, keep_last=2) as checkpoints:
         found = checkpoints.restore(abstract(mesh, width=512))
@@ -509,7 +505,7 @@ def _save_for_ever(directory: str) -> None:
             assert_state(found[0], start, mesh, width=512)
         for step in itertools.count(start + 1):
             checkpoints.save(step, state_at(step, mesh, width=512), {"position": step})
-            if step > start + 1:  # this call has waited for the save before it
+            if step > start + 1:  # this call has waited for the previous save
                 print(f"complete {step - 1}", flush=True)
 
 
@@ -517,10 +513,10 @@ def _save_for_ever(directory: str) -> None:
 def test_a_kill_at_any_moment_of_a_save_loses_nothing_complete(tmp_path):
     rng = random.Random(7)
     mesh = make_mesh(1, 4, 1, 2)
-    caught_in_the_act = 0
+    interrupted_saves = 0
     for _ in range(4):
         with multiprocess.start(
-            _save_for_ever, processes=1, devices=2, directory=str(tmp_path)
+            _save_forever, processes=1, devices=2, directory=str(tmp_path)
         ) as group:
             group.wait_for_output(0, "complete")
             time.sleep(0.3 * rng.random())
@@ -531,7 +527,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing_complete(tmp_path):
             group.send_signal(0, signal.SIGKILL)
             group.processes[0].wait()
             complete = int(group.output(0).rsplit("complete ", 1)[1].split()[0])
-        caught_in_the_act += bool(list(tmp_path.glob("*.orbax-checkpoint-tmp")))
+        interrupted_saves += bool(list(tmp_path.glob("*.orbax-checkpoint-tmp")))
         with jax.set_mesh(mesh), open_at(tmp_path, keep_last=2) as checkpoints:
             state, info = checkpoints.restore(abstract(mesh, width=512))
         step = int(state.step)
@@ -539,7 +535,7 @@ def test_a_kill_at_any_moment_of_a_save_loses_nothing_complete(tmp_path):
         assert info == {"position": step}
         assert_state(state, step, mesh, width=512)
         assert not [name for name in folders(tmp_path) if not name[5:].isdigit()]
-    assert caught_in_the_act >= 2
+    assert interrupted_saves >= 2
 
 
 # --- several processes -----------------------------------------------------------------------
@@ -553,7 +549,7 @@ def _flip_a_bit(folder: pathlib.Path) -> None:
 
 
 def _fail_on_process_1(error: Exception):
-    """Orbax's read fails on one of the processes; the others must not wait for it."""
+    """Makes Orbax's read fail on process 1; the other must not wait for it."""
     real = ocp.load_checkpointables
 
     def load(path, *args, **kwargs):
@@ -569,7 +565,7 @@ def _two_processes(shared: str, single: str, own: str) -> list[str]:
     mesh = make_mesh(1, 4, 1, 2)
     first = jax.process_index() == 0
     with jax.set_mesh(mesh):
-        # What one process saved on another mesh.
+        # Restore what a single process saved on another mesh.
         with open_at(single) as checkpoints:
             assert_state(checkpoints.restore(abstract(mesh))[0], 7, mesh)
         train = jax.jit(lambda s: jax.tree.map(lambda x: x + jnp.sum(x).astype(x.dtype), s))
@@ -582,7 +578,7 @@ def _two_processes(shared: str, single: str, own: str) -> list[str]:
             checkpoints.wait()
             assert checkpoints.latest_step() == 4
             assert_state(checkpoints.restore(abstract(mesh))[0], 4, mesh)
-            # Trouble or damage on one process is trouble or damage for all.
+            # A machine failure or damage on one process is reported on all.
             with _fail_on_process_1(MemoryError("none left")):
                 with pytest.raises(RuntimeError if first else MemoryError, match="none left"):
                     checkpoints.restore(abstract(mesh))
@@ -597,12 +593,12 @@ def _two_processes(shared: str, single: str, own: str) -> list[str]:
             assert info == {"position": 24}
             checkpoints.save(4, state_at(4, mesh), {}, wait=True)
     messages = []
-    for directory, identity in (
-        (f"{own}/{jax.process_index()}", IDENTITY),  # a local disk in each host
-        (shared, {**IDENTITY, "data": 1}),
+    for directory, fingerprint in (
+        (f"{own}/{jax.process_index()}", FINGERPRINT),  # a local disk in each host
+        (shared, {**FINGERPRINT, "data": 1}),
     ):
         try:
-            with open_at(directory, identity=identity) as checkpoints:
+            with open_at(directory, fingerprint=fingerprint) as checkpoints:
                 checkpoints.restore(abstract(mesh))
         except UserError as error:
             messages.append(str(error))
@@ -620,9 +616,9 @@ def test_two_processes_save_and_one_restores_and_the_reverse(tmp_path, mesh):
         single=str(tmp_path / "single"),
         own=str(tmp_path / "own"),
     )
-    for not_shared, identity in results:
+    for not_shared, other_run in results:
         assert "Process 1 does not see what process 0 writes" in not_shared
-        assert "data = nothing, this run has 1" in identity
+        assert "data = nothing, this run has 1" in other_run
     assert folders(tmp_path / "shared") == {
         "step_00000002", "step_00000003", "step_00000004",
         "step_00000004.damaged", "step_00000004.damaged-2",

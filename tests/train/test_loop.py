@@ -14,7 +14,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.model import ForwardOptions, forward
 from qwen_jax.parallel import MeshConfig, make_mesh
 from qwen_jax.train import loop
-from qwen_jax.train.checkpoint import read_identity
+from qwen_jax.train.checkpoint import read_header
 from qwen_jax.train.evaluation import evaluate, parse_eval_sources
 from qwen_jax.train.loop import Outcome, TrainingDiverged
 from qwen_jax.train.metrics import read_metrics
@@ -85,13 +85,13 @@ def test_stopped_and_resumed_again_and_again_is_bit_for_bit_the_same(
     with monkeypatch.context() as patch:
         at_step(patch, 5, send_sigterm)
         assert pretrain(job, str(tmp_path)) == Outcome(5, False, {})
-    assert read_identity(f"{tmp_path}/checkpoints")["step"] == 5
+    assert read_header(f"{tmp_path}/checkpoints").step == 5
     # A crash: steps 7 and 8 are lost and done again from the checkpoint of step 6.
     with monkeypatch.context() as patch:
         at_step(patch, 8, raise_killed)
         with pytest.raises(Killed):
             pretrain(job, str(tmp_path))
-    assert read_identity(f"{tmp_path}/checkpoints")["step"] == 6
+    assert read_header(f"{tmp_path}/checkpoints").step == 6
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 7
     jobs.assert_identical(jobs.run(job, tmp_path), whole)
     dropped = [row["step"] for row in read_metrics(tmp_path / "metrics.dropped.jsonl")]

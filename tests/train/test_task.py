@@ -11,7 +11,7 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import MeshConfig, make_mesh
-from qwen_jax.train.checkpoint import read_identity
+from qwen_jax.train.checkpoint import read_header
 from qwen_jax.train.config import RunConfig
 from qwen_jax.train.loop import Outcome, TrainingDiverged, train
 from qwen_jax.train.metrics import read_metrics
@@ -134,7 +134,7 @@ def test_a_stage_with_two_parameter_sets_trains_and_resumes_bit_for_bit(tmp_path
     assert [step for step, _ in series(whole, "eval/game/reward")] == [3, 6, 7]
     assert outcome.evaluations == {"game": Score(series(whole, "eval/game/reward")[-1][1])}
     assert "a policy and a critic" in caplog.text
-    assert read_identity(f"{whole}/checkpoints")["info"] == {
+    assert read_header(f"{whole}/checkpoints").info == {
         "data_position": STEPS, "tokens_seen": 8 * STEPS, "rollouts": 8 * STEPS,
     }  # fmt: skip
 
@@ -161,4 +161,4 @@ def test_a_checkpoint_of_another_fingerprint_is_refused(tmp_path):
 def test_the_run_stops_when_the_step_reports_too_many_skipped_steps(tmp_path):
     with pytest.raises(TrainingDiverged, match=r"stopped at step 5: the last 2 steps"):
         train(run_config(max_skipped=2), make_task(bad_from=3), str(tmp_path))
-    assert read_identity(f"{tmp_path}/checkpoints")["step"] == 4
+    assert read_header(f"{tmp_path}/checkpoints").step == 4
