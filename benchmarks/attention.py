@@ -275,7 +275,7 @@ def measure(name: str, case: AttentionCase, repeats: int) -> dict[str, Any]:
 
 
 def measure_row(implementation: str, case: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Calls `measure` with a case given as a dict, for `RowRunner`."""
+    """Returns `measure` of a case given as a dict of its fields, for `RowRunner`."""
     return measure(implementation, AttentionCase(**case), repeats)
 
 

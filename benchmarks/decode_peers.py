@@ -27,7 +27,7 @@ def _split_keys_and_values(pages: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def tpu_paged() -> PeerFunctions:
-    """Adapts `jax.experimental.pallas.ops.tpu.paged_attention`, bf16."""
+    """Returns (prepare, call) of `jax.experimental.pallas.ops.tpu.paged_attention`, bf16."""
     from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention
 
     def prepare(pages):
@@ -42,7 +42,7 @@ def tpu_paged() -> PeerFunctions:
 
 
 def tpu_ragged() -> PeerFunctions:
-    """Adapts `jax.experimental.pallas.ops.tpu.ragged_paged_attention`, bf16."""
+    """Returns (prepare, call) of jax's TPU kernel `ragged_paged_attention`, bf16."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     def prepare(pages):
@@ -69,7 +69,7 @@ def tpu_ragged() -> PeerFunctions:
 
 
 def cudnn() -> PeerFunctions:
-    """Adapts cuDNN's paged attention, through jax's private binding, bf16.
+    """Returns (prepare, call) of cuDNN's paged attention by jax's private binding, bf16.
 
     The binding wants as many pages as the table has entries, so the cache must have one layer.
     """
@@ -99,9 +99,9 @@ def cudnn() -> PeerFunctions:
 
 
 def triton() -> PeerFunctions:
-    """Adapts `jax.experimental.pallas.ops.gpu.paged_attention` (Triton), bf16.
+    """Returns (prepare, call) of `jax.experimental.pallas.ops.gpu.paged_attention`, bf16.
 
-    It is deprecated in jax 0.11.
+    A Triton kernel, deprecated in jax 0.11.
     """
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 

@@ -117,7 +117,7 @@ class TransformersGenerator:
 
     @classmethod
     def load(cls, folder: str) -> TransformersGenerator:
-        """Loads the weights of a folder."""
+        """Loads a Hugging Face folder in float32, without an end-of-sequence token."""
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0

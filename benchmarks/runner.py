@@ -179,7 +179,12 @@ def _device_works() -> bool:
 
 
 def serve(name: str) -> None:
-    """Runs the child: reads a job per line of stdin and prints its row, until the device fails."""
+    """Measures rows in a child process: reads a JSON job per line of stdin and prints its row.
+
+    Returns at the end of stdin, or once the device no longer works.
+
+    name: of the benchmark module.
+    """
     module = importlib.import_module(name)
     print(_PREFIX + json.dumps(environment()), flush=True)
     for line in sys.stdin:

@@ -225,7 +225,7 @@ def measure_memory(kind: str, config: StepConfig) -> dict[str, int]:
 
 
 def run_worker(job: str) -> dict[str, Any]:
-    """Returns `measure_worker` of a job, from a child process with the same flags."""
+    """Returns the result of `measure_worker`, run in a child process with the same flags."""
     command = [sys.executable, "-m", "benchmarks.train_cpu", f"--worker={job}"]
     command += [f"--{f.name}={f.value}" for f in (_ROUNDS, _DTYPE, _CHUNK)]
     return json.loads(subprocess.run(command, check=True, capture_output=True).stdout)

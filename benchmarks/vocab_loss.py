@@ -219,7 +219,7 @@ def _measure_forms(mesh: jax.sharding.Mesh | None) -> list[dict[str, Any]]:
 
 
 def compile_in_child(topology: str) -> list[dict[str, Any]]:
-    """Returns `compile_for` of a topology, from a child process with the same flags."""
+    """Returns the result of `compile_for`, run in a child process with the same flags."""
     command = [sys.executable, "-m", "benchmarks.vocab_loss", f"--worker={topology}"]
     command += [f"--{f.name}={f.value}" for f in (_TOKENS, _D_MODEL, _VOCAB, _CHUNK)]
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import maxtext_pods
 from benchmarks.maxtext_pods import splash_costs
+from benchmarks.maxtext_programs import PodProgram, make_programs
 from qwen_jax.aot import hlo, topology
 from qwen_jax.errors import UserError
 from qwen_jax.train.flops import train_flops_per_token
@@ -17,9 +18,9 @@ from qwen_jax.train.flops import train_flops_per_token
 V5E, _ = topology.parse("v5e:16x16")
 
 
-def program(name: str) -> maxtext_pods.PodProgram:
+def program(name: str) -> PodProgram:
     """Returns a program by name."""
-    return next(p for p in maxtext_pods.make_programs() if p.name == name)
+    return next(p for p in make_programs() if p.name == name)
 
 
 def call(phase: str, heads: int = 32, kv_heads: int = 32, target: str = "splash_mha") -> str:

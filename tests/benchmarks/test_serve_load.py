@@ -6,6 +6,7 @@ import gc
 import pytest
 
 from benchmarks import serve_load
+from benchmarks.serve_requests import make_requests
 from qwen_jax.generate.answer import Answer, Job
 from qwen_jax.generate.load import load
 from qwen_jax.server.completion_job import CompletionJob
@@ -27,7 +28,7 @@ def test_the_real_engine_passes_the_load_test(tmp_path):
     with load(folder, warm_up=False, max_waiting=20, **sizes) as qwen:
         model = served_model(qwen, "tiny", created=1)
         with serve_service(qwen.service, model, ServerLimits()) as server:
-            requests = serve_load.make_requests("tiny", 24, seed=0)
+            requests = make_requests("tiny", 24, seed=0)
             expected = asyncio.run(serve_load.run_alone(server.url, requests))
             assert len({choices[0] for choices in expected}) > 12
             result = run_load(server, requests, expected, total=300, clients=24)
@@ -52,7 +53,7 @@ def test_wrong_responses_are_detected():
             yield 65
         yield from default_answer(request)
 
-    requests = serve_load.make_requests("toy", 12, seed=0)
+    requests = make_requests("toy", 12, seed=0)
     for script, correct in ((default_answer, True), (drifting, False)):
         engine = FakeEngine(script, rows=4, max_length=4000)
         with serve(engine) as server:

@@ -284,7 +284,7 @@ class _BackwardKernel:
     def _compute_item(
         self, warpgroup: jax.Array, n: jax.Array, item: WorkItem, done: jax.Array
     ) -> jax.Array:
-        """Computes dk and dv of 64 keys of a work item, and adds its part of dq.
+        """Computes and writes dk and dv of 64 keys of a work item, and adds its part of dq.
 
         Args:
           warpgroup: index of this warpgroup, 0 or 1.

@@ -211,7 +211,7 @@ class _BackwardDqKernel:
     def _compute_item(
         self, warpgroup: jax.Array, n: jax.Array, item: WorkItem, done: jax.Array
     ) -> jax.Array:
-        """Computes dq of 64 queries of a work item.
+        """Computes and writes dq of 64 queries of a work item.
 
         Args:
           warpgroup: index of this warpgroup, 0 or 1.

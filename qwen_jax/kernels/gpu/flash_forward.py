@@ -217,7 +217,7 @@ class _ForwardKernel:
     def _compute_item(
         self, warpgroup: jax.Array, n: jax.Array, item: WorkItem, done: jax.Array
     ) -> jax.Array:
-        """Computes 64 queries of a work item.
+        """Computes and writes output and log-sum-exp of 64 queries of a work item.
 
         Args:
           warpgroup: index of this warpgroup, 0 or 1.

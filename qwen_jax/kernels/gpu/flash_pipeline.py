@@ -104,10 +104,10 @@ class WarpSpecialisedKernel(Protocol):
     """A kernel body in two parts, one for each role of a warpgroup."""
 
     def load(self) -> None:
-        """Copies operands to shared memory; run by one warpgroup."""
+        """Copies the operands of this CTA's work items to shared memory; runs in one warpgroup."""
 
     def compute(self) -> None:
-        """Computes from shared memory; run by `COMPUTE_WARPGROUPS` warpgroups."""
+        """Computes this CTA's work items from shared memory; runs in two warpgroups."""
 
 
 def launch_kernel(
