@@ -1,4 +1,4 @@
-"""Where training batches come from: the part of a recipe that this package reads."""
+"""Configuration of training data: sources with weights, row length, batch size, packing."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ PACKINGS = ("plain", "masked")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A folder written by `qwen_jax.corpus.pack` and its share of the tokens (any scale)."""
+class DataSource:
+    """One source of a training mixture.
+
+    Attributes:
+      path: folder written by `qwen_jax.corpus.pack`.
+      weight: its share of the training tokens, relative to the other sources' on any scale.
+    """
 
     path: str
     weight: float = 1.0
@@ -23,17 +28,17 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where training batches come from.
+    """Mixture, shape and order of training batches.
 
     Attributes:
-      sources: the mixture as one string, `FOLDER=weight,FOLDER=weight`; the weight is a share of
-        the tokens on any scale, 1 where left out. A recipe may leave it "" for the command line to
-        give; reading refuses "".
-      seq_len: tokens per row T; must be the one the sources were packed with.
-      global_batch: rows per step over all processes.
-      packing: "plain" is the report's: rows are attended as one text, positions run through.
+      sources: the mixture as one string, "FOLDER=weight,FOLDER=weight"; the weight is a share of
+        the tokens on any scale, 1 where left out. A recipe may leave it "" to be set on the command
+        line; opening the data rejects "".
+      seq_len: tokens per row T; must be the length the sources were packed with.
+      global_batch: rows per optimizer step over all processes.
+      packing: "plain", as in the report, attends within the whole row, positions run from 0 to T-1;
         "masked" separates documents: segment ids per document, positions restart with each.
-      seed: of the order of windows.
+      seed: seed of the order of windows.
 
     Raises:
       UserError: a field out of range or not understood.
@@ -54,11 +59,11 @@ class DataConfig:
         check_packing(self.packing)
 
 
-def parse_sources(text: str) -> tuple[Source, ...]:
-    """Parses `FOLDER=weight,FOLDER=weight` (weight 1 where left out; no commas in folder names).
+def parse_sources(text: str) -> tuple[DataSource, ...]:
+    """Parses "FOLDER=weight,FOLDER=weight" (weight 1 where left out; no commas in folder names).
 
     Raises:
-      UserError: nothing there, a weight that is not a positive number, or a folder listed twice.
+      UserError: the text is empty, a weight is not a positive number, or a folder is listed twice.
     """
     if not text.strip():
         raise UserError(
@@ -76,9 +81,9 @@ def parse_sources(text: str) -> tuple[Source, ...]:
         if not path or not (math.isfinite(weight) and weight > 0):
             raise UserError(
                 f"data.sources has {part.strip()!r}; write FOLDER=weight with a positive weight, "
-                "and leave a source out to give it none."
+                "and leave out a source that should have none."
             )
-        sources.append(Source(path, weight))
+        sources.append(DataSource(path, weight))
     places = [os.path.realpath(source.path) for source in sources]
     for source, place in zip(sources, places, strict=True):
         if places.count(place) > 1:
@@ -89,7 +94,7 @@ def parse_sources(text: str) -> tuple[Source, ...]:
 
 
 def check_packing(packing: str) -> None:
-    """Raises UserError unless `packing` is one of `PACKINGS`."""
+    """Checks that `packing` is one of `PACKINGS` and raises UserError otherwise."""
     if packing not in PACKINGS:
         raise UserError(
             f"data.packing is {packing!r}{nearest(packing, PACKINGS)}; "

@@ -1,13 +1,13 @@
-"""Weighted mixture of packed sources with random access: the window at any position, directly.
+"""Weighted mixture of packed sources with random access to the window at any position.
 
 Each source is an endless sequence of its windows, every epoch in another order
-(`grain.MapDataset.shuffle`: a keyed permutation, nothing is held in memory); the mixture
+(`grain.MapDataset.shuffle`: a keyed permutation that is not held in memory); the mixture
 interleaves the sources evenly by weight (`grain.MapDataset.mix`). All windows have the same number
-of tokens, so weights are shares of *tokens* (padding of each source's last window aside).
+of tokens, so weights are shares of *tokens* (except for the padding of each source's last window).
 
-Grain turns weights into integers, the smallest becoming 100. `proportions` does this first and
-rounds to nearest (Grain would truncate), so each weight relative to the smallest is off by at most
-0.5 %; in every run of sum(proportions) windows each source then has exactly its proportion.
+Grain converts weights to integers, the smallest becoming 100. `proportions` does this beforehand
+and rounds to nearest (Grain truncates), so each weight relative to the smallest is off by at most
+0.5 %; every sequence of sum(proportions) windows has exactly each source's proportion.
 """
 
 from __future__ import annotations
@@ -31,22 +31,19 @@ from qwen_jax.corpus.records import (
 from qwen_jax.data.config import DataConfig, parse_sources
 from qwen_jax.errors import UserError
 
-_SMALLEST = 100  # What Grain scales the smallest weight to.
+_SMALLEST = 100  # integer to which Grain scales the smallest weight
 
 
 class WindowSource:
-    """Random access to the raw records of one packed folder, in stream order.
+    """Sequence of the raw records (bytes) of one packed folder, in stream order; thread-safe.
 
-    Thread-safe. Opening compares size and record count of every shard with the manifest.
-
-    Args:
-      path: packed folder.
-      seq_len: the T wanted, None for whatever it holds.
-      tokenizer_sha256: the tokenizer wanted, None for any.
+    Attributes:
+      path: the folder.
+      manifest: what the folder records about its shards.
 
     Raises:
-      UserError: not a complete packed folder, or of another seq_len or tokenizer (at once); a
-        damaged record (when it is read).
+      UserError: when opened, if the folder is not complete or has another seq_len or tokenizer;
+        when a record is read, if it is damaged.
     """
 
     def __init__(
@@ -56,12 +53,19 @@ class WindowSource:
         seq_len: int | None = None,
         tokenizer_sha256: str | None = None,
     ):
+        """Opens the folder and compares size and record count of every shard with the manifest.
+
+        Args:
+          path: packed folder.
+          seq_len: tokens per window that the folder must have; None accepts any.
+          tokenizer_sha256: hash of the tokenizer it must be made with; None accepts any.
+        """
         self.path = os.fspath(path)
         self.manifest: Manifest = read_manifest(path)
-        found = self.manifest.seq_len
-        if seq_len is not None and found != seq_len:
+        packed_len = self.manifest.seq_len
+        if seq_len is not None and packed_len != seq_len:
             raise UserError(
-                f"{path} is packed with seq_len {found}, the config wants {seq_len}; "
+                f"{path} is packed with seq_len {packed_len}, the config has {seq_len}; "
                 "pack it again or change the config."
             )
         found = self.manifest.tokenizer_sha256
@@ -74,12 +78,14 @@ class WindowSource:
         self._size = record_size(self.manifest.seq_len)
 
     def __len__(self) -> int:
+        """Returns the number of windows."""
         return self.manifest.windows
 
     def __repr__(self) -> str:
         return f"WindowSource({self.path!r})"
 
     def __getitem__(self, index: int) -> bytes:
+        """Reads the raw record of a window; raises UserError if it is damaged."""
         try:
             record = self._records[index]
         except (RuntimeError, OSError) as error:
@@ -89,6 +95,12 @@ class WindowSource:
         return record
 
     def _damaged(self, index: int, what: str) -> UserError:
+        """Returns the error of a damaged record, naming its shard and its index there.
+
+        Args:
+          index: window of the folder.
+          what: what is wrong with its record.
+        """
         local = int(index)
         for shard in self.manifest.shards:
             if local < shard.windows:
@@ -103,7 +115,15 @@ class WindowSource:
 def open_sources(
     config: DataConfig, tokenizer_sha256: str | None = None
 ) -> tuple[WindowSource, ...]:
-    """Opens and checks every source of the config; raises UserError for the first that is wrong."""
+    """Opens and checks every source of a config, in its order.
+
+    Args:
+      config: its `sources` and `seq_len`.
+      tokenizer_sha256: hash of the tokenizer they must be made with; None accepts any.
+
+    Raises:
+      UserError: a source cannot be opened or does not fit; names the first.
+    """
     return tuple(
         WindowSource(source.path, seq_len=config.seq_len, tokenizer_sha256=tokenizer_sha256)
         for source in parse_sources(config.sources)
@@ -111,27 +131,36 @@ def open_sources(
 
 
 def proportions(weights: tuple[float, ...]) -> tuple[int, ...]:
-    """Integer shares of the mixture: weights scaled so that the smallest is 100, rounded."""
+    """Returns integer shares of a mixture: weights scaled so that the smallest is 100, rounded."""
     smallest = min(weights)
     return tuple(round(_SMALLEST * (weight / smallest)) for weight in weights)
 
 
 def _proportions_of(config: DataConfig) -> tuple[int, ...]:
+    """Returns the integer shares of the sources of a config, in their order."""
     return proportions(tuple(source.weight for source in parse_sources(config.sources)))
 
 
 def _source_seed(seed: int, index: int) -> int:
-    """32 bits, hashed: Grain adds the epoch, and no source's epoch e shall be another's e+1."""
+    """Returns the 32-bit shuffle seed of the source at `index`.
+
+    Hashed, because Grain adds the epoch number to it: with consecutive seeds, epoch e+1 of a source
+    would have the order of epoch e of the next one.
+    """
     digest = hashlib.sha256(f"source:{seed}:{index}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
 
 def mix(sources: tuple[WindowSource, ...], config: DataConfig) -> grain.MapDataset:
-    """The endless mixture: raw record bytes of global row r (step · global_batch + row) at [r]."""
+    """Returns the endless mixture of opened sources, shuffled and interleaved by weight.
+
+    Item [r] is the raw record (bytes) of global row r = step · global_batch + row in the batch.
+    """
     return _mix([grain.MapDataset.source(source) for source in sources], config)
 
 
 def _mix(datasets: list[grain.MapDataset], config: DataConfig) -> grain.MapDataset:
+    """Returns the endless mixture of any datasets in place of the config's sources."""
     endless = [
         dataset.shuffle(seed=_source_seed(config.seed, index)).repeat()
         for index, dataset in enumerate(datasets)
@@ -142,10 +171,14 @@ def _mix(datasets: list[grain.MapDataset], config: DataConfig) -> grain.MapDatas
 
 
 def _order_probe(config: DataConfig, lengths: list[int]) -> str:
-    """Hash of which window some rows hold, near the start and far into the run.
+    """Returns a hash of the windows in some rows, near the start and far into a run.
 
-    The order is Grain's; should a version of it order differently, a resumed run must not silently
-    go on in another order.
+    The order is computed by Grain. If another version of it ordered differently, this hash would
+    differ, so that a run does not silently resume in another order.
+
+    Args:
+      config: weights and seed of the mixture.
+      lengths: number of windows of each source.
     """
     starts = [0, *itertools.accumulate(lengths)]
     ranges = [grain.MapDataset.range(*pair) for pair in itertools.pairwise(starts)]
@@ -155,7 +188,7 @@ def _order_probe(config: DataConfig, lengths: list[int]) -> str:
 
 
 def epochs_at(config: DataConfig, step: int) -> dict[str, float]:
-    """Passes over each source, by path, that training has made before `step` (1.0 = all once)."""
+    """Returns the number of epochs over each source, by path, in the first `step` steps."""
     weights = _proportions_of(config)
     rows = step * config.global_batch
     return {
@@ -165,10 +198,10 @@ def epochs_at(config: DataConfig, step: int) -> dict[str, float]:
 
 
 def data_fingerprint(config: DataConfig) -> dict[str, Any]:
-    """What determines the batch of every step, in JSON types, to be stored with a checkpoint.
+    """Returns everything that determines the batches, in JSON types, to store with a checkpoint.
 
-    Two configs with equal fingerprints give equal batches. Folders are named by the hash of their
-    manifests, not by path, so moved data is the same data.
+    Two configs with equal fingerprints give equal batches. Folders are identified by the hash of
+    their manifests, not by path, so data may be moved.
     """
     weights = _proportions_of(config)
     manifests = [read_manifest(source.path) for source in parse_sources(config.sources)]
@@ -187,7 +220,11 @@ def data_fingerprint(config: DataConfig) -> dict[str, Any]:
 
 
 def check_fingerprint(found: Mapping[str, Any], config: DataConfig) -> None:
-    """Raises UserError, naming what differs, unless `found` is the fingerprint of `config`."""
+    """Checks that a stored fingerprint is that of `config`.
+
+    Raises:
+      UserError: it is not; names what differs.
+    """
     different = differences(found, data_fingerprint(config))
     if different:
         raise UserError(

@@ -1,1 +1,1 @@
-"""Pretraining: pure step functions, losses, optimizer, and the loop with its checkpoints."""
+"""Training: objectives, pure steps, losses, optimizer, and one loop for all stages."""

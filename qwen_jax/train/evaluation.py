@@ -1,16 +1,16 @@
-"""Loss and bits per byte of a model on held-out shards."""
+"""Evaluation of language models during training: loss and bits per byte on held-out shards."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
-from qwen_jax.data import eval_batches
+from qwen_jax.data import Packing, eval_batches
 from qwen_jax.errors import UserError
 from qwen_jax.model import Params
 from qwen_jax.parallel.host_arrays import local_rows, to_global
@@ -41,10 +41,10 @@ class HeldOut:
 
 
 def parse_eval_sources(text: str) -> dict[str, str]:
-    """`name=FOLDER,name=FOLDER` as a dict; "" gives none.
+    """Parses the setting `eval`, "name=FOLDER,name=FOLDER", to a dict; "" gives an empty one.
 
     Raises:
-      UserError: a part without a name, or a name twice.
+      UserError: a part without a name or folder, or a name given twice.
     """
     sources: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
@@ -55,24 +55,29 @@ def parse_eval_sources(text: str) -> dict[str, str]:
     return sources
 
 
-def check_sources(sources: Mapping[str, str], **wanted) -> None:
-    """Opens every source once, so that a missing one is found before the training, not after it.
+def check_sources(
+    sources: Mapping[str, str], *, packing: Packing, seq_len: int, tokenizer_sha256: str
+) -> None:
+    """Opens every held-out source once, so that errors appear before the training, not after it.
 
     Args:
-      **wanted: packing, seq_len and tokenizer_sha256 as in `eval_batches`.
+      sources: name -> packed folder.
+      packing: as in `eval_batches`.
+      seq_len: tokens per row that the folders must have.
+      tokenizer_sha256: hash of the tokenizer that the folders must be made with.
 
     Raises:
-      UserError: a source that is missing, empty, damaged or made for another model.
+      UserError: a source is missing, empty, damaged or made for another model.
     """
     for folder in sources.values():
-        eval_batches(folder, 1, **wanted)
+        eval_batches(folder, 1, packing=packing, seq_len=seq_len, tokenizer_sha256=tokenizer_sha256)
 
 
 @functools.cache
-def _eval_step(config: StepConfig):
+def _eval_step(config: StepConfig) -> Callable[[Params, Batch], tuple[jax.Array, ...]]:
     """Returns a jitted function (params, batch) -> float32 scalars nll, tokens, n_bytes."""
 
-    def step(params: Params, batch: Batch):
+    def step(params: Params, batch: Batch) -> tuple[jax.Array, ...]:
         loss = NextToken()(params, batch, config, None)
         return loss.sums["nll"], loss.weight, loss.sums["n_bytes"]
 
@@ -86,26 +91,46 @@ def evaluate(
     mesh: jax.sharding.Mesh,
     *,
     batch_size: int,
-    **wanted,
+    packing: Packing,
+    seq_len: int,
+    tokenizer_sha256: str,
 ) -> dict[str, HeldOut]:
-    """Evaluates on every window of each source; call it under `jax.set_mesh(mesh)`.
+    """Computes the loss on all windows of each held-out source; call it under `jax.set_mesh(mesh)`.
 
     Sums are taken over all windows before dividing, so results depend neither on the batch size nor
     on the mesh. Every loss-carrying token counts, `<|endoftext|>` too, though it has no bytes.
 
     Args:
-      batch_size: rows at a time over all processes.
-      **wanted: packing, seq_len and tokenizer_sha256 as in `eval_batches`.
+      params: weights of `config.model`.
+      sources: name -> packed folder.
+      config: model, forward options and loss settings.
+      mesh: devices that hold the weights.
+      batch_size: rows per forward pass over all processes.
+      packing: as in `eval_batches`.
+      seq_len: tokens per row that the folders must have.
+      tokenizer_sha256: hash of the tokenizer that the folders must be made with.
+
+    Returns:
+      Source name -> result.
 
     Raises:
-      UserError: a source that is missing, empty or made for another model.
+      UserError: a source is missing, empty or made for another model.
     """
     first, count = local_rows(mesh, batch_size)
     step = _eval_step(config)
     results = {}
     for name, folder in sources.items():
         totals = np.zeros(3)  # float64: the sum may be over billions of tokens
-        for batch in eval_batches(folder, batch_size, first=first, count=count, **wanted):
+        batches = eval_batches(
+            folder,
+            batch_size,
+            packing=packing,
+            seq_len=seq_len,
+            tokenizer_sha256=tokenizer_sha256,
+            first=first,
+            count=count,
+        )
+        for batch in batches:
             totals += jax.device_get(step(params, to_global(batch, mesh, first, batch_size)))
         nll, tokens, n_bytes = totals.tolist()
         results[name] = HeldOut(

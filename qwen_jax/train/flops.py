@@ -1,9 +1,10 @@
-"""Analytic FLOPs of training, and the share of the hardware's peak they reach (MFU).
+"""Analytic FLOPs of training, and the peak FLOP/s of devices, for MFU (model FLOPs utilisation).
 
-XLA's own cost analysis counts the body of a scan once, so the count here is by hand. The convention
+XLA's own cost analysis counts the body of a scan once, so the formula is given here. The convention
 is that of PaLM (appendix B) with causal attention counted at half: per token, 6 × the parameters
 that take part in a matrix product (input embedding excluded, output projection included) plus
-12 × N·H × (average number of keys seen) per layer. Work done again by remat is not counted.
+12 × N·H × (average number of keys per query) per layer, for N query heads of dimension H.
+Recomputation by remat is not counted.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from absl import logging
 
 from qwen_jax.model import ModelConfig
 
-# Dense bf16 FLOP/s per device, by a piece of `device_kind` (vendors' data sheets).
+# Dense bf16 FLOP/s per device, by a substring of `device_kind` (vendors' data sheets).
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -33,17 +34,22 @@ PEAK_FLOPS = {
 
 
 def matmul_params(config: ModelConfig) -> int:
-    """Parameters that multiply each token: the layers' matrices and the output projection."""
+    """Returns the number of parameters in matrices that multiply each token.
+
+    These are the layers' matrices and the output projection, without the input embedding.
+    """
     attention = config.d_model * config.head_dim * 2 * (config.n_heads + config.n_kv_heads)
     ffn = 3 * config.d_model * config.d_ff
     return config.n_layers * (attention + ffn) + config.d_model * config.vocab_size
 
 
 def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """FLOPs of forward and backward per token at `seq_len`, causal (and windowed) attention."""
+    """Returns the FLOPs of forward and backward pass per token of rows of `seq_len` tokens.
+
+    Attention is causal, limited to the layers' windows where they have one.
+    """
     windows = config.windows or (None,) * config.n_layers
-    # Average keys seen by a query: i + 1 for the i-th, at most the window.
-    keys = 0.0
+    keys = 0.0  # average per query, summed over layers: i + 1 for the i-th, at most the window
     for window in windows:
         w = min(window or seq_len, seq_len)
         keys += (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
@@ -51,11 +57,11 @@ def train_flops_per_token(config: ModelConfig, seq_len: int) -> float:
 
 
 def peak_flops(device: jax.Device) -> float:
-    """Peak FLOP/s of one device.
+    """Returns the peak FLOP/s of one device.
 
-    From the data sheet for known accelerators. For anything else it is *measured*, and the log says
-    so: the best of a few square products, float32 on CPUs (whose devices share the host, so each
-    gets its part) and bf16 elsewhere.
+    For known accelerators this is the data sheet's figure. For others it is measured, which takes
+    about a second and is logged: the best of a few square matrix products, in float32 on CPUs,
+    whose devices share the host equally, and in bf16 elsewhere.
     """
     for kind, peak in PEAK_FLOPS.items():
         if kind.lower() in device.device_kind.lower():

@@ -1,4 +1,4 @@
-"""What a pretraining job is: the frozen form of a recipe in `configs/pretrain.py`."""
+"""Configuration of a pretraining job: the frozen form of a recipe in `configs/pretrain.py`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,21 @@ from qwen_jax.train.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class PretrainJob:
-    """A whole pretraining job; field names are the groups of keys on the command line.
+    """Settings of a pretraining job; field names are the groups of keys on the command line.
 
     Attributes:
+      model: architecture.
+      data: packed sources, their weights, sequence length and batch size.
+      train: number of steps and what is logged and saved.
       tokenizer: vocabulary file, or a folder that has one.
-      eval: held-out shards to evaluate on, `name=FOLDER,name=FOLDER` ("": none).
-      model, data, train, options, mesh, optimizer, loss: see their classes.
+      options: compute dtype, remat policy and attention implementation.
+      mesh: number of devices along each mesh axis.
+      optimizer: AdamW and its schedule; `decay_steps=-1` is replaced by `train.steps`.
+      loss: how the loss over the vocabulary is computed.
+      eval: held-out shards to evaluate on, "name=FOLDER,name=FOLDER"; "" evaluates on none.
+
+    Raises:
+      UserError: the sequence length does not fit the model.
     """
 
     model: ModelConfig
@@ -46,20 +55,24 @@ class PretrainJob:
             )
         if (model.dynamic_ntk or model.logn) and seq_len != model.trained_length:
             raise UserError(
-                f"data.seq_len={seq_len} is not model.trained_length={model.trained_length}, past "
-                "which NTK and LogN stretch positions at inference; change both together"
+                f"data.seq_len={seq_len} is not model.trained_length={model.trained_length}, "
+                "beyond which NTK and LogN apply at inference; change both together"
             )
 
     @property
     def step_config(self) -> StepConfig:
-        """The part the jitted step is made of."""
+        """Settings of the jitted training step."""
         return StepConfig(
             self.model, self.options, self.optimizer, self.loss, self.train.microbatches
         )
 
 
 def check_vocabulary(job: PretrainJob, tokenizer: Tokenizer) -> None:
-    """Refuses a model with fewer embedding rows than the tokenizer has ids."""
+    """Checks that a job's model has an embedding row for every id of its tokenizer.
+
+    Raises:
+      UserError: it has fewer.
+    """
     if tokenizer.vocab_size > job.model.vocab_size:
         raise UserError(
             f"the tokenizer {job.tokenizer} has {tokenizer.vocab_size} ids but model.vocab_size is "

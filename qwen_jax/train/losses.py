@@ -28,7 +28,7 @@ from qwen_jax.kernels.cpu_matmul import accumulated
 from qwen_jax.parallel import RULES, current_mesh, on_mesh, spec
 from qwen_jax.train.vocab_split import VocabSplit, vocab_split
 
-_TOKEN_AXES = (*RULES["batch"], RULES["sequence"])
+_TOKEN_AXES = tuple(jax.tree.leaves((RULES["batch"], RULES["sequence"])))
 _PADDING_LOGIT = -1e30
 
 

@@ -1,9 +1,9 @@
-"""Where the numbers of a run go: one interface, several writers, and a reader for reports.
+"""Writers of training metrics (console, JSONL, TensorBoard, wandb), and a reader of the JSONL file.
 
-`metrics.jsonl` is the record: one JSON object per line, {"step": 20, "time": 1.7e9, "loss": 2.5}.
-JSON has no NaN, so non-finite values are the strings "NaN", "Infinity", "-Infinity"; `read_metrics`
-turns them back into floats. A run that resumes at step s first removes the lines after s: the steps
-that are about to be done again. They move to `metrics.dropped.jsonl`, so nothing is lost.
+`metrics.jsonl` has one JSON object per line: {"step": 20, "time": 1.7e9, "loss": 2.5}. JSON has no
+NaN, so non-finite values are the strings "NaN", "Infinity", "-Infinity"; `read_metrics` converts
+them back to floats. A run that resumes at step s first moves the lines of later steps, which it
+will repeat, to `metrics.dropped.jsonl`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import pathlib
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
 import jax
@@ -28,26 +28,27 @@ WRITERS = ("console", "jsonl", "tensorboard", "wandb")
 
 
 class MetricsWriter(Protocol):
-    """A place for scalars. `write` takes Python floats; steps never go down within a run."""
+    """Destination of scalars. Steps never decrease within a run."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of one step."""
+        """Writes scalars of one step by name."""
 
     def close(self) -> None:
-        """Flushes and releases what the writer holds."""
+        """Flushes what was written and releases files and connections."""
 
 
 class ConsoleWriter:
-    """One aligned log line per write: step, share of the run, values, time to the end.
+    """Writer of one aligned log line per step: step, share of the run, values, remaining time.
 
-    The line is for the eye: loss first, and without what only a plot tells. The other writers have
-    everything.
+    Meant for reading while a run goes: loss first, and without norms and memory, which the other
+    writers have.
     """
 
     FIRST = ("loss", "bits_per_byte", "grad_norm", "lr", "tokens_per_second", "mfu")
     LEFT_OUT = ("param_norm", "update_norm", "tokens")
 
     def __init__(self, total_steps: int):
+        """Prepares to write; `total_steps` is the last step of the run."""
         self._eta = Eta(total_steps)
         self._widths: dict[str, int] = {}
 
@@ -66,16 +67,17 @@ class ConsoleWriter:
         logging.info("%s", "  ".join(cells))
 
     def _cell(self, name: str, value: float) -> str:
+        """Returns "name value", as wide as the widest so far of that name."""
         text = format_value(value)
         self._widths[name] = width = max(len(text), self._widths.get(name, 0))
         return f"{name} {text:>{width}}"
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Does nothing: a log needs no closing."""
 
 
 def format_value(value: float) -> str:
-    """Returns a scalar in at most nine characters: 2.3456, 3.00e-04, 128, 12.3k, nan."""
+    """Formats a scalar in at most nine characters: 2.3456, 3.00e-04, 128, 12.3k, nan."""
     if not math.isfinite(value):
         return str(float(value))
     if value == int(value) or abs(value) >= 1e4:
@@ -86,17 +88,19 @@ def format_value(value: float) -> str:
 
 
 class JsonlWriter:
-    """Appends a line per write to a local file; each line is complete or absent after a kill.
-
-    Args:
-      path: the file; made if absent.
-      resume_step: last step that counts; lines after it go to `metrics.dropped.jsonl`.
+    """Writer of one JSON line per step to a local file; a kill leaves no partial line.
 
     Raises:
       UserError: the path is not a local file that can be written.
     """
 
     def __init__(self, path: str | os.PathLike, *, resume_step: int):
+        """Opens the file and moves the lines of steps that will be repeated.
+
+        Args:
+          path: the file; created if absent.
+          resume_step: last step that is kept; later lines go to `metrics.dropped.jsonl`.
+        """
         if "://" in os.fspath(path):
             raise UserError(f"{path} must be a local path: only checkpoints go to remote storage.")
         self._path = pathlib.Path(path)
@@ -111,7 +115,7 @@ class JsonlWriter:
             ) from error
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Appends {"step", "time", **scalars} in a single write."""
+        """Appends {"step", "time", **scalars} as one line, in a single system call."""
         row = {name: _to_json(value) for name, value in scalars.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **row}, allow_nan=False)
         os.write(self._file, line.encode() + b"\n")
@@ -122,16 +126,17 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard; on resume its viewer forgets the steps that are done again."""
+    """Writer of TensorBoard event files; after a resume, TensorBoard hides repeated steps."""
 
     def __init__(self, folder: str | os.PathLike, *, resume_step: int):
-        from tensorboardX import SummaryWriter  # a second of imports that other writers spare
+        """Opens a new event file in `folder`, for the steps after `resume_step`."""
+        from tensorboardX import SummaryWriter  # its import takes a second
 
         self._writer = SummaryWriter(
             os.fspath(folder),
             purge_step=resume_step + 1,
             flush_secs=10,
-            # The name otherwise has only the second: a quick restart would overwrite the file.
+            # By default names differ only by the second, so a quick restart would overwrite a file.
             filename_suffix=f".{os.getpid()}.{uuid.uuid4().hex[:6]}",
         )
 
@@ -146,20 +151,22 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases, only when asked for; a resumed run continues under the same id.
-
-    Args:
-      folder: where wandb keeps its files and `wandb_id.txt` this run's id.
-      project: wandb project.
-      config: what wandb shows as the configuration of the run.
+    """Writer to Weights & Biases; a resumed run continues under the same id.
 
     Raises:
-      UserError: the package is not installed.
+      UserError: the package wandb is not installed.
     """
 
     def __init__(
         self, folder: str | os.PathLike, *, project: str, config: Mapping[str, Any] | None = None
     ):
+        """Starts or resumes the wandb run.
+
+        Args:
+          folder: local folder for wandb's files and `wandb_id.txt`, which has the id of the run.
+          project: wandb project.
+          config: what wandb shows as the configuration of the run.
+        """
         try:
             import wandb
         except ImportError:
@@ -184,18 +191,22 @@ class WandbWriter:
         self._run.log(dict(scalars), step=step)
 
     def close(self) -> None:
-        """Uploads what is left and ends the run."""
+        """Uploads what is pending and ends the wandb run."""
         self._run.finish()
 
 
 class MultiWriter:
-    """Writes to several writers; numbers of any kind (jax, NumPy, Python) become floats once."""
+    """Writer that passes scalars on to several others, after conversion to Python floats.
+
+    A context manager that closes them.
+    """
 
     def __init__(self, writers: Sequence[MetricsWriter]):
+        """Takes the writers, in the order in which they are called; may be empty."""
         self._writers = tuple(writers)
 
     def write(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes to all in turn; fetches device scalars, so pass those of a finished step."""
+        """Writes JAX, NumPy or Python scalars to all writers; waits for those on the device."""
         if not self._writers:
             return
         values = {name: float(value) for name, value in scalars.items()}
@@ -203,7 +214,7 @@ class MultiWriter:
             writer.write(step, values)
 
     def close(self) -> None:
-        """Closes all."""
+        """Closes all writers."""
         for writer in self._writers:
             writer.close()
 
@@ -223,29 +234,32 @@ def make_writer(
     wandb_project: str = "qwen_jax",
     config: Mapping[str, Any] | None = None,
 ) -> MultiWriter:
-    """Returns the writers of a run; on every process but the first, one that does nothing.
+    """Opens the writers of a run; on every process but the first, returns one that does nothing.
 
     Args:
-      folder: gets `metrics.jsonl` and `tensorboard/`.
-      total_steps: last step of the run, for progress and ETA.
+      folder: local folder in which `metrics.jsonl` and `tensorboard/` are written.
+      total_steps: last step of the run, for progress and remaining time.
       resume_step: step of the restored checkpoint; 0 for a new run.
-      names: which of "console", "jsonl", "tensorboard", "wandb".
+      names: which writers: "console", "jsonl", "tensorboard", "wandb".
       wandb_project: project for wandb.
       config: configuration shown by wandb.
 
+    Returns:
+      One writer to all of them.
+
     Raises:
-      UserError: an unknown name, a folder that cannot be written, wandb not installed.
+      UserError: a name is unknown, the folder cannot be written, or wandb is not installed.
     """
     for name in names:
         if name not in WRITERS:
             raise UserError(
-                f"Metrics writer {name!r} is not known{nearest(name, WRITERS)}: choose from "
+                f"Metrics writer {name!r} is unknown{nearest(name, WRITERS)}: choose from "
                 f"{', '.join(WRITERS)}."
             )
     if jax.process_index() != 0:
         return MultiWriter(())
     folder = pathlib.Path(folder)
-    makers = {
+    makers: dict[str, Callable[[], MetricsWriter]] = {
         "console": lambda: ConsoleWriter(total_steps),
         "jsonl": lambda: JsonlWriter(folder / "metrics.jsonl", resume_step=resume_step),
         "tensorboard": lambda: TensorBoardWriter(folder / "tensorboard", resume_step=resume_step),
@@ -255,9 +269,16 @@ def make_writer(
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
-    """Returns the rows of a `metrics.jsonl` in order; a line cut short by a kill is left out.
+    """Reads the rows of a `metrics.jsonl` in order, without a last line that is incomplete.
 
-    Raises UserError when the file is missing or a line that is not the last is not JSON.
+    Args:
+      path: the file.
+
+    Returns:
+      Rows as {"step", "time", metric names…}.
+
+    Raises:
+      UserError: the file cannot be read, or a line other than the last is not a row.
     """
     try:
         lines = pathlib.Path(path).read_bytes().splitlines(keepends=True)
@@ -278,7 +299,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, float]]:
 
 
 def _parse(line: bytes) -> dict | None:
-    """Returns the row of a complete line, or None."""
+    """Returns the row of a line of `metrics.jsonl`; None if it is incomplete or not a row."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -288,8 +309,9 @@ def _parse(line: bytes) -> dict | None:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-    """Moves the lines after `step`, and any that is not a row, to `<name>.dropped.jsonl`."""
-    kept, dropped = [], []
+    """Moves lines of steps after `step`, and those that are no rows, to `<name>.dropped.jsonl`."""
+    kept: list[bytes] = []
+    dropped: list[bytes] = []
     for line in path.read_bytes().splitlines(keepends=True):
         row = _parse(line)
         (kept if row is not None and row["step"] <= step else dropped).append(line)
@@ -306,10 +328,12 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _to_json(value: float) -> float | str:
+    """Returns a float as it is written: non-finite ones by their names in `_NON_FINITE`."""
     if math.isfinite(value):
         return value
     return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
 
 
 def _from_json(value: Any) -> Any:
+    """Returns a value as it was before `_to_json`."""
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value

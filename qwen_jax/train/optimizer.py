@@ -1,8 +1,9 @@
-"""AdamW, clipping and the learning-rate schedule of the report (§2.4)."""
+"""AdamW and its learning-rate schedule, as in the Qwen report (§2.4)."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,26 @@ from qwen_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with decoupled weight decay and a warm-up + cosine schedule.
+    """AdamW with decoupled weight decay, gradient clipping and a warm-up + cosine schedule.
 
-    Defaults are the report's (§2.4: betas, epsilon, peak, floor) and, where it is silent, the
-    technical memo's of the first Qwen-7B (warm-up, decay, clip).
+    Defaults are the report's (§2.4: betas, epsilon, peak, floor) and, where it gives none, those of
+    the technical memo of the first Qwen-7B (warm-up, decay, clip).
 
     Attributes:
-      peak_lr: highest learning rate. final_lr_ratio: the cosine ends at this share of it.
-      warmup_steps: linear from 0. decay_steps: step at which the cosine reaches its floor, after
-        which the rate stays there; 0 keeps the peak after warm-up (constant schedule), -1 is the
-        last step of the job (`train.steps`), filled in by `PretrainJob`.
-      b1, b2, eps: Adam's. weight_decay: applied to matrices and embeddings only.
-      clip_norm: global gradient norm above which gradients are scaled down.
+      peak_lr: highest learning rate.
+      final_lr_ratio: learning rate at the end of the cosine, as a share of `peak_lr`.
+      warmup_steps: number of steps over which the rate rises linearly from 0 to the peak.
+      decay_steps: step at which the cosine reaches its end, after which the rate is constant; 0
+        keeps the peak after warm-up (constant schedule), -1 is the last step of the job
+        (`train.steps`), which `PretrainJob` fills in.
+      b1: decay rate of Adam's first moment.
+      b2: decay rate of Adam's second moment.
+      eps: Adam's epsilon, added to the root of the second moment.
+      weight_decay: decoupled weight decay, applied to matrices and embeddings only.
+      clip_norm: global gradient norm above which gradients are scaled down to it.
+
+    Raises:
+      UserError: a number is out of range, or the decay ends before the warm-up.
     """
 
     peak_lr: float = 3e-4
@@ -38,7 +47,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        # Written so that a NaN fails too.
+        # Negated comparisons, so that NaN fails too.
         for name in ("peak_lr", "clip_norm", "eps"):
             if not getattr(self, name) > 0:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
@@ -62,8 +71,13 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
-    """Learning rate of 0-based `step`, float32: the first step already uses peak/warmup."""
-    assert config.decay_steps >= 0, "decay_steps=-1 is filled in by the job"
+    """Computes the float32 learning rate of a step.
+
+    Args:
+      config: the schedule, with `decay_steps` filled in.
+      step: integer scalar, 0-based; step 0 already uses peak/warmup_steps.
+    """
+    assert config.decay_steps >= 0, "decay_steps=-1 must be filled in by the job"
     step = step.astype(jnp.float32) + 1.0
     warmup = jnp.minimum(step / max(config.warmup_steps, 1), 1.0)
     if not config.decay_steps:
@@ -75,11 +89,15 @@ def learning_rate(config: OptimizerConfig, step: jax.Array) -> jax.Array:
     return config.peak_lr * warmup * cosine
 
 
-def adamw(config: OptimizerConfig, decay_mask) -> optax.GradientTransformation:
-    """Adam → decoupled decay: what stands between clipping and the learning rate.
+def adamw(config: OptimizerConfig, decay_mask: Any) -> optax.GradientTransformation:
+    """Returns Adam followed by decoupled weight decay, without clipping and learning rate.
 
-    The step clips (it knows the norm already) and multiplies the rate in. Moments are float32 and
-    are sharded as the parameters are.
+    The training step applies those two, as it needs norm and rate for its metrics anyway. Moments
+    are float32, sharded as the parameters.
+
+    Args:
+      config: Adam's settings and the weight decay.
+      decay_mask: pytree of bool with the structure of the parameters: which of them decay.
     """
     return optax.chain(
         optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=jnp.float32),

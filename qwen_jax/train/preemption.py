@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM from a scheduler, or Ctrl-C, ends a run after the step it is in."""
+"""Preemption: SIGTERM from a scheduler, or Ctrl-C, stops a run after the current step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from absl import logging
 
 
 class Preemption:
-    """Turns SIGTERM and the first Ctrl-C into a flag on which all processes of a job agree.
+    """Stop flag that SIGTERM and the first Ctrl-C set, and on which all processes of a job agree.
 
     Use::
 
@@ -26,27 +26,28 @@ class Preemption:
                     checkpoints.save(step, state, info, wait=True)
                     break
 
-    A second Ctrl-C raises KeyboardInterrupt at once. Leaving the block puts the handlers that were
-    there before back. Outside the main thread Python allows no handlers: only `request` works then.
+    A second Ctrl-C raises KeyboardInterrupt at once. Leaving the block restores the previous signal
+    handlers. Outside the main thread Python allows no handlers, so only `request` works there.
     """
 
     def __init__(self):
+        """Makes the flag; signal handlers are installed by the `with` block."""
         self._requested = ""
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
         self._pending: jax.Array | None = None
         self._mesh: jax.sharding.Mesh | None = None
         self._stopped_at: int | None = None
 
     def request(self, reason: str) -> None:
-        """Asks for a stop from inside the program, as a signal does from outside."""
+        """Requests a stop, as a signal does; `reason` is logged."""
         self._requested = self._requested or reason
 
     def should_stop(self, step: int) -> bool:
-        """Whether to save and stop after `step`; the same answer on all processes.
+        """Returns whether to save and stop after `step`, the same on all processes.
 
-        In a job of several processes every one must call this once per step. The flags are joined
-        by one small all-reduce that runs behind the training step and is read a call later, so the
-        host does not wait for the device; a signal is answered one step after the next.
+        In a job of several processes each must call this once per step. The flags are combined by
+        a small all-reduce that is queued after the training step and read in the next call, so the
+        host does not wait for the device; the run stops one or two steps after a signal.
         """
         if self._stopped_at is not None:
             return True
@@ -60,12 +61,16 @@ class Preemption:
             logging.warning(
                 "Stopping after step %d: %s.",
                 step,
-                self._requested or "another process was told to",
+                self._requested or "another process was asked to stop",
             )
         return stop
 
     def _any_process(self, flag: bool) -> jax.Array:
-        """Dispatches the maximum of the flags of all processes; does not wait for it."""
+        """Dispatches the logical or of the flags of all processes; does not wait for it.
+
+        Returns:
+          int32 scalar, 1 if any flag is set.
+        """
         if self._mesh is None:
             self._mesh = jax.make_mesh((jax.device_count(),), ("all",))
         flags = jax.make_array_from_process_local_data(
@@ -83,20 +88,22 @@ class Preemption:
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
-            # None: installed by C code, which Python can neither name nor put back.
+            # None: a handler installed by C code, which Python cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handles SIGTERM and SIGINT: sets the flag, or raises on a second Ctrl-C."""
         del frame
         if number == signal.SIGINT and self._requested:
             raise KeyboardInterrupt
         self.request("SIGTERM" if number == signal.SIGTERM else "Ctrl-C")
-        # Not through logging: this may interrupt it half-way.
-        hint = "; once more to stop at once" if number == signal.SIGINT else ""
+        # Not through logging, which this handler may have interrupted.
+        hint = "; press again to stop at once" if number == signal.SIGINT else ""
         os.write(2, f"\n{self._requested}: stopping after this step{hint}.\n".encode())
 
 
 @jax.jit
 def _maximum(flags: jax.Array) -> jax.Array:
+    """Returns the maximum of int32 flags over all devices, replicated."""
     return jnp.max(flags)

@@ -1,4 +1,4 @@
-"""Traces of chosen training steps, for XProf, TensorBoard and Perfetto."""
+"""Profiler traces of selected training steps, for XProf, TensorBoard and Perfetto."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from qwen_jax.errors import UserError
 
 
 def parse_steps(text: str) -> tuple[int, int] | None:
-    """Parses "FIRST,LAST", steps counted from 1 as the log counts them; "" is None.
+    """Parses `train.profile_steps`.
+
+    Args:
+      text: "FIRST,LAST", 1-based steps as in the log, or "".
+
+    Returns:
+      Both steps, or None for "".
 
     Raises:
-      UserError: anything else, or steps in the wrong order.
+      UserError: the text is malformed, or the steps are in the wrong order.
     """
     if not text:
         return None
@@ -34,25 +40,35 @@ def parse_steps(text: str) -> tuple[int, int] | None:
 
 
 class Profiler:
-    """Traces steps FIRST to LAST of a run, on process 0, into a folder.
+    """Tracer of a range of training steps, on process 0, into a folder.
 
-    The trace goes to FOLDER/plugins/profile/TIME: HOST.xplane.pb for XProf and TensorBoard,
-    perfetto_trace.json.gz for ui.perfetto.dev. Each step is annotated with its number, which is
-    what XProf's step view is made of. Steps that an earlier start of the run did are not traced
-    again; when only some of them are left, those are.
+    Writes FOLDER/plugins/profile/TIME/: HOST.xplane.pb for XProf and TensorBoard,
+    perfetto_trace.json.gz for ui.perfetto.dev. Each step is annotated with its number, for XProf's
+    step view. After a resume, only those steps of the range are traced that are still to run.
     """
 
     def __init__(self, steps: tuple[int, int] | None, folder: str, *, done: int = 0):
-        """`done`: steps that earlier starts of this run have done."""
+        """Prepares to trace; nothing starts yet.
+
+        Args:
+          steps: first and last 1-based step to trace, both included; None traces nothing.
+          folder: where traces are written.
+          done: number of steps that earlier starts of this run have done.
+        """
         self._folder, self._running = folder, False
         self._steps = steps if jax.process_index() == 0 else None
         if self._steps and self._steps[1] <= done:
-            logging.info("train.profile_steps=%d,%d: done before, no profile", *self._steps)
+            logging.info(
+                "train.profile_steps=%d,%d: these steps are done, no profile", *self._steps
+            )
             self._steps = None
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the dispatch of step `number`: begins the trace if due, names the step in it."""
+        """Context manager for the dispatch of 1-based step `number`.
+
+        Starts the trace if it is due, and annotates the step in a running trace.
+        """
         if self._steps and not self._running and self._steps[0] <= number <= self._steps[1]:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # an event per Python call would slow the steps down
@@ -67,11 +83,11 @@ class Profiler:
             yield
 
     def ends_with(self, number: int) -> bool:
-        """Whether step `number` is the last of a running trace."""
-        return self._running and number >= self._steps[1]
+        """Returns whether 1-based step `number` is the last of the running trace."""
+        return self._running and self._steps is not None and number >= self._steps[1]
 
     def stop(self) -> None:
-        """Writes the trace if one is being taken; the traced steps must be done by then."""
+        """Ends a running trace and writes it; its steps must have completed on the device."""
         if not self._running:
             return
         self._running, self._steps = False, None

@@ -1,7 +1,6 @@
-"""A training run as one HTML page without outside resources: scores, curves, samples.
+"""HTML report of a training run: scores, curves and samples on one self-contained page.
 
-It shows what it is given and knows nothing of where it comes from: numbers of a `metrics.jsonl`,
-a table of scores, texts. Everything is escaped by the template; plots are inline SVG images.
+The page has no outside resources: plots are inline SVG images, and the template escapes all texts.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import io
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 
 from qwen_jax.artifact import write_text
 
-Rows = Sequence[Mapping[str, float]]
-"""Rows of `metrics.jsonl`, as `metrics.read_metrics` gives them."""
+MetricRows = Sequence[Mapping[str, float]]
+"""Rows of `metrics.jsonl`, as returned by `metrics.read_metrics`."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -38,50 +38,57 @@ _STYLE = {
     "grid.color": "#e6e9ee",
     "xtick.color": "#3c4654",
     "ytick.color": "#3c4654",
-    "svg.hashsalt": "qwen_jax",  # The same numbers give the same file.
+    "svg.hashsalt": "qwen_jax",  # equal numbers give equal files
 }
 _BLUE, _PALE, _GREY = "#3b5bdb", "#b6c2f2", "#667080"
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """prompt: the text given to the model; continuations: how it was drawn -> what it wrote."""
+    """Continuations of one prompt.
+
+    Attributes:
+      prompt: text given to the model.
+      continuations: description of the sampling method -> generated text.
+    """
 
     prompt: str
     continuations: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What the page shows, from top to bottom.
+class TrainingReport:
+    """Content of the page, from top to bottom.
 
     Attributes:
-      title, summary: head of the page; one sentence on what was done.
+      title: heading of the page.
+      summary: one sentence about the run.
       facts: short name -> value, shown as tiles.
-      scores: who -> held-out source -> bits per byte; the model itself is the first.
-      sees: who -> what this score counts or has to go by, in plain words.
-      metrics: rows of the run; `loss`, `lr`, `grad_norm`, and `eval/<source>/bits_per_byte`.
-      samples: prompts and continuations.
-      config: the whole recipe, as text.
+      scores: name of a model or compressor -> held-out source -> bits per byte; the trained model
+        is the first.
+      notes: the same names -> what the score counts and what information it is based on.
+      metrics: rows of the run with `loss`, `lr`, `grad_norm` and `eval/<source>/bits_per_byte`.
+      samples: prompts and their continuations.
+      config: the complete recipe, as text.
     """
 
     title: str
     summary: str
     facts: Mapping[str, str]
     scores: Mapping[str, Mapping[str, float]]
-    sees: Mapping[str, str]
-    metrics: Rows
+    notes: Mapping[str, str]
+    metrics: MetricRows
     samples: Sequence[Sample]
     config: str
 
 
-def write_report(path: str | os.PathLike, report: Report) -> None:
-    """Writes the page, whole or not at all."""
+def write_report(path: str | os.PathLike, report: TrainingReport) -> None:
+    """Writes the page to a file atomically: an interrupted call leaves no partial file."""
     write_text(path, render(report))
 
 
-def render(report: Report) -> str:
-    """The page as HTML."""
+def render(report: TrainingReport) -> str:
+    """Returns the page as HTML."""
     columns = list(next(iter(report.scores.values())))
     best = {c: min(row[c] for row in report.scores.values()) for c in columns}
     return _template().render(
@@ -93,7 +100,11 @@ def render(report: Report) -> str:
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """The scores as aligned lines of text, the lowest of each column marked with `*`."""
+    """Formats scores as aligned lines of text, the lowest of each column marked with `*`.
+
+    Args:
+      scores: name -> held-out source -> bits per byte; every row has the same sources.
+    """
     columns = list(next(iter(scores.values())))
     names = ["bits per byte, held out", *scores]
     width = max(map(len, names))
@@ -109,9 +120,10 @@ def score_table(scores: Mapping[str, Mapping[str, float]]) -> str:
 
 @functools.cache
 def _template() -> jinja2.Template:
+    """Returns the template of the page, `report.html.j2` beside this file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,  # Samples are whatever the model wrote.
+        autoescape=True,  # samples may contain any text
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -124,31 +136,49 @@ def _template() -> jinja2.Template:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """caption: what it shows; image: `data:` URI; wide: takes half of the page, not a third."""
+    """One plot of the page.
+
+    Attributes:
+      caption: description of what it shows.
+      image: the SVG image as a `data:` URI.
+      wide: whether it takes half of the page's width instead of a third.
+    """
 
     caption: str
     image: str
     wide: bool
 
 
-def plots(metrics: Rows, scores: Mapping[str, Mapping[str, float]]) -> list[Plot]:
-    """Held-out scores while training, one plot per source, then loss, rate and gradient norm."""
+def plots(metrics: MetricRows, scores: Mapping[str, Mapping[str, float]]) -> list[Plot]:
+    """Draws held-out scores, one plot per source, then loss, learning rate and gradient norm.
+
+    Args:
+      metrics: rows of the run.
+      scores: as in `TrainingReport`; scores of others than the model are drawn as levels.
+    """
     model, *others = scores
-    made = []
+    drawn = []
     for source in scores[model]:
-        levels = {who: scores[who][source] for who in others}
+        levels = {name: scores[name][source] for name in others}
         draw = functools.partial(_held_out, metrics=metrics, source=source, levels=levels)
-        made.append(_plot(f"Held-out {source}, bits per byte", draw, wide=True))
+        drawn.append(_plot(f"Held-out {source}, bits per byte", draw, wide=True))
     line = functools.partial(_line, metrics=metrics)
-    made += [
+    drawn += [
         _plot("Training loss, nats per token", functools.partial(_loss, metrics=metrics)),
         _plot("Learning rate", functools.partial(line, name="lr")),
         _plot("Gradient norm before clipping", functools.partial(line, name="grad_norm")),
     ]
-    return made
+    return drawn
 
 
 def _plot(caption: str, draw: Callable[[Axes], None], wide: bool = False) -> Plot:
+    """Makes a plot over training steps.
+
+    Args:
+      caption: title of the axes and alternative text of the image.
+      draw: draws the curves into the given axes.
+      wide: as in `Plot`.
+    """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, 3.4) if wide else (3.9, 3.0), layout="constrained")
         axes = figure.add_subplot()
@@ -161,77 +191,117 @@ def _plot(caption: str, draw: Callable[[Axes], None], wide: bool = False) -> Plo
     return Plot(caption, image, wide)
 
 
-def series(metrics: Rows, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the rows that have `name`."""
+def series(metrics: MetricRows, name: str) -> tuple[list[float], list[float]]:
+    """Returns steps and values of the rows that have the metric `name`."""
     rows = [row for row in metrics if name in row]
     return [row["step"] for row in rows], [row[name] for row in rows]
 
 
-def smoothed(values: Sequence[float], reach: int = 8) -> list[float]:
-    """Mean of each value and up to `reach` on either side, fewer near the ends but as many."""
+def smoothed(values: Sequence[float], radius: int = 8) -> list[float]:
+    """Returns the centred moving average: the mean of each value and `radius` on either side.
+
+    Near the ends the radius shrinks, so that it is the same on both sides.
+    """
     result = []
     for i in range(len(values)):
-        r = min(reach, i, len(values) - 1 - i)
+        r = min(radius, i, len(values) - 1 - i)
         result.append(sum(values[i - r : i + r + 1]) / (2 * r + 1))
     return result
 
 
-def _loss(axes: Axes, metrics: Rows) -> None:
+def _loss(axes: Axes, metrics: MetricRows) -> None:
+    """Draws the training loss of each step and its moving average."""
     steps, values = series(metrics, "loss")
-    axes.plot(steps, values, color=_PALE, linewidth=1, label="of one batch")
+    axes.plot(steps, values, color=_PALE, linewidth=1, label="one batch")
     axes.plot(steps, smoothed(values), color=_BLUE, linewidth=2, label="moving average")
     axes.legend(frameon=False)
 
 
-def _line(axes: Axes, metrics: Rows, name: str) -> None:
+def _line(axes: Axes, metrics: MetricRows, name: str) -> None:
+    """Draws one metric, with an axis from 0."""
     axes.plot(*series(metrics, name), color=_BLUE, linewidth=1.5)
     axes.set_ylim(bottom=0)
 
 
-def _held_out(axes: Axes, metrics: Rows, source: str, levels: Mapping[str, float]) -> None:
-    """The model's curve, and a level with its name at the right edge for each other score."""
+def _held_out(axes: Axes, metrics: MetricRows, source: str, levels: Mapping[str, float]) -> None:
+    """Draws a model's held-out bits per byte over training, and levels to compare with.
+
+    Args:
+      axes: axes to draw into.
+      metrics: rows of the run with `eval/<source>/bits_per_byte`.
+      source: name of the held-out source.
+      levels: name -> bits per byte, drawn as dashed lines with their names at the right edge.
+    """
     steps, values = series(metrics, f"eval/{source}/bits_per_byte")
     axes.plot(steps, values, color=_BLUE, linewidth=2, marker="o", markersize=5, zorder=3)
     axes.annotate(
-        f"{values[-1]:.3f}", (steps[-1], values[-1]), color=_BLUE, weight="bold",
-        textcoords="offset points", xytext=(-4, 8), ha="right",
-    )  # fmt: skip
+        f"{values[-1]:.3f}",
+        (steps[-1], values[-1]),
+        color=_BLUE,
+        weight="bold",
+        textcoords="offset points",
+        xytext=(-4, 8),
+        ha="right",
+    )
     shown = [*values, *levels.values()]
     low, high = min(shown), max(shown)
-    room = max(high - low, 0.1)
-    axes.set_ylim(low - 0.08 * room, high + 0.12 * room)
+    span = max(high - low, 0.1)
+    axes.set_ylim(low - 0.08 * span, high + 0.12 * span)
     axes.set_xlim(0, max(steps) * 1.02)
     for value in levels.values():
         axes.axhline(value, color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
-    at = spread(list(levels.values()), 0.07 * room)
-    for (name, value), y in zip(levels.items(), at, strict=True):
+    positions = spread(list(levels.values()), 0.07 * span)
+    for (name, value), y in zip(levels.items(), positions, strict=True):
         axes.annotate(
-            f"{name}  {value:.3f}", (1.02, y), xycoords=axes.get_yaxis_transform(),
-            color=_GREY, va="center", annotation_clip=False,
-        )  # fmt: skip
+            f"{name}  {value:.3f}",
+            (1.02, y),
+            xycoords=axes.get_yaxis_transform(),
+            color=_GREY,
+            va="center",
+            annotation_clip=False,
+        )
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:
-    """Places for labels: as near to the values as a distance of `gap` between any two allows."""
+    """Computes positions of labels so that none overlap, each near its value.
+
+    Args:
+      values: where the labels should be.
+      gap: least distance between two labels.
+
+    Returns:
+      One position per value, in the order of the values. Labels that would overlap form a group
+      with gaps of `gap`, centred on the mean of its values.
+    """
     order = sorted(range(len(values)), key=lambda i: values[i])
-    # Groups of labels that touch, each centred on the mean of what it names.
     groups: list[list[int]] = []
     for index in order:
         groups.append([index])
-        while len(groups) > 1 and _touch(groups[-2], groups[-1], values, gap):
+        while len(groups) > 1 and _overlap(groups[-2], groups[-1], values, gap):
             last = groups.pop()
             groups[-1] += last
-    places = [0.0] * len(values)
+    positions = [0.0] * len(values)
     for group in groups:
-        for index, place in zip(group, _places(group, values, gap), strict=True):
-            places[index] = place
-    return places
+        for index, position in zip(group, _group_positions(group, values, gap), strict=True):
+            positions[index] = position
+    return positions
 
 
-def _places(group: Sequence[int], values: Sequence[float], gap: float) -> list[float]:
+def _group_positions(group: Sequence[int], values: Sequence[float], gap: float) -> list[float]:
+    """Returns ascending positions, `gap` apart, centred on the mean of a group's values.
+
+    Args:
+      group: indices into `values`.
+      values: wanted positions of all labels.
+      gap: distance between neighbours.
+    """
     middle = sum(values[i] for i in group) / len(group)
     return [middle + gap * (k - (len(group) - 1) / 2) for k in range(len(group))]
 
 
-def _touch(lower: Sequence[int], upper: Sequence[int], values, gap: float) -> bool:
-    return _places(upper, values, gap)[0] - _places(lower, values, gap)[-1] < gap
+def _overlap(
+    lower: Sequence[int], upper: Sequence[int], values: Sequence[float], gap: float
+) -> bool:
+    """Returns whether two neighbouring groups of labels are less than `gap` apart."""
+    above = _group_positions(upper, values, gap)[0]
+    return above - _group_positions(lower, values, gap)[-1] < gap

@@ -12,7 +12,7 @@ import jax
 from qwen_jax.train.state import Batch, Metrics
 
 
-class State(Protocol):
+class StageState(Protocol):
     """A pytree of arrays that a stage trains; `TrainState` is the one with a single network.
 
     A stage with several networks (policy and value, a frozen reference) has a pytree of its own,
@@ -34,7 +34,7 @@ class Evaluation(Protocol):
         ...
 
 
-S = TypeVar("S", bound=State)
+S = TypeVar("S", bound=StageState)
 E = TypeVar("E", bound=Evaluation)
 
 BatchFunction = Callable[[int, S], Batch]

@@ -1,4 +1,4 @@
-"""How fast a run is, how long it will take, how much memory it uses."""
+"""Throughput, remaining time and memory use of a run."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ import jax
 
 
 class Throughput:
-    """Units (tokens) per second over the last `window` steps.
+    """Moving average of units (tokens) per second over the most recent steps.
 
     The first step only starts the clock, because it includes compilation.
-
-    Args:
-      window: how many of the last steps count.
-      clock: seconds, monotonic; for tests.
     """
 
     def __init__(self, window: int = 50, clock: Callable[[], float] = time.monotonic):
+        """Starts without steps.
+
+        Args:
+          window: number of most recent steps to average over.
+          clock: returns monotonic seconds; replaced in tests.
+        """
         self._marks: collections.deque[tuple[float, float]] = collections.deque(maxlen=window + 1)
         self._clock = clock
         self._total = 0.0
 
     def add(self, units: float) -> None:
-        """Notes that a step of `units` has just ended."""
+        """Records that a step of so many units has just ended."""
         if self._marks:
             self._total += units
         self._marks.append((self._clock(), self._total))
 
     def restart(self) -> None:
-        """Forgets the window, after something that is not training: evaluation, a profile."""
+        """Starts a new window now, so that time spent on an evaluation or a profile is left out."""
         if self._marks:
             self._marks.clear()
             self._marks.append((self._clock(), self._total))
 
     def per_second(self) -> float | None:
-        """Returns the rate, or None before the second step has ended."""
+        """Returns units per second, or None before the second step has ended."""
         if len(self._marks) < 2:
             return None
         (begin, before), (end, after) = self._marks[0], self._marks[-1]
@@ -47,23 +49,30 @@ class Throughput:
 
 
 class Eta:
-    """Time to the last step, from the pace since the first call (pauses included).
+    """Estimate of the time to the last step, from the average pace since the first call.
 
-    Args:
-      total_steps: the step at which the run ends.
-      clock: seconds, monotonic; for tests.
+    Pauses, such as evaluations, are part of the pace.
+
+    Attributes:
+      total_steps: last step of the run.
     """
 
     def __init__(self, total_steps: int, clock: Callable[[], float] = time.monotonic):
+        """Starts without a pace.
+
+        Args:
+          total_steps: last step of the run.
+          clock: returns monotonic seconds; replaced in tests.
+        """
         self.total_steps = total_steps
         self._clock = clock
         self._first: tuple[int, float] | None = None
 
     def seconds_left(self, step: int) -> float | None:
-        """Returns the seconds from `step` to the end, or None while the pace is unknown.
+        """Returns the estimated seconds from `step` to the end, or None while the pace is unknown.
 
-        The first call only starts the clock, so neither compilation nor the steps done before a
-        resume count.
+        The first call only starts the clock, so neither compilation nor steps before a resume
+        affect the pace.
         """
         now = self._clock()
         if self._first is None or step < self._first[0]:
@@ -75,10 +84,11 @@ class Eta:
 
 
 def memory_stats() -> dict[str, float]:
-    """Returns memory in GiB: the worst of the local devices where they tell, and the host's peak.
+    """Returns memory use in GiB by metric name.
 
-    Keys: memory/device_peak_gib, memory/device_used_gib, memory/device_limit_gib (accelerators
-    only), memory/host_peak_gib (largest resident size of this process so far).
+    Names: memory/device_peak_gib, memory/device_used_gib, memory/device_limit_gib (the largest of
+    the local devices; absent where devices do not report memory, such as CPUs) and
+    memory/host_peak_gib (peak resident size of this process).
     """
     gib = 1024.0**3
     found: dict[str, float] = {}

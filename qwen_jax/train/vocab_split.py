@@ -1,10 +1,11 @@
-"""How the output vocabulary is divided among devices, and the collectives that follow from it.
+"""Split of the output vocabulary over devices, with the collectives that it needs.
 
-Columns of the output projection are split over `tensor`, and again over groups of neighbours along
-`fsdp`. The members of a group show each other their tokens, and each takes one part of the columns
-for all of them. A device then holds its part of the kernel, and of the kernel's gradient, instead
-of the whole; and it moves fewer bytes, because where a vocabulary is much larger than a device's
-tokens, hidden states are the smaller thing to send. Runs inside `shard_map`.
+Columns of the output projection [D, V] (D: hidden size, V: vocabulary size) are split over the mesh
+axis `tensor`, and again over groups of neighbours along `fsdp`. Devices in a group all-gather their
+hidden states, and each computes the logits of its columns for every token of the group. A device
+then holds only its columns of the kernel and of the kernel's gradient; and it moves fewer bytes
+than an all-gather of the kernel would, because hidden states are smaller wherever the vocabulary is
+much larger than the number of tokens per device. The methods run inside `shard_map`.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ _LANES = 128
 
 
 def best_parts(tokens: int, columns: int, fsdp: int) -> int:
-    """Size of the groups along `fsdp` that moves the fewest bytes.
+    """Returns the group size along `fsdp` that moves the fewest bytes.
 
-    With g parts a device receives 2·D·columns/g bytes of a bf16 kernel, sends 4·D·columns/g of its
-    float32 gradient, and exchanges (2 + 4)·D·g·tokens for hidden states and their gradient. The sum
-    is least at g² = columns/tokens, and flat around it; rounding up halves what a device holds.
+    With groups of g a device receives 2·D·columns/g bytes of a bf16 kernel (D: hidden size), sends
+    4·D·columns/g of its float32 gradient, and exchanges (2 + 4)·D·g·tokens for hidden states and
+    their gradient. The sum is least at g² = columns/tokens, and flat around it; rounding up halves
+    what a device holds.
 
     Args:
-      tokens: per device. columns: of the vocabulary, per `tensor` shard. fsdp: size of the axis.
+      tokens: number of tokens per device.
+      columns: number of vocabulary columns per `tensor` shard.
+      fsdp: size of the mesh axis.
 
     Returns:
       The power of two at or above the optimum, at most the largest that divides `fsdp`.
@@ -44,12 +48,15 @@ def best_parts(tokens: int, columns: int, fsdp: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class VocabSplit:
-    """Which columns of the output projection [D,V] a device holds while the loss is computed.
+    """Columns of the output projection [D, V] that each device holds while a loss is computed.
+
+    Shapes: D hidden size, V vocabulary size, C tokens of a chunk on one device.
 
     Attributes:
-      columns: V/tensor, of one `tensor` shard.
-      parts: neighbours along `fsdp` that divide those among them, `width` columns each.
-      fsdp, tensor: sizes of the axes; 1 without a mesh.
+      columns: number of columns of one `tensor` shard, V/tensor.
+      parts: size of the groups of neighbours along `fsdp` that split those columns, `width` each.
+      fsdp: size of the mesh axis `fsdp`; 1 without a mesh.
+      tensor: size of the mesh axis `tensor`; 1 without a mesh.
     """
 
     columns: int
@@ -59,58 +66,75 @@ class VocabSplit:
 
     @property
     def width(self) -> int:
-        """Columns per device; with `padding` at the end of the last part, where that is cheap."""
+        """Number of columns per device, rounded up to whole TPU lanes where that adds little."""
         width = -(-self.columns // self.parts)
         cheap = self.parts > 1 and width >= 8 * _LANES
         return -(-width // _LANES) * _LANES if cheap else width
 
     @property
     def padding(self) -> int:
-        """Columns that stand for no token, over all the parts of a `tensor` shard."""
+        """Number of padding columns of a group, at the end of its last part."""
         return self.parts * self.width - self.columns
 
-    def _group(self) -> dict:
-        """The devices that divide the columns among them, for every group."""
+    def _group(self) -> list[list[int]]:
+        """Returns the devices of each group, as indices along `fsdp`: `axis_index_groups`."""
         starts = range(0, self.fsdp, self.parts)
-        return {"axis_index_groups": [[q + r for r in range(self.parts)] for q in starts]}
+        return [[q + r for r in range(self.parts)] for q in starts]
 
-    def _peers(self) -> dict:
-        """The devices that hold the same columns, one of each group, for every part."""
+    def _peers(self) -> list[list[int]] | None:
+        """Returns the devices that hold the same columns, one of each group: `axis_index_groups`.
+
+        None, for all devices along `fsdp`, if the vocabulary is not split along it.
+        """
         if self.parts == 1:
-            return {}
+            return None
         starts = range(0, self.fsdp, self.parts)
-        return {"axis_index_groups": [[q + r for q in starts] for r in range(self.parts)]}
+        return [[q + r for q in starts] for r in range(self.parts)]
 
     def collect_kernel(self, kernel: jax.Array) -> jax.Array:
-        """[D/fsdp,columns], as at rest, to [D,width]: this device's columns."""
+        """Gathers this device's columns [D, width] from the stored shards [D/fsdp, columns]."""
         if self.parts > 1:
             kernel = jnp.pad(kernel, ((0, 0), (0, self.padding)))
-            kernel = jax.lax.all_to_all(kernel, _FSDP, 1, 0, tiled=True, **self._group())
+            kernel = jax.lax.all_to_all(
+                kernel, _FSDP, 1, 0, tiled=True, axis_index_groups=self._group()
+            )
         if self.fsdp > self.parts:
-            kernel = jax.lax.all_gather(kernel, _FSDP, axis=0, tiled=True, **self._peers())
+            kernel = jax.lax.all_gather(
+                kernel, _FSDP, axis=0, tiled=True, axis_index_groups=self._peers()
+            )
         return kernel
 
     def scatter_kernel(self, gradient: jax.Array) -> jax.Array:
-        """Transpose of `collect_kernel`: [D,width] of each device to their sum, as at rest."""
+        """Sums gradients [D, width] over devices and returns this one's shard [D/fsdp, columns].
+
+        The transpose of `collect_kernel`.
+        """
         if self.fsdp > self.parts:
             gradient = jax.lax.psum_scatter(
-                gradient, _FSDP, scatter_dimension=0, tiled=True, **self._peers()
+                gradient, _FSDP, scatter_dimension=0, tiled=True, axis_index_groups=self._peers()
             )
         if self.parts > 1:
-            gradient = jax.lax.all_to_all(gradient, _FSDP, 0, 1, tiled=True, **self._group())
+            gradient = jax.lax.all_to_all(
+                gradient, _FSDP, 0, 1, tiled=True, axis_index_groups=self._group()
+            )
             gradient = gradient[:, : self.columns]
         return gradient
 
     def collect_tokens(self, x: jax.Array, axis: int) -> jax.Array:
-        """Size C along `axis` on this device to parts·C, the tokens of its group."""
+        """All-gathers an array over the group: size C along `axis` becomes parts·C."""
         if self.parts == 1:
             return x
-        return jax.lax.all_gather(x, _FSDP, axis=axis, tiled=True, **self._group())
+        return jax.lax.all_gather(x, _FSDP, axis=axis, tiled=True, axis_index_groups=self._group())
 
     def scatter_tokens(self, x: jax.Array) -> jax.Array:
-        """[parts·C,…], a term from each holder of columns, to their sum [C,…] where it belongs."""
+        """Sums [parts·C, …] over the devices that split the columns; returns this one's [C, …].
+
+        The transpose of `collect_tokens` along axis 0.
+        """
         if self.parts > 1:
-            x = jax.lax.psum_scatter(x, _FSDP, scatter_dimension=0, tiled=True, **self._group())
+            x = jax.lax.psum_scatter(
+                x, _FSDP, scatter_dimension=0, tiled=True, axis_index_groups=self._group()
+            )
         return jax.lax.psum(x, _TENSOR) if self.tensor > 1 else x
 
     def own_tokens(self, x: jax.Array) -> jax.Array:
@@ -128,27 +152,35 @@ class VocabSplit:
         return jax.lax.axis_index(_FSDP).astype(jnp.int32) % self.parts
 
     def first_column(self) -> tuple[jax.Array | int, jax.Array | int]:
-        """Vocabulary index of this device's first column, and how many of its columns are real."""
+        """Returns the vocabulary id of this device's first column, and how many are not padding."""
         if self.parts == self.tensor == 1:
             return 0, self.columns
         shard = jax.lax.axis_index(_TENSOR).astype(jnp.int32)
         part = self._part()
         return shard * self.columns + part * self.width, self.columns - part * self.width
 
-    def merge(self, highest: jax.Array, total: jax.Array, logit: jax.Array):
-        """Softmax statistics over one device's columns to those over the vocabulary.
+    def merge(
+        self, highest: jax.Array, total: jax.Array, logit: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Merges softmax statistics over each device's columns to those over the vocabulary.
 
         Args:
-          highest: max of the logits. total: Σ exp(logit − highest). logit: the target's, 0 where
-            another device holds it. All float32 [C].
+          highest: float32 [parts·C], highest logit among this device's columns.
+          total: float32 [parts·C], Σ exp(logit − highest) over them.
+          logit: float32 [parts·C], the target's logit, 0 where another device holds its column.
 
         Returns:
           The same three over all columns.
         """
-        for size, axis, groups in ((self.parts, _FSDP, self._group()), (self.tensor, _TENSOR, {})):
+        for size, axis, groups in (
+            (self.parts, _FSDP, self._group()),
+            (self.tensor, _TENSOR, None),
+        ):
             if size > 1:
                 stats = jnp.stack([highest, total, logit])
-                each = jax.lax.all_gather(stats, axis, **groups)  # [size,3,C]
+                each = jax.lax.all_gather(
+                    stats, axis, axis_index_groups=groups
+                )  # [size, 3, parts·C]
                 highest = each[:, 0].max(axis=0)
                 total = jnp.sum(jnp.exp(each[:, 0] - highest) * each[:, 1], axis=0)
                 logit = each[:, 2].sum(axis=0)
@@ -156,10 +188,12 @@ class VocabSplit:
 
 
 def vocab_split(tokens: int, vocab: int, parts: int = 0) -> VocabSplit:
-    """The split for the mesh in force.
+    """Returns the split of a vocabulary for the current mesh.
 
     Args:
-      tokens: per device. vocab: V. parts: size of the groups along `fsdp`; 0: `best_parts`.
+      tokens: number of tokens per device.
+      vocab: vocabulary size V.
+      parts: size of the groups along `fsdp`; 0 selects `best_parts`.
 
     Raises:
       UserError: `parts` does not divide the `fsdp` axis.
@@ -171,7 +205,7 @@ def vocab_split(tokens: int, vocab: int, parts: int = 0) -> VocabSplit:
     if parts and fsdp % parts:
         raise UserError(
             f"loss.vocab_parts={parts} does not divide mesh.fsdp={fsdp}; choose a divisor, "
-            "or 0 to have it chosen"
+            "or 0 for the best one"
         )
     columns = vocab // tensor
     return VocabSplit(columns, parts or best_parts(tokens, columns, fsdp), fsdp, tensor)

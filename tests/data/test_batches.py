@@ -10,7 +10,7 @@ from qwen_jax.corpus.documents import Document
 from qwen_jax.corpus.packing import PackConfig, pack
 from qwen_jax.data import mixture
 from qwen_jax.data.batches import Batches, eval_batches, make_batch
-from qwen_jax.data.config import DataConfig, Source, parse_sources
+from qwen_jax.data.config import DataConfig, DataSource, parse_sources
 from qwen_jax.data.mixture import (
     WindowSource,
     check_fingerprint,
@@ -276,7 +276,7 @@ def test_a_flipped_bit_is_reported_when_read(packed, tmp_path):
 
 
 def test_sources_are_one_string():
-    want = (Source("/d/web", 0.7), Source("b=2/code", 3.0), Source("math", 1.0))
+    want = (DataSource("/d/web", 0.7), DataSource("b=2/code", 3.0), DataSource("math", 1.0))
     assert parse_sources("/d/web=0.7, b=2/code=3,math") == want
     assert DataConfig("", T, 4).sources == ""  # A recipe; the command line gives it.
     with pytest.raises(UserError, match=r"data.sources is empty"):
@@ -297,7 +297,7 @@ def test_bad_sources_are_refused_before_training(packed, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match=r"has no manifest.json"):
         batches(tmp_path / "bare")
-    with pytest.raises(UserError, match="packed with seq_len 16, the config wants 32"):
+    with pytest.raises(UserError, match="packed with seq_len 16, the config has 32"):
         batches(packed / "a", seq_len=32)
     with pytest.raises(UserError, match=r"tokenizer bytes0+\.\.\., the one in use is other0"):
         batches(packed / "a", sha256="other".ljust(64, "0"))

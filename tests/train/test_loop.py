@@ -221,7 +221,7 @@ def test_a_refused_start_leaves_the_disk_as_it_was(data, tmp_path):
         ({"mesh": MeshConfig(fsdp=3)}, "needs 3 devices but 8 are there"),
         ({"tokenizer": f"{data}/none"}, "none does not exist"),
         (dropout, "'chunked' can't serve .* no dropout on attention weights"),
-        ({"data": {"seq_len": 8}}, "packed with seq_len 16, the config wants 8"),
+        ({"data": {"seq_len": 8}}, "packed with seq_len 16, the config has 8"),
         ({"data": {"global_batch": 12}}, "data.global_batch=12 is not a multiple"),
         ({"model": {"vocab_size": 256}}, "464 ids but model.vocab_size is 256"),
     ]:

@@ -83,7 +83,7 @@ def test_unusable_paths_and_names_are_refused(tmp_path):
         JsonlWriter(tmp_path / "file" / "metrics.jsonl", resume_step=0)
     with pytest.raises(UserError, match="must be a local path"):
         JsonlWriter("gs://bucket/metrics.jsonl", resume_step=0)
-    with pytest.raises(UserError, match=r"'jsonnl' is not known \(did you mean 'jsonl'\?\)"):
+    with pytest.raises(UserError, match=r"'jsonnl' is unknown \(did you mean 'jsonl'\?\)"):
         make_writer(tmp_path, total_steps=1, names=["jsonnl"])
 
 

@@ -123,7 +123,9 @@ def test_two_ctrl_c_end_a_busy_program():
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
-        assert "once more to stop at once" in process.stderr.readline() + process.stderr.readline()
+        assert (
+            "press again to stop at once" in process.stderr.readline() + process.stderr.readline()
+        )
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)

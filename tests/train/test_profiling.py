@@ -71,7 +71,7 @@ def test_steps_done_before_are_not_traced_again(tmp_path, caplog):
     assert not profiler.ends_with(4)
     profiler.stop()
     assert not (tmp_path / "profile").exists()
-    assert "train.profile_steps=2,3: done before" in caplog.text
+    assert "train.profile_steps=2,3: these steps are done" in caplog.text
 
 
 def test_a_run_cut_short_still_writes_what_it_traced(tmp_path):

@@ -1,4 +1,4 @@
-"""The page: whole, escaped, without outside resources; labels that never overlap."""
+"""The report page: self-contained and escaped, with labels that never overlap."""
 
 import base64
 import itertools
@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen_jax.train.report import Report, Sample, render, score_table, series, smoothed, spread
+from qwen_jax.train.report import (
+    Sample,
+    TrainingReport,
+    render,
+    score_table,
+    series,
+    smoothed,
+    spread,
+)
 
 SCORES = {
     "model": {"code": 1.5, "prose": 2.5},
@@ -19,7 +27,7 @@ SCORES = {
 }
 
 
-def report(**change) -> Report:
+def report(**change) -> TrainingReport:
     metrics = [{"step": s, "loss": 5 - s / 9, "lr": 0.1, "grad_norm": 1.0} for s in range(1, 9)]
     metrics += [
         {"step": s, "eval/code/bits_per_byte": 3.0 - s / 9, "eval/prose/bits_per_byte": 4.0}
@@ -30,22 +38,22 @@ def report(**change) -> Report:
         "summary": "A sentence.",
         "facts": {"parameters": "3.4M"},
         "scores": SCORES,
-        "sees": {name: f"what {name} sees" for name in SCORES},
+        "notes": {name: f"what {name} counts" for name in SCORES},
         "metrics": metrics,
-        "samples": [Sample("def f(", {"greedy": "self):", "drawn": "x):"})],
+        "samples": [Sample("def f(", {"greedy": "self):", "sampled": "x):"})],
         "config": '{"seed": 0}',
     }
-    return Report(**(fields | change))
+    return TrainingReport(**(fields | change))
 
 
-def test_what_the_model_writes_stays_text():
+def test_generated_text_is_escaped():
     hostile = "</pre><script>alert('x')</script><img src=x onerror=alert(1)>&amp;"
     page = render(report(samples=[Sample(hostile, {hostile: hostile})]))
     assert "<script" not in page and "<img src=x" not in page
     assert page.count("&lt;script&gt;") == 3 and "&amp;amp;" in page
 
 
-def test_the_page_needs_nothing_from_outside_and_every_plot_is_an_image():
+def test_page_has_no_outside_resources_and_every_plot_is_an_inline_image():
     page = render(report())
     images = re.findall(r'src="([^"]*)"', page)
     assert len(images) == 5
@@ -65,8 +73,8 @@ def test_the_lowest_of_each_column_is_marked():
     rows = re.findall(r"<tr.*?</tr>", page, re.DOTALL)[1:]
     marked = [[bool(cell) for cell in re.findall(r"<span( class=\"best\")?>", r)] for r in rows]
     assert marked == [[True, False], [False, True], [True, False]]
-    for (who, row), html in zip(SCORES.items(), rows, strict=True):
-        assert who in html and f"what {who} sees" in html
+    for (name, row), html in zip(SCORES.items(), rows, strict=True):
+        assert name in html and f"what {name} counts" in html
         assert all(f"{value:.3f}" in html for value in row.values())
     assert score_table(SCORES) == "\n".join(
         [
@@ -80,13 +88,13 @@ def test_the_lowest_of_each_column_is_marked():
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), st.floats(0.01, 2))
-def test_labels_keep_their_distance_and_their_order(values, gap):
+def test_labels_keep_their_distance_and_order(values, gap):
     places = spread(values, gap)
     ordered = sorted(places)
     assert all(b - a > gap * (1 - 1e-6) for a, b in itertools.pairwise(ordered))
     by_value = sorted(range(len(values)), key=lambda i: (values[i], places[i]))
     assert [places[i] for i in by_value] == ordered
-    # Nobody moves who need not: the mean is kept, and labels far apart stay put.
+    # Labels move only as needed: the mean is kept, and labels far apart are not moved.
     assert math.isclose(sum(places), sum(values), abs_tol=1e-6)
     if all(b - a > gap for a, b in itertools.pairwise(sorted(values))):
         assert places == values
@@ -95,7 +103,7 @@ def test_labels_keep_their_distance_and_their_order(values, gap):
 def test_smoothing_keeps_a_line_and_damps_noise():
     line = [3.0 - 0.25 * i for i in range(20)]
     assert smoothed(line) == pytest.approx(line)
-    assert smoothed([0.0, 1.0] * 20, reach=1)[20] == pytest.approx(2 / 3)
+    assert smoothed([0.0, 1.0] * 20, radius=1)[20] == pytest.approx(2 / 3)
     assert series([{"step": 1, "a": 2.0}, {"step": 2}, {"step": 3, "a": 4.0}], "a") == (
         [1, 3],
         [2.0, 4.0],
