@@ -1,4 +1,4 @@
-"""From nothing to a trained toy Qwen in minutes on a CPU: `make demo`.
+"""Demo: corpus, tokenizer, pretraining and report of a toy Qwen in minutes on a CPU (`make demo`).
 
     python -m launch.demo --workdir=runs/demo
 
@@ -7,7 +7,7 @@ packs it, pretrains configs/pretrain.py:demo on a mesh of 8 CPU devices, compare
 documents with gzip, xz and an n-gram model, and writes WORKDIR/report.html. The recipe can be
 changed as for launch.pretrain: --config=configs/pretrain.py:toy, --config.train.steps=200.
 
-Killed at any moment and started again, it goes on where it was; what is finished is not done again.
+Interrupt it at any time; rerunning the same command resumes it, without repeating finished stages.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ from qwen_jax.train.checkpoint import restore_params
 from qwen_jax.train.job import PretrainJob, run_fingerprint
 from qwen_jax.train.metrics import read_metrics
 from qwen_jax.train.pretrain import pretrain
-from qwen_jax.train.report import Report, Sample, score_table, write_report
+from qwen_jax.train.report import Sample, TrainingReport, score_table, write_report
 
 RECIPE = pathlib.Path(__file__).parent.parent / "configs" / "pretrain.py"
 CONFIG = config_flags.DEFINE_config_file("config", f"{RECIPE}:demo", "Recipe.")
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder for everything the demo makes.")
-STDLIB_BYTES = flags.DEFINE_integer("stdlib_bytes", None, "At most about so much text, for tests.")
+WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "Folder for all results of the demo.")
+STDLIB_BYTES = flags.DEFINE_integer(
+    "stdlib_bytes", None, "Approximate limit of the corpus in bytes, for tests."
+)
 
-HELDOUT = flags.DEFINE_float("heldout", 0.03, "Share of the modules that is held out.")
+HELDOUT = flags.DEFINE_float("heldout", 0.03, "Share of the modules that are held out.")
 flags.set_default(program.CPU_DEVICES, 8)
-# Shares of the training tokens. Code is 73 % of the text, but prose is the harder of the two.
+# Shares of the training tokens. Code is 73 % of the text, but prose has more bits per byte.
 WEIGHTS = {"code": 0.6, "prose": 0.4}
 
 PROMPTS = (
@@ -68,29 +70,37 @@ SAMPLE = {"max_new_tokens": 96, "temperature": 0.8, "top_k": 40, "seed": 0}
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Where things are, and what is being made of them."""
+    """Configuration of one demo.
+
+    Attributes:
+      workdir: folder of all results.
+      job: the pretraining job, with the paths of `workdir` filled in.
+    """
 
     workdir: pathlib.Path
     job: PretrainJob
 
     @property
-    def data(self) -> pathlib.Path:  # noqa: D102
+    def data(self) -> pathlib.Path:
+        """Folder of the documents and packed shards of each source."""
         return self.workdir / "data"
 
     @property
-    def results(self) -> pathlib.Path:  # noqa: D102
+    def results(self) -> pathlib.Path:
+        """Folder of the JSON results of finished stages."""
         return self.workdir / "results"
 
 
-class Stages:
-    """Says which stage is running and, at its end, how long it took."""
+class StageTimer:
+    """Printer of the current stage and, at its end, of the time it took."""
 
     def __init__(self, total: int):
+        """Starts before the first of `total` stages."""
         self._total, self._number = total, 0
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Around one stage."""
+        """Context manager around the stage called `name`."""
         self._number += 1
         print(f"{self._number}/{self._total} {name} …", flush=True)
         start = time.monotonic()
@@ -99,7 +109,11 @@ class Stages:
 
 
 def make_tokenizer(demo: Demo) -> Tokenizer:
-    """Trains the vocabulary on the training side, with as many ranks as the model has rows for."""
+    """Trains the vocabulary on the training documents, to fill the model's embedding rows.
+
+    Raises:
+      UserError: the working folder has another vocabulary.
+    """
     path = pathlib.Path(demo.job.tokenizer)
     files = [demo.data / name / "train.jsonl" for name in WEIGHTS]
     ranks = demo.job.model.vocab_size - len(CONTROL_TOKENS)
@@ -109,7 +123,7 @@ def make_tokenizer(demo: Demo) -> Tokenizer:
         tokenizer = Tokenizer(tuple(train_bpe(JsonlTexts(tuple(map(str, files))), ranks)))
         if path.exists() and load_tokenizer(path).sha256 != tokenizer.sha256:
             raise UserError(
-                f"{path} is the vocabulary of another recipe or text; choose another --workdir"
+                f"{path} is the vocabulary of another recipe or corpus; choose another --workdir"
             )
         tokenizer.save(path)
         return tokenizer.sha256
@@ -117,12 +131,28 @@ def make_tokenizer(demo: Demo) -> Tokenizer:
     trained = once(demo.results / "tokenizer.json", key, train)
     tokenizer = load_tokenizer(path)
     if tokenizer.sha256 != trained:
-        raise UserError(f"{path} was changed since it was trained; delete it and {demo.results}")
+        raise UserError(
+            f"{path} has been changed since it was trained; delete it and {demo.results}"
+        )
     return tokenizer
 
 
-def held_out(demo: Demo, tokenizer: Tokenizer, packed: dict[str, dict[str, Manifest]]) -> dict:
-    """Pretrains, and returns source -> bits per byte and loss of the finished model."""
+def pretrain_demo(
+    demo: Demo, tokenizer: Tokenizer, packed: dict[str, dict[str, Manifest]]
+) -> dict[str, dict[str, float]]:
+    """Pretrains the model, resuming from its newest checkpoint.
+
+    Args:
+      demo: the job.
+      tokenizer: its tokenizer.
+      packed: source -> "train" and "heldout" -> manifest of the packed folder.
+
+    Returns:
+      Source -> fields of `HeldOut` of the trained model.
+
+    Raises:
+      TrainingStopped: training was asked to stop before its last step.
+    """
     job = demo.job
     key = {
         "run": run_fingerprint(job, tokenizer, data_fingerprint(job.data)),
@@ -136,21 +166,26 @@ def held_out(demo: Demo, tokenizer: Tokenizer, packed: dict[str, dict[str, Manif
     def train() -> dict:
         outcome = pretrain(job, str(demo.workdir))
         if not outcome.finished:
-            raise Stopped(outcome.step)
+            raise TrainingStopped(outcome.step)
         return {name: dataclasses.asdict(found) for name, found in outcome.evaluations.items()}
 
     return once(demo.results / "held_out.json", key, train)
 
 
-class Stopped(Exception):
-    """Training was asked to stop, and has saved what it had; the argument is its step."""
+class TrainingStopped(Exception):
+    """Error of training that was asked to stop after saving; the argument is its step."""
 
 
 def baselines(demo: Demo, packed: dict[str, dict[str, Manifest]]) -> dict[str, Baselines]:
-    """What the held-out text costs under gzip, xz and the n-gram model, by source."""
+    """Computes bits per byte of each source's held-out text under gzip, xz and an n-gram model.
+
+    Args:
+      demo: where the documents are.
+      packed: source -> "train" and "heldout" -> manifest of the packed folder.
+    """
     found = {}
     for name, sides in packed.items():
-        # Packing has identified the documents by their contents.
+        # The manifests of the packed folders have a digest of the documents.
         key = {side: manifest.documents_digest for side, manifest in sides.items()}
         texts = [JsonLines(demo.data / name / f"{side}.jsonl") for side in ("train", "heldout")]
 
@@ -162,29 +197,41 @@ def baselines(demo: Demo, packed: dict[str, dict[str, Manifest]]) -> dict[str, B
 
 
 def samples(demo: Demo, tokenizer: Tokenizer, result: dict) -> list[Sample]:
-    """Continuations of `PROMPTS` by the last checkpoint: the likeliest tokens, and a draw."""
+    """Generates continuations of `PROMPTS` by the last checkpoint, greedily and by sampling.
+
+    Args:
+      demo: the job.
+      tokenizer: its tokenizer.
+      result: what `pretrain_demo` returned, which identifies the model in the saved result.
+    """
     model = demo.job.model
     key = {"model": result, "tokenizer": tokenizer.sha256, "prompts": PROMPTS, "options": SAMPLE}
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
 
     def compute() -> list[dict]:
         params = restore_params(str(demo.workdir / "checkpoints"), abstract_params(model))
-        drawn = {
-            how: sample(
-                *(params, prompts, model, demo.job.options),
+        methods = {
+            "greedy": SAMPLE | {"temperature": 0.0},
+            f"sampled at temperature {SAMPLE['temperature']}, top-k {SAMPLE['top_k']}": SAMPLE,
+        }
+        sampled = {
+            name: sample(
+                params,
+                prompts,
+                model,
+                demo.job.options,
                 **options,
                 stop_id=tokenizer.eod_id,
                 vocab_size=tokenizer.vocab_size,
             )
-            for how, options in (
-                ("the most probable token each time", SAMPLE | {"temperature": 0.0}),
-                (f"drawn at temperature {SAMPLE['temperature']}, top {SAMPLE['top_k']}", SAMPLE),
-            )
+            for name, options in methods.items()
         }
         return [
             {
                 "prompt": prompt,
-                "continuations": {how: tokenizer.decode(rows[i]) for how, rows in drawn.items()},
+                "continuations": {
+                    name: tokenizer.decode(rows[i]) for name, rows in sampled.items()
+                },
             }
             for i, prompt in enumerate(PROMPTS)
         ]
@@ -194,19 +241,26 @@ def samples(demo: Demo, tokenizer: Tokenizer, result: dict) -> list[Sample]:
 
 def make_report(
     demo: Demo, result: dict, others: dict[str, Baselines], written: list[Sample]
-) -> Report:
-    """Puts everything that was found on one page."""
+) -> TrainingReport:
+    """Returns the content of the report page.
+
+    Args:
+      demo: the job and the folder of its metrics.
+      result: source -> fields of `HeldOut` of the trained model.
+      others: source -> bits per byte of the baselines.
+      written: continuations by the model.
+    """
     job = demo.job
-    me = f"Qwen, {format_count(count_params(job.model))} parameters"
-    scores = {me: {name: found["bits_per_byte"] for name, found in result.items()}}
-    sees = {
-        me: "the probability of every token but a document's first, its end included (which has "
+    model = f"Qwen, {format_count(count_params(job.model))} parameters"
+    scores = {model: {name: found["bits_per_byte"] for name, found in result.items()}}
+    notes = {
+        model: "the probability of every token but a document's first, its end included (which has "
         f"bits but no bytes), given at most {job.data.seq_len} tokens of the same document; "
         "trained on part of the training text"
     }
-    for field, (who, what) in SEES.items():
-        scores[who] = {name: getattr(found, field) for name, found in others.items()}
-        sees[who] = what
+    for field, (baseline, note) in SEES.items():
+        scores[baseline] = {name: getattr(found, field) for name, found in others.items()}
+        notes[baseline] = note
     metrics = read_metrics(demo.workdir / "metrics.jsonl")
     rates = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
     tokens = job.train.steps * job.data.global_batch * job.data.seq_len
@@ -222,14 +276,14 @@ def make_report(
         "tokens per second": f"{statistics.median(rates):,.0f}" if rates else "–",
         "CPU devices": " × ".join(f"{size} {axis}" for axis, size in mesh.items()),
     }
-    return Report(
+    return TrainingReport(
         title="A toy Qwen, from the standard library to a report",
         summary=f"Corpus: the standard library of Python {platform.python_version()}, its sources "
         "(code) and its docstrings, comments and reference pages (prose). Tokenizer, data, "
         f"pretraining and sampling by qwen_jax on JAX {jax.__version__}.",
         facts=facts,
         scores=scores,
-        sees=sees,
+        notes=notes,
         metrics=metrics,
         samples=written,
         config=json.dumps(dataclasses.asdict(job), indent=2),
@@ -237,9 +291,13 @@ def make_report(
 
 
 def make_demo() -> Demo:
-    """The recipe with this working folder's paths filled in."""
+    """Returns the recipe of the flags with the paths of the working folder filled in.
+
+    Raises:
+      UserError: `--workdir` is empty, or the recipe is invalid.
+    """
     if not WORKDIR.value:
-        raise UserError("--workdir is empty: give a folder for everything the demo makes")
+        raise UserError("--workdir is empty: give a folder for all results of the demo")
     workdir = pathlib.Path(WORKDIR.value)
     job = from_config_dict(PretrainJob, CONFIG.value)
     folders = {name: workdir / "data" / name for name in WEIGHTS}
@@ -254,8 +312,8 @@ def make_demo() -> Demo:
 
 
 def main() -> None:
-    """All stages in order; each leaves a finished result on disk, or nothing."""
-    demo, stage = make_demo(), Stages(7)
+    """Runs all stages in order; each leaves a complete result on disk, or none."""
+    demo, stage = make_demo(), StageTimer(7)
     with stage(f"documents: the standard library of Python {platform.python_version()}"):
         sources = stdlib_sources(heldout=HELDOUT.value, seed=0, max_bytes=STDLIB_BYTES.value)
         for name, sides in sources.items():
@@ -277,9 +335,9 @@ def main() -> None:
         others = baselines(demo, packed)
     with stage(f"pretrain: {format_count(count_params(demo.job.model))} parameters"):
         try:
-            result = held_out(demo, tokenizer, packed)
-        except Stopped as stopped:
-            print(f"stopped at step {stopped}; the same command goes on from there")
+            result = pretrain_demo(demo, tokenizer, packed)
+        except TrainingStopped as stopped:
+            print(f"stopped at step {stopped}; run the same command to resume")
             return
     with stage("samples"):
         written = samples(demo, tokenizer, result)

@@ -414,7 +414,7 @@ def test_the_slurm_script_trains_stops_when_told_and_goes_on(tmp_path):
     assert "ended with status 75 after 0 restarts" in done.stdout
     assert "ended with status 0 after 1 restarts" in done.stdout
     assert "Process 1 of 2 on node2, says SLURM, joins the others at localhost:" in logs
-    stopped = int(re.search(r"stopped at step (\d+); the same command goes on", logs)[1])
+    stopped = int(re.search(r"stopped at step (\d+); run the same command to resume", logs)[1])
     assert 3 <= stopped < steps
     assert f"step {stopped} of {steps}" in logs
     rows = read_metrics(work / "metrics.jsonl")

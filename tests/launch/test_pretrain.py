@@ -80,7 +80,9 @@ def test_kill_and_sigterm_at_any_moment_change_no_number(data, whole, tmp_path):
     # Asked politely: saves, says so, and ends well.
     polite = Running(data, run, log)
     assert polite.when(r"step +6\d/", signal.SIGTERM) == 0
-    stopped = int(re.search(r"stopped at step (\d+); the same command goes on", polite.output())[1])
+    stopped = int(
+        re.search(r"stopped at step (\d+); run the same command to resume", polite.output())[1]
+    )
     assert read_header(f"{run}/checkpoints").step == stopped < STEPS
     last = Running(data, run, log)
     assert last.process.wait(180) == 0, last.output()
