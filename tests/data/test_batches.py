@@ -1,4 +1,4 @@
-"""Batches are a pure function of the step: for any number of hosts, after any resume."""
+"""Batches are a pure function of the step, for any number of hosts and after any resume."""
 
 import threading
 import time
@@ -23,7 +23,7 @@ from qwen_jax.errors import UserError
 from tests.byte_tokenizer import ByteTokenizer
 
 T = 16
-# One letter per source, so that a row shows where it came from.
+# One letter per source, so that a row identifies its source.
 LETTERS = "abc"
 
 
@@ -53,18 +53,18 @@ def assert_equal(left, right):
 
 
 def source_of(row):
-    """The letter of a row of tokens."""
+    """Returns the letter of the source of a row of tokens."""
     (letter,) = {chr(token) for token in row if token != ByteTokenizer.eod_id}
     return letter
 
 
 @pytest.mark.parametrize("packing", ["plain", "masked"])
-def test_hosts_joined_in_order_are_the_one_host_batch(packed, packing):
+def test_rows_of_all_hosts_in_order_are_the_batch_of_one_host(packed, packing):
     cfg = config(packed, packing=packing)
     for step in (0, 5, 1000, 123456):
         whole = Batches(cfg).rows(step)
         for count in (1, 2, 4, 8):
-            reader = Batches(cfg)  # Each host opens its own.
+            reader = Batches(cfg)  # each host opens its own
             size = cfg.global_batch // count
             parts = [reader.rows(step, index * size, size) for index in range(count)]
             joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
@@ -96,7 +96,7 @@ def test_keys_shapes_and_dtypes(packed):
 
 
 def test_mixture_shares_are_in_tokens(packed):
-    """In each run of sum(proportions) rows the shares are exact, and close in every prefix."""
+    """Shares are exact in each sequence of sum(proportions) rows, and close in every prefix."""
     cfg = config(packed)
     assert proportions((5.0, 3.0, 2.0)) == (250, 150, 100)
     reader = Batches(cfg)
@@ -123,7 +123,7 @@ def test_weights_are_quantised_within_half_a_percent_of_the_smallest():
     assert proportions((0.1, 0.2, 0.7)) == (100, 200, 700)
 
 
-def test_each_epoch_has_every_window_once_in_another_order(packed):
+def test_each_epoch_has_every_window_once_in_a_different_order(packed):
     cfg = config(packed, weights=(1.0,), global_batch=1)
     windows = len(WindowSource(packed / "a"))
     reader = Batches(cfg)
@@ -141,7 +141,7 @@ def test_each_epoch_has_every_window_once_in_another_order(packed):
     assert [other.rows(i)["tokens"].tobytes() for i in range(windows)] != epochs[0]
 
 
-def test_packing_modes_equal_a_loop(packed):
+def test_packing_modes_equal_a_plain_loop(packed):
     source = WindowSource(packed / "a")
     records = [source[i] for i in range(len(source))]
     masked, plain = (make_batch(records, T, packing) for packing in ("masked", "plain"))
@@ -193,7 +193,7 @@ def test_evaluation_covers_every_window_once(packed, batch_size, count):
     assert rows["n_bytes"].sum() == source.manifest.target_bytes
 
 
-def test_fingerprint_names_the_data_not_the_place(packed, tmp_path):
+def test_fingerprint_depends_on_the_data_but_not_on_its_path(packed, tmp_path):
     cfg = config(packed)
     found = data_fingerprint(cfg)
     moved = tmp_path / "moved"
@@ -214,8 +214,8 @@ def test_fingerprint_names_the_data_not_the_place(packed, tmp_path):
             check_fingerprint(found, other)
 
 
-def test_fingerprint_probes_the_order_itself(packed, monkeypatch):
-    """As if another version of Grain shuffled differently."""
+def test_fingerprint_depends_on_the_order_of_windows(packed, monkeypatch):
+    """Simulates a version of Grain that shuffles differently."""
     cfg = config(packed)
     found = data_fingerprint(cfg)
     monkeypatch.setattr(mixture, "_source_seed", lambda seed, index: index)
@@ -223,12 +223,12 @@ def test_fingerprint_probes_the_order_itself(packed, monkeypatch):
         check_fingerprint(found, cfg)
 
 
-def test_the_order_is_pinned(packed):
-    """Runs of earlier days resume only while this holds; found with grain 0.2.18."""
+def test_the_order_of_windows_is_unchanged(packed):
+    """Earlier runs can be resumed only while this holds; recorded with grain 0.2.18."""
     assert data_fingerprint(config(packed))["order"] == "ba3182032fda210f"
 
 
-def test_the_reader_thread_is_bounded_and_ends(packed):
+def test_the_reader_thread_has_bounded_memory_and_ends(packed):
     reader = Batches(config(packed))
     asked = []
     original = reader.rows
@@ -239,7 +239,7 @@ def test_the_reader_thread_is_bounded_and_ends(packed):
     while len(asked) < 4 and time.time() < deadline:
         time.sleep(0.01)
     time.sleep(0.3)
-    assert asked == [7, 8, 9, 10]  # Three in the queue and one in hand.
+    assert asked == [7, 8, 9, 10]  # three in the queue and one that was taken
     assert next(prefetch)[0] == 7
     prefetch.close()
     prefetch.close()
@@ -257,11 +257,11 @@ def copy(packed, tmp_path, letter="a"):
 
 
 def test_a_flipped_bit_is_reported_when_read(packed, tmp_path):
-    """Same size, same record count: only reading the record can tell."""
+    """Size and record count are unchanged, so only reading the record detects it."""
     folder = copy(packed, tmp_path)
     shard = sorted(folder.glob("*.array_record"))[1]
     data = bytearray(shard.read_bytes())
-    # Inside the first chunk of records: the file's head and tail hold its structure.
+    # inside the first chunk of records: head and tail of the file are its structure
     data[200] ^= 0xFF
     shard.write_bytes(data)
     cfg = DataConfig(str(folder), seq_len=T, global_batch=4)
@@ -275,10 +275,10 @@ def test_a_flipped_bit_is_reported_when_read(packed, tmp_path):
         next(prefetch)
 
 
-def test_sources_are_one_string():
+def test_sources_are_parsed_from_one_string():
     want = (DataSource("/d/web", 0.7), DataSource("b=2/code", 3.0), DataSource("math", 1.0))
     assert parse_sources("/d/web=0.7, b=2/code=3,math") == want
-    assert DataConfig("", T, 4).sources == ""  # A recipe; the command line gives it.
+    assert DataConfig("", T, 4).sources == ""  # a recipe may leave it to the command line
     with pytest.raises(UserError, match=r"data.sources is empty"):
         Batches(DataConfig("", T, 4))
     for bad in ("a=0", "a=-1", "a=nan", "a=inf", "a=much", "=1", "a=1,", "a=", "a=1,,b"):
@@ -318,7 +318,7 @@ def test_bad_sources_are_refused_before_training(packed, tmp_path):
     shards[0].unlink()
     with pytest.raises(UserError, match="is missing"):
         batches(folder)
-    # One bad source among good ones is not dropped.
+    # one bad source among good ones is not ignored
     with pytest.raises(UserError, match="is missing"):
         open_sources(DataConfig(f"{packed}/b=1,{folder}=1", T, 4))
 
@@ -333,6 +333,6 @@ def test_an_empty_source_is_refused(packed, tmp_path):
         Batches(DataConfig(str(folder), T, 4))
 
 
-def test_evaluation_needs_rows(packed):
+def test_an_evaluation_batch_size_below_one_is_refused(packed):
     with pytest.raises(UserError, match="batch size is 0"):
         eval_batches(packed / "a", 0)

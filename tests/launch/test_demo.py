@@ -1,4 +1,4 @@
-"""The whole demo: killed at several moments and started again it ends as if nothing had been."""
+"""The demo ends in the same bits when it is killed at several moments and started again."""
 
 import json
 import pathlib
@@ -31,7 +31,7 @@ def start(workdir, *more):
 
 
 def run(workdir, *more):
-    """Exit status, and what this one call printed."""
+    """Runs the demo; returns the exit status and what this call printed."""
     out, err = pathlib.Path(f"{workdir}.out"), pathlib.Path(f"{workdir}.err")
     before = [len(file.read_bytes()) if file.exists() else 0 for file in (out, err)]
     status = start(workdir, *more).wait(timeout=180)
@@ -39,11 +39,11 @@ def run(workdir, *more):
     return status, *texts
 
 
-def kill_when(workdir, there):
-    """Starts the demo and ends it, without warning, as soon as `there()`."""
+def kill_when(workdir, condition):
+    """Starts the demo and kills it (SIGKILL) as soon as `condition()` holds."""
     process = start(workdir)
     deadline = time.monotonic() + 180
-    while not there():
+    while not condition():
         assert process.poll() is None, pathlib.Path(f"{workdir}.err").read_text()[-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -52,7 +52,7 @@ def kill_when(workdir, there):
 
 
 def numbers(workdir):
-    """Everything that was computed, without times and speeds."""
+    """Returns all computed results, without times and speeds."""
     found = {p.name: json.loads(p.read_text()) for p in (workdir / "results").glob("*.json")}
     found["metrics"] = [
         {k: v for k, v in row.items() if k in ("step", "loss", "lr", "grad_norm", "param_norm")}
@@ -62,15 +62,15 @@ def numbers(workdir):
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_it_ends_in_the_same_bits(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    status, printed, errors = run(whole)
+def test_demo_killed_and_started_again_ends_in_the_same_bits(tmp_path):
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    status, printed, errors = run(uninterrupted)
     assert status == 0, errors
     table = printed[printed.index("bits per byte") :]
     for name in ("code", "prose", "Qwen", "gzip -9", "xz -9e, primed", "byte 8-gram"):
         assert name in table
     assert [f"{i}/7" in printed for i in range(1, 8)] == [True] * 7
-    page = (whole / "report.html").read_text()
+    page = (uninterrupted / "report.html").read_text()
     for word in ("src=", "href="):
         assert page.count(word) == page.count(f'{word}"data:')
 
@@ -84,17 +84,19 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(tmp_path):
     kill_when(killed, lambda: steps.exists() and steps.read_bytes().count(b"\n") >= row)
     status, printed, errors = run(killed)
     assert status == 0, errors
-    assert printed[printed.index("bits per byte") :].replace(str(killed), str(whole)) == table
-    assert numbers(killed) == numbers(whole)
+    assert (
+        printed[printed.index("bits per byte") :].replace(str(killed), str(uninterrupted)) == table
+    )
+    assert numbers(killed) == numbers(uninterrupted)
     assert (killed / "metrics.dropped.jsonl").exists(), "no step was ever done twice"
 
-    # Done is done.
+    # Finished stages are not repeated.
     results = {p: p.stat().st_mtime_ns for p in (killed / "results").iterdir()}
     status, again, errors = run(killed)
     assert status == 0 and "compiled" not in errors
     assert again[again.index("bits per byte") :] == printed[printed.index("bits per byte") :]
     assert results == {p: p.stat().st_mtime_ns for p in (killed / "results").iterdir()}
-    # Another recipe in the same folder is refused, and harms nothing.
+    # Another recipe in the same folder is refused and changes nothing.
     for change, what in (
         ("--config.data.seq_len=32 --config.model.trained_length=32", "already holds other data"),
         ("--config.model.vocab_size=528", "another recipe"),
@@ -103,4 +105,4 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(tmp_path):
         status, _, errors = run(killed, *change.split())
         last = errors.strip().splitlines()[-1]
         assert status == 2 and last.startswith("error:") and what in last
-    assert numbers(killed) == numbers(whole)
+    assert numbers(killed) == numbers(uninterrupted)

@@ -1,4 +1,4 @@
-"""The program: killed in the middle it goes on as if nothing was; bad input is one sentence."""
+"""launch.pretrain: kills and resumes change no number; bad input gives one sentence."""
 
 import os
 import pathlib
@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def compile_once(tmp_path_factory):
-    """Programs find the steps that earlier ones compiled."""
+    """Lets programs reuse the steps that earlier ones compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -39,8 +39,8 @@ def flags(data, workdir):
     return [f"--config=tests/train/recipe.py:{data}", f"--workdir={workdir}", "--cpu_devices=8"]
 
 
-class Running:
-    """A training program as a process of its own, watched through what it writes."""
+class TrainingProcess:
+    """A training program in a separate process, observed through its output."""
 
     def __init__(self, data, workdir, log):
         self.log = log
@@ -62,39 +62,39 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """The working folder of a run from beginning to end."""
-    folder = tmp_path_factory.mktemp("whole")
-    run = Running(data, folder / "run", folder / "log")
+def uninterrupted(data, tmp_path_factory):
+    """Working folder of an uninterrupted run."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = TrainingProcess(data, folder / "run", folder / "log")
     assert run.process.wait(180) == 0, run.output()
     return folder / "run"
 
 
 @pytest.mark.slow
-def test_kill_and_sigterm_at_any_moment_change_no_number(data, whole, tmp_path):
+def test_kills_and_sigterm_at_any_moment_change_no_number(data, uninterrupted, tmp_path):
     log, run = tmp_path / "log", tmp_path / "run"
     # In the middle of the first checkpoint's asynchronous save; nothing complete is on disk yet.
-    assert Running(data, run, log).when("Saving checkpoint .*20", signal.SIGKILL) == -9
+    assert TrainingProcess(data, run, log).when("Saving checkpoint .*20", signal.SIGKILL) == -9
     # Between two checkpoints, or in the middle of a save with an older one there.
-    assert Running(data, run, log).when(r"step +4\d/", signal.SIGKILL) == -9
-    # Asked politely: saves, says so, and ends well.
-    polite = Running(data, run, log)
-    assert polite.when(r"step +6\d/", signal.SIGTERM) == 0
+    assert TrainingProcess(data, run, log).when(r"step +4\d/", signal.SIGKILL) == -9
+    # SIGTERM: saves, logs it, and exits with 0.
+    stopping = TrainingProcess(data, run, log)
+    assert stopping.when(r"step +6\d/", signal.SIGTERM) == 0
     stopped = int(
-        re.search(r"stopped at step (\d+); run the same command to resume", polite.output())[1]
+        re.search(r"stopped at step (\d+); run the same command to resume", stopping.output())[1]
     )
     assert read_header(f"{run}/checkpoints").step == stopped < STEPS
-    last = Running(data, run, log)
+    last = TrainingProcess(data, run, log)
     assert last.process.wait(180) == 0, last.output()
     assert f"step {stopped} of {STEPS}" in last.output()
 
     job = jobs.make(data)
-    jobs.assert_identical(jobs.read(job, run), jobs.read(job, whole))
+    jobs.assert_identical(jobs.read(job, run), jobs.read(job, uninterrupted))
     assert not list((run / "checkpoints").glob("*tmp*"))
 
 
 def snapshot(folder):
-    """Every path below, with size and time of change."""
+    """Returns size and modification time of every file below a folder."""
     return {
         path: (path.stat().st_size, path.stat().st_mtime_ns)
         for path in pathlib.Path(folder).rglob("*")
@@ -103,7 +103,7 @@ def snapshot(folder):
 
 
 def damaged_copy(source, target, how):
-    """A packed folder whose one shard is missing, empty or cut short."""
+    """Copies a packed folder and damages its shard: missing, empty or truncated."""
     shutil.copytree(source, target)
     shard = next(target.glob("*.array_record"))
     if how == "missing":
@@ -114,7 +114,7 @@ def damaged_copy(source, target, how):
 
 
 def refused_starts(data, new, tmp):
-    """(flags, what the sentence says) of starts that must be refused in a fresh workdir."""
+    """Returns (flags, part of the message) of starts that must be refused in a new workdir."""
     base = flags(data, new)
     config, workdir, cpu = base
     (tmp / "noise.tiktoken").write_bytes(os.urandom(1000))
@@ -174,48 +174,48 @@ def refused_starts(data, new, tmp):
     for how in ("missing", "empty", "truncated"):
         folder = damaged_copy(data / "a", tmp / how, how)
         settings += [(f"data.sources={folder}", str(folder)), (f"eval=h={folder}", str(folder))]
-    cases += [([*base, f"--config.{setting}"], said) for setting, said in settings]
+    cases += [([*base, f"--config.{setting}"], message) for setting, message in settings]
     over_heads = ["--config.mesh.fsdp=1", "--config.mesh.tensor=8"]
     cases.append(([*base, *over_heads], "mesh.tensor=8 does not divide model.n_heads=4"))
     return cases
 
 
 @pytest.mark.slow
-def test_every_bad_start_is_one_sentence_and_touches_nothing(data, whole, tmp_path):
+def test_every_refused_start_prints_one_sentence_and_writes_nothing(data, uninterrupted, tmp_path):
     new = tmp_path / "new"
     cases = refused_starts(data, new, tmp_path)
-    # With checkpoints of another run in the workdir: the field that differs is named.
+    # With checkpoints of another run in the workdir, the message names the field that differs.
     other = tmp_path / "other"
     other.mkdir()
     jobs.write_data(other, order=byte_order()[::-1])
-    base = flags(data, whole)
+    base = flags(data, uninterrupted)
     mixture = f"--config.data.sources={data}/a=1,{data}/b=1"
-    for change, said in [
+    for change, message in [
         (["--config.model.d_ff=40"], "model.d_ff = 48, this run has 40"),
         (["--config.optimizer.peak_lr=1"], "optimizer.peak_lr = 0.003, this run has 1.0"),
         (["--config.train.seed=1"], "seed = 0, this run has 1"),
         ([mixture], "data.proportions = [200, 100], this run has [100, 100]"),
         ([f"--config={base[0].split('=')[1].split(':')[0]}:{other}"], "tokenizer_sha256 = "),
     ]:
-        cases.append(([*base, *change], said))
-    before = snapshot(whole) | snapshot(data)
+        cases.append(([*base, *change], message))
+    before = snapshot(uninterrupted) | snapshot(data)
     results = programs.run([[PROGRAM, *case] for case, _ in cases])
     wrong = [
         f"{case[3:] or case}: {done.status} {done.output[-600:]}"
-        for (case, said), done in zip(cases, results, strict=True)
+        for (case, message), done in zip(cases, results, strict=True)
         if done.status != 2
         or not done.last_line.startswith("error: ")
-        or said not in done.last_line
+        or message not in done.last_line
         or "Traceback" in done.output
         or "step compiled" in done.output
     ]
     assert not wrong, "\n".join(wrong)
     assert not new.exists()
-    assert snapshot(whole) | snapshot(data) == before
+    assert snapshot(uninterrupted) | snapshot(data) == before
 
 
 @pytest.mark.slow
-def test_divergence_is_one_sentence_with_status_2(data, tmp_path):
+def test_divergence_prints_one_sentence_and_exits_with_2(data, tmp_path):
     extreme = [
         "--config.optimizer.peak_lr=1e16",
         "--config.train.max_skipped=2",

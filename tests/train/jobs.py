@@ -1,4 +1,4 @@
-"""A whole pretraining job small enough to run again and again, and what is left of it on disk."""
+"""A small pretraining job for tests, and readers of what a run leaves on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEQ_LEN = 16
 STEPS = 9
 _WORDS = ("red", "green", "blue", "sky", "sea", "天空", "大海")
 
-# Grouped queries, windows, masked packing and two sources: little is left that is trivial.
+# Grouped queries, windows, masked packing and two sources: no feature in its trivial form.
 MODEL = ModelConfig(
     family="qwen",
     vocab_size=464,  # the 256 bytes and the 208 control tokens
@@ -67,7 +67,7 @@ def write_data(
 
 
 def make(folder: str | os.PathLike, *, mesh: MeshConfig = MeshConfig(fsdp=8), **groups):
-    """The job on this data; `train={"steps": 3}` and the like change single settings."""
+    """Returns a job on the data of `write_data`; `train={"steps": 3}` changes single settings."""
     job = PretrainJob(
         model=MODEL,
         tokenizer=f"{folder}/bytes.tiktoken",
@@ -90,7 +90,7 @@ def make(folder: str | os.PathLike, *, mesh: MeshConfig = MeshConfig(fsdp=8), **
 
 @contextlib.contextmanager
 def compile_once(folder: pathlib.Path):
-    """Each call of `pretrain` compiles ahead; here the same step takes its seconds only once."""
+    """Context manager in which equal steps are compiled only once, by way of a cache on disk."""
     seconds = jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -100,8 +100,8 @@ def compile_once(folder: pathlib.Path):
 
 
 @dataclasses.dataclass(frozen=True)
-class Result:
-    """What a run has left: leaves of the newest checkpoint on the host, rows of its metrics."""
+class RunResult:
+    """Newest checkpoint of a run, as leaves on the host, and the rows of its metrics."""
 
     step: int
     leaves: dict[str, np.ndarray]
@@ -111,8 +111,8 @@ class Result:
         return [(row["step"], row[name]) for row in self.rows if name in row]
 
 
-def read(job: PretrainJob, workdir: str | os.PathLike) -> Result:
-    """Reads the newest checkpoint (in this process, on all its devices) and metrics.jsonl."""
+def read(job: PretrainJob, workdir: str | os.PathLike) -> RunResult:
+    """Reads the newest checkpoint (through all devices of this process) and metrics.jsonl."""
     mesh = make_mesh(MeshConfig(fsdp=-1))
     folder = f"{workdir}/checkpoints"
     header = read_header(folder)
@@ -125,18 +125,18 @@ def read(job: PretrainJob, workdir: str | os.PathLike) -> Result:
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
     }
-    return Result(header.step, leaves, read_metrics(f"{workdir}/metrics.jsonl"))
+    return RunResult(header.step, leaves, read_metrics(f"{workdir}/metrics.jsonl"))
 
 
-def run(job: PretrainJob, workdir: str | os.PathLike) -> Result:
-    """Runs the job in this process to its end."""
+def run(job: PretrainJob, workdir: str | os.PathLike) -> RunResult:
+    """Runs the job in this process to its last step."""
     outcome = pretrain(job, str(workdir))
     assert outcome.finished and outcome.step == job.train.steps
     return read(job, workdir)
 
 
 def run_on(job: PretrainJob, workdir: str | os.PathLike, devices: int) -> Outcome:
-    """Runs the job on the first `devices` devices of this process, from where it is."""
+    """Runs the job on the first `devices` devices of this process, from its newest checkpoint."""
     mesh = make_mesh(job.mesh, jax.devices()[:devices])
     return train(job.train, pretraining_task(job, mesh), str(workdir))
 
@@ -144,8 +144,8 @@ def run_on(job: PretrainJob, workdir: str | os.PathLike, devices: int) -> Outcom
 MEASURED = ("loss", "grad_norm", "param_norm", "update_norm", "lr", "tokens", "bits_per_byte")
 
 
-def assert_identical(result: Result, expected: Result) -> None:
-    """The same bits in every leaf and in every number that is not a measurement of time."""
+def assert_identical(result: RunResult, expected: RunResult) -> None:
+    """Asserts the same bits in every leaf and every metric that is not a measurement of time."""
     assert result.step == expected.step
     for name, value in expected.leaves.items():
         assert result.leaves[name].tobytes() == value.tobytes(), name
@@ -153,8 +153,8 @@ def assert_identical(result: Result, expected: Result) -> None:
         assert result.series(name) == expected.series(name), name
 
 
-def assert_close(result: Result, expected: Result, rtol: float = 1e-4) -> None:
-    """Equal but for the order of sums: whole-array error of leaves, each number of the metrics.
+def assert_close(result: RunResult, expected: RunResult, rtol: float = 1e-4) -> None:
+    """Asserts equality up to the order of sums: error of whole leaves, of each metric.
 
     Adam divides by the size of gradients that are themselves rounding, such as those of k_bias.
     """

@@ -1,4 +1,4 @@
-"""A stand-in training state: known values at every step, on any mesh, checked bit by bit."""
+"""A training state for checkpoint tests, with known values at every step and on any mesh."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class State:
 
 
 def make_mesh(*shape: int) -> jax.sharding.Mesh:
-    """Mesh with explicit axes over the first devices, e.g. make_mesh(1, 4, 1, 2)."""
+    """Makes a mesh with explicit axes over the first devices, e.g. make_mesh(1, 4, 1, 2)."""
     return jax.make_mesh(shape, AXES, devices=jax.devices()[: int(np.prod(shape))])
 
 
 def abstract(mesh: jax.sharding.Mesh, width: int = 32) -> State:
-    """Shapes, dtypes and shardings; stacked layers, float32 weights, bfloat16 first moments."""
+    """Returns abstract leaves: stacked layers, float32 weights, bfloat16 first moments."""
 
     def init() -> State:
         params = {
@@ -56,7 +56,7 @@ def abstract(mesh: jax.sharding.Mesh, width: int = 32) -> State:
 
 
 def expected(step: int, like: Any) -> list[np.ndarray]:
-    """The values of every leaf at `step`, as host arrays."""
+    """Returns the values of every leaf at `step` as host arrays."""
     rng = np.random.default_rng(step)
 
     def value(leaf: Any) -> np.ndarray:
@@ -68,7 +68,7 @@ def expected(step: int, like: Any) -> list[np.ndarray]:
 
 
 def state_at(step: int, mesh: jax.sharding.Mesh, width: int = 32) -> State:
-    """The concrete state at `step`; every process makes its own shards."""
+    """Returns the state at `step`; every process makes its own shards."""
     like = abstract(mesh, width)
     leaves = [
         jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda i, v=value: v[i])
@@ -78,7 +78,7 @@ def state_at(step: int, mesh: jax.sharding.Mesh, width: int = 32) -> State:
 
 
 def assert_state(state: State, step: int, mesh: jax.sharding.Mesh, width: int = 32) -> None:
-    """Fails unless `state` is bit for bit that of `step`, with the shardings of `mesh`."""
+    """Asserts that `state` is bit for bit that of `step`, with the shardings of `mesh`."""
     like = abstract(mesh, width)
     assert jax.tree.structure(state) == jax.tree.structure(like)
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(like), expected(step, like), strict=True)

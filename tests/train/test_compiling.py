@@ -1,4 +1,4 @@
-"""The options a chip is compiled with, and that the step they are for is the loop's."""
+"""Compiler options by kind of device, and the compiled step."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from qwen_jax.train.step import train_step
 from tests import toy
 
 
-def test_each_kind_gets_its_own_options_and_others_none():
+def test_each_device_kind_has_its_own_options_and_unknown_ones_have_none():
     assert xla_options("TPU v5") == XLA_OPTIONS["TPU v5"]
     assert xla_options("TPU v5 lite") == {}  # v5e has no SparseCores
     assert xla_options("cpu") == {} and xla_options("NVIDIA A100-SXM4-80GB") == {}
@@ -22,7 +22,7 @@ def test_each_kind_gets_its_own_options_and_others_none():
     assert "more" not in xla_options("TPU v6 lite")
 
 
-def test_the_compiled_step_is_the_train_step():
+def test_the_compiled_step_equals_train_step_and_donates_its_state():
     from configs import pretrain
 
     job = from_config_dict(PretrainJob, pretrain.get_config("toy"))

@@ -1,4 +1,4 @@
-"""The analytic count of FLOPs against XLA's own of the same step, and its closed forms."""
+"""The analytic FLOPs equal XLA's count of the same step, and closed forms."""
 
 import dataclasses
 
@@ -17,12 +17,19 @@ from tests import toy
 
 # One layer: XLA counts the body of a scan once.
 MODEL = ModelConfig(
-    family="qwen2", vocab_size=1024, d_model=256, n_layers=1, n_heads=4, n_kv_heads=2, head_dim=64,
-    d_ff=512, max_length=128,
-)  # fmt: skip
+    family="qwen2",
+    vocab_size=1024,
+    d_model=256,
+    n_layers=1,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=64,
+    d_ff=512,
+    max_length=128,
+)
 
 
-def test_count_is_that_of_xla_within_three_percent():
+def test_flops_equal_those_of_xla_within_three_percent():
     length, rows = 64, 4
     config = StepConfig(
         MODEL, ForwardOptions(dtype="float32"), OptimizerConfig(), LossConfig(chunk=length * rows)
@@ -34,14 +41,14 @@ def test_count_is_that_of_xla_within_three_percent():
         return NextToken()(params, batch, config, None).objective
 
     cost = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()
-    # XLA does every score, also the half that the mask hides.
+    # XLA computes every score, also the half that is masked.
     hidden = 12 * MODEL.n_heads * MODEL.head_dim * (length - (length + 1) / 2)
     expected = (train_flops_per_token(MODEL, length) + hidden) * length * rows
     assert expected == pytest.approx(cost["flops"], rel=0.03)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 16, 99])
-def test_keys_seen_are_counted_as_the_mask_has_them(window):
+def test_attention_flops_count_the_unmasked_keys(window):
     length = 16
     i, j = np.arange(length)[:, None], np.arange(length)[None]
     keys = ((j <= i) & (i - j < (window or length))).sum() / length
@@ -50,7 +57,7 @@ def test_keys_seen_are_counted_as_the_mask_has_them(window):
     assert attention == pytest.approx(12 * model.n_heads * model.head_dim * keys)
 
 
-def test_matmul_parameters_are_all_but_the_input_table_norms_and_biases():
+def test_matmul_parameters_exclude_input_embedding_norms_and_biases():
     for name in ("qwen-7b", "qwen2.5-0.5b", "qwen3-8b"):
         model = preset(name)
         small = model.d_model * (2 * model.n_layers + 1)

@@ -1,4 +1,4 @@
-"""The training loop: stopped anywhere and resumed anywhere, the numbers are those of one run."""
+"""The training loop: a run stopped and resumed anywhere equals an uninterrupted one."""
 
 import dataclasses
 import os
@@ -35,9 +35,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """The uninterrupted run, 9 steps on 8 fsdp, checkpoints at 3, 6, 9."""
-    return jobs.run(jobs.make(data), tmp_path_factory.mktemp("whole"))
+def uninterrupted(data, tmp_path_factory):
+    """Result of an uninterrupted run, 9 steps on 8 fsdp, checkpoints at 3, 6, 9."""
+    return jobs.run(jobs.make(data), tmp_path_factory.mktemp("uninterrupted"))
 
 
 class Killed(BaseException):
@@ -45,7 +45,7 @@ class Killed(BaseException):
 
 
 def at_step(monkeypatch, step, action):
-    """Calls `action` in the middle of the loop: after the step, before its checkpoint."""
+    """Makes the loop call `action` after the given step, before its checkpoint."""
     original = loop._Recorder.after_step
 
     def after(self, now, state):
@@ -64,52 +64,52 @@ def send_sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_run_is_what_it_says(whole, data):
-    assert [step for step, _ in whole.series("loss")] == list(range(1, 10))
-    losses = [loss for _, loss in whole.series("loss")]
-    assert abs(losses[0] - np.log(464)) < 0.1  # nothing known yet: uniform over the vocabulary
+def test_metrics_describe_the_run(uninterrupted, data):
+    assert [step for step, _ in uninterrupted.series("loss")] == list(range(1, 10))
+    losses = [loss for _, loss in uninterrupted.series("loss")]
+    assert abs(losses[0] - np.log(464)) < 0.1  # untrained: uniform over the vocabulary
     assert losses[-1] < losses[0] - 0.3
-    assert whole.series("lr")[1] == (2, pytest.approx(3e-3))
-    assert [step for step, _ in whole.series("eval/h/loss")] == [9]
+    assert uninterrupted.series("lr")[1] == (2, pytest.approx(3e-3))
+    assert [step for step, _ in uninterrupted.series("eval/h/loss")] == [9]
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_again_and_again_is_bit_for_bit_the_same(
-    whole, data, tmp_path, monkeypatch
+def test_run_stopped_and_resumed_repeatedly_is_bit_for_bit_the_same(
+    uninterrupted, data, tmp_path, monkeypatch
 ):
     job = jobs.make(data, train={"profile_steps": "2,3"})
     # Ends right after a checkpoint.
     short = dataclasses.replace(job, eval="", train=dataclasses.replace(job.train, steps=3))
     assert pretrain(short, str(tmp_path)) == Outcome(3, True, {})
-    # A polite request, between two checkpoints: saves where it is.
+    # SIGTERM between two checkpoints: saves the current step.
     with monkeypatch.context() as patch:
         at_step(patch, 5, send_sigterm)
         assert pretrain(job, str(tmp_path)) == Outcome(5, False, {})
     assert read_header(f"{tmp_path}/checkpoints").step == 5
-    # A crash: steps 7 and 8 are lost and done again from the checkpoint of step 6.
+    # A crash: steps 7 and 8 are lost and repeated from the checkpoint of step 6.
     with monkeypatch.context() as patch:
         at_step(patch, 8, raise_killed)
         with pytest.raises(Killed):
             pretrain(job, str(tmp_path))
     assert read_header(f"{tmp_path}/checkpoints").step == 6
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == 7
-    jobs.assert_identical(jobs.run(job, tmp_path), whole)
+    jobs.assert_identical(jobs.run(job, tmp_path), uninterrupted)
     dropped = [row["step"] for row in read_metrics(tmp_path / "metrics.dropped.jsonl")]
     assert dropped == [7]
 
-    # Steps 2 and 3 were traced by the call that did them, and by no later one.
+    # Steps 2 and 3 were traced by the call that ran them, and by no later one.
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
 
-    # A finished run called again says the same and adds nothing.
+    # A complete run that is started again has the same outcome and writes nothing.
     before = (tmp_path / "metrics.jsonl").read_text()
     outcome = pretrain(job, str(tmp_path))
     assert outcome.finished and outcome.step == 9
-    assert outcome.evaluations["h"].loss == whole.series("eval/h/loss")[0][1]
+    assert outcome.evaluations["h"].loss == uninterrupted.series("eval/h/loss")[0][1]
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.slow
-def test_each_part_of_a_run_may_be_on_another_mesh(whole, data, tmp_path, monkeypatch):
+def test_each_part_of_a_run_may_use_another_mesh(uninterrupted, data, tmp_path):
     """8 fsdp, then 4 × 2, one device, and 2 × 2 × 2."""
     for steps, mesh, devices in (
         (2, MeshConfig(fsdp=8), 8),
@@ -119,11 +119,11 @@ def test_each_part_of_a_run_may_be_on_another_mesh(whole, data, tmp_path, monkey
     ):
         job = jobs.make(data, mesh=mesh, train={"steps": steps})
         jobs.run_on(job if steps == 9 else dataclasses.replace(job, eval=""), tmp_path, devices)
-    jobs.assert_close(jobs.read(job, tmp_path), whole)
+    jobs.assert_close(jobs.read(job, tmp_path), uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_costs_only_time(whole, data, tmp_path):
+def test_run_resumes_from_the_checkpoint_before_a_damaged_one(uninterrupted, data, tmp_path):
     job = jobs.make(data)
     pretrain(dataclasses.replace(job, train=dataclasses.replace(job.train, steps=6)), str(tmp_path))
     newest = tmp_path / "checkpoints" / "step_00000006"
@@ -133,19 +133,19 @@ def test_a_damaged_newest_checkpoint_costs_only_time(whole, data, tmp_path):
     os.truncate(array, array.stat().st_size // 2)
     result = jobs.run(job, tmp_path)
     rows = [row for row in result.rows if row["step"] == 6]
-    assert len(rows) == 1  # the evaluation at 6 was of the short run, and was dropped
-    jobs.assert_identical(result, whole)
+    assert len(rows) == 1  # that at step 6, of the shorter run, was dropped
+    jobs.assert_identical(result, uninterrupted)
     assert (tmp_path / "checkpoints" / "step_00000006.damaged").is_dir()
 
 
 @pytest.mark.slow
-def test_size_one_axes_in_types_change_nothing(whole, data, tmp_path):
+def test_size_one_axes_in_types_change_nothing(uninterrupted, data, tmp_path):
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", False)
     try:
         result = jobs.run(jobs.make(data), tmp_path)
     finally:
         jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
-    jobs.assert_close(result, whole, rtol=1e-5)
+    jobs.assert_close(result, uninterrupted, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -164,7 +164,7 @@ def test_a_run_that_diverges_stops_and_leaves_good_checkpoints(data, tmp_path):
     assert np.isnan(result.series("loss")[-1][1])
 
 
-def test_held_out_loss_is_that_of_the_windows_one_by_one(data):
+def test_held_out_loss_equals_that_of_single_windows(data):
     job = jobs.make(data)
     manifest = read_manifest(data / "h")
     wanted = {
@@ -182,19 +182,23 @@ def test_held_out_loss_is_that_of_the_windows_one_by_one(data):
             params = jax.jit(
                 lambda key: init_state(job.step_config, key).params, out_shardings=shardings
             )(jax.random.key(3))
+            sources = {"h": str(data / "h")}
             found[batch_size] = evaluate(
-                params, {"h": str(data / "h")}, job.step_config, mesh, batch_size=batch_size,
-                **wanted,
-            )["h"]  # fmt: skip
+                params, sources, job.step_config, mesh, batch_size=batch_size, **wanted
+            )["h"]
     params = jax.device_put(jax.device_get(params), jax.devices()[0])
     nll = tokens = 0.0
     for row in eval_batches(data / "h", 16, **wanted):
         logits, _ = jax.jit(
             lambda row: forward(
-                params, row["tokens"], job.model, ForwardOptions(dtype="float32"),
-                segment_ids=row["segment_ids"], positions=row["positions"],
+                params,
+                row["tokens"],
+                job.model,
+                ForwardOptions(dtype="float32"),
+                segment_ids=row["segment_ids"],
+                positions=row["positions"],
             )
-        )(row)  # fmt: skip
+        )(row)
         logprobs = np.asarray(jax.nn.log_softmax(logits))
         picked = np.take_along_axis(logprobs, row["targets"][..., None], -1)[..., 0]
         nll -= float((picked * row["loss_mask"]).sum())
@@ -207,16 +211,16 @@ def test_held_out_loss_is_that_of_the_windows_one_by_one(data):
 
 
 @pytest.mark.parametrize("text", ["h", "=x", "h=", "h=x,h=y"])
-def test_badly_written_eval_sources_are_refused(text):
+def test_malformed_eval_sources_are_refused(text):
     with pytest.raises(UserError, match="write name=FOLDER,name=FOLDER with each name once"):
         parse_eval_sources(text)
 
 
-def test_a_refused_start_leaves_the_disk_as_it_was(data, tmp_path):
+def test_a_refused_start_writes_nothing(data, tmp_path):
     """Each is refused before anything is computed or written."""
-    # Found when the step is traced: no implementation has both.
+    # Detected when the step is traced: no implementation supports both.
     dropout = {"model": {"attn_dropout": 0.1}, "options": {"attention": "chunked"}}
-    for change, said in [
+    for change, message in [
         ({"eval": f"h={data}/none"}, "none does not exist"),
         ({"mesh": MeshConfig(fsdp=3)}, "needs 3 devices but 8 are there"),
         ({"tokenizer": f"{data}/none"}, "none does not exist"),
@@ -225,6 +229,6 @@ def test_a_refused_start_leaves_the_disk_as_it_was(data, tmp_path):
         ({"data": {"global_batch": 12}}, "data.global_batch=12 is not a multiple"),
         ({"model": {"vocab_size": 256}}, "464 ids but model.vocab_size is 256"),
     ]:
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             pretrain(jobs.make(data, **change), str(tmp_path / "run"))
         assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""The chunked, vocabulary-parallel loss equals the plain one, and never holds all logits."""
+"""The chunked, vocabulary-parallel loss equals the plain one without holding all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def plain(hidden, kernel, targets, weights, z_loss):
 
 
 def check_against_plain(name, vocab, z_loss, *options):
-    """Value, sums and both gradients on the mesh of this name against one device's plain form."""
+    """Compares value, sums and both gradients on a named mesh with the plain form on one device."""
     with jax.default_matmul_precision("highest"):
         args = inputs(vocab)
         (expected, nll), expected_grads = jax.value_and_grad(plain, (0, 1), has_aux=True)(
@@ -65,7 +65,7 @@ def check_against_plain(name, vocab, z_loss, *options):
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("chunk", [1, 7, 1000])  # 7 does not divide the tokens
 @pytest.mark.parametrize("name", ["none", "2 × 2 × 2 fsdp, context, tensor", "8 tensor"])
-def test_equals_the_plain_loss(name, chunk, z_loss):
+def test_loss_and_gradients_equal_the_plain_ones(name, chunk, z_loss):
     check_against_plain(name, V, z_loss, chunk)
 
 
@@ -75,8 +75,8 @@ def test_equals_the_plain_loss(name, chunk, z_loss):
     + [("4 fsdp × 2 tensor", p) for p in (2, 4)]
     + [("2 × 2 × 2 fsdp, context, tensor", 2), ("4 data × 2 fsdp", 2)],
 )
-@pytest.mark.parametrize("vocab", [V, 20_014])  # the second needs padding whatever the parts
-def test_dividing_the_vocabulary_along_fsdp_changes_nothing(name, parts, vocab):
+@pytest.mark.parametrize("vocab", [V, 20_014])  # the second needs padding for any parts
+def test_splitting_the_vocabulary_along_fsdp_changes_nothing(name, parts, vocab):
     check_against_plain(name, vocab, 1e-2, 3, parts)
 
 
@@ -85,8 +85,8 @@ def test_parts_that_do_not_divide_fsdp_are_refused():
         vocab_split(64, V, 3)
 
 
-def test_parts_are_near_those_that_move_the_fewest_bytes():
-    """At most a quarter more than the best power of two, with no more held on a device."""
+def test_best_parts_move_nearly_the_fewest_bytes():
+    """At most a quarter more bytes than the best power of two, and no more memory on a device."""
 
     def moved(parts, tokens, columns):
         return 6 * columns / parts + 6 * parts * tokens
@@ -104,14 +104,14 @@ def test_parts_are_near_those_that_move_the_fewest_bytes():
     assert best_parts(8192, 151_936, 256) == 8  # the 7B recipe
 
 
-def test_huge_logits_stay_finite():
+def test_loss_of_huge_logits_is_finite():
     hidden, kernel, targets, weights = inputs()
     sums = next_token_loss(1e4 * hidden, kernel, targets, weights, 0.0, 16)
     assert np.isfinite(sums.nll)
 
 
-def test_no_buffer_of_the_size_of_the_logits():
-    """The compiled gradient's temporaries stay far below one float32 [B,T,V]."""
+def test_no_buffer_has_the_size_of_the_logits():
+    """The compiled gradient's temporaries stay far below one float32 [B, T, V]."""
     rows, length, vocab, chunk = 4, 512, 32_768, 128
     shapes = ((rows, length, D), (D, vocab), (rows, length), (rows, length))
     dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
@@ -121,15 +121,15 @@ def test_no_buffer_of_the_size_of_the_logits():
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*structs).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    ours = temp(lambda *a: next_token_loss(*a, 0.0, chunk).objective)
-    naive = temp(lambda *a: plain(*a, 0.0)[0])
+    chunked = temp(lambda *a: next_token_loss(*a, 0.0, chunk).objective)
+    plain_form = temp(lambda *a: plain(*a, 0.0)[0])
     logits = rows * length * vocab * 4
-    assert naive > logits
-    assert ours < logits / 4
+    assert plain_form > logits
+    assert chunked < logits / 4
 
 
 def test_no_device_holds_the_whole_kernel_or_its_gradient():
-    """In 8 parts, temporaries stay below one float32 [D,V]; in one part they exceed two."""
+    """In 8 parts, temporaries stay below one float32 [D, V]; in one part they exceed two."""
     rows, length, width, vocab = 8, 64, 256, 32_768
     with toy.use("8 fsdp") as mesh:
         table = [
@@ -148,7 +148,7 @@ def test_no_device_holds_the_whole_kernel_or_its_gradient():
             compiled = jax.jit(loss).lower(*structs).compile()
             return compiled.memory_analysis().temp_size_in_bytes
 
-        whole, divided = temp(1), temp(8)
+        one_part, eight_parts = temp(1), temp(8)
     kernel = width * vocab * 4
-    assert whole > 2 * kernel  # the kernel and its gradient
-    assert divided < kernel
+    assert one_part > 2 * kernel  # the kernel and its gradient
+    assert eight_parts < kernel

@@ -1,4 +1,4 @@
-"""Metrics: every step once, whatever was killed and resumed; valid JSON; readable lines."""
+"""Metrics: every step once after any kill and resume, valid JSON, readable log lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def steps_of(path) -> list[int]:
     return [row["step"] for row in read_metrics(path)]
 
 
-def test_the_curve_of_a_resumed_run_has_every_step_once(tmp_path):
+def test_a_resumed_run_has_every_step_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(1, 11))
     write_steps(path, range(7, 13), resume_step=6, scale=2.0)
@@ -39,12 +39,12 @@ def test_the_curve_of_a_resumed_run_has_every_step_once(tmp_path):
     assert [row["step"] for row in rows] == list(range(1, 15))
     expected = [(1.0 if s <= 6 else 2.0 if s <= 11 else 3.0) / s for s in range(1, 15)]
     assert [row["loss"] for row in rows] == expected
-    # What was done again is kept beside.
+    # Lines of repeated steps are kept in another file.
     assert steps_of(tmp_path / "metrics.dropped.jsonl") == [7, 8, 9, 10, 12]
 
 
 @pytest.mark.parametrize("cut", range(1, 30))
-def test_a_line_cut_at_any_byte_is_left_out_and_overwritten(tmp_path, cut):
+def test_a_truncated_last_line_is_ignored_and_overwritten(tmp_path, cut):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, [1, 2, 3])
     data = path.read_bytes()
@@ -55,7 +55,7 @@ def test_a_line_cut_at_any_byte_is_left_out_and_overwritten(tmp_path, cut):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_non_finite_values_stay_valid_json_and_come_back(tmp_path):
+def test_non_finite_values_are_valid_json_and_read_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     values = {"nan": math.nan, "up": math.inf, "down": -math.inf, "fine": 0.1 + 0.2}
     writer = JsonlWriter(path, resume_step=0)
@@ -68,7 +68,7 @@ def test_non_finite_values_stay_valid_json_and_come_back(tmp_path):
     assert (back["up"], back["down"], back["fine"]) == (math.inf, -math.inf, 0.1 + 0.2)
 
 
-def test_a_broken_line_in_the_middle_is_reported_by_number(tmp_path):
+def test_a_malformed_line_in_the_middle_is_reported_by_number(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(UserError, match=r"Line 2 of .*metrics.jsonl is not a JSON object"):
@@ -109,7 +109,7 @@ def _events(folder):
 
 
 def _as_viewed(events) -> dict[int, float]:
-    """What the viewer shows: a START entry at step s makes it forget the steps from s on."""
+    """Values that TensorBoard shows: a START entry at step s hides earlier values from s on."""
     shown: dict[int, float] = {}
     for event in sorted(events, key=lambda e: e.wall_time):
         if event.HasField("session_log") and event.session_log.status == 1:
@@ -119,7 +119,7 @@ def _as_viewed(events) -> dict[int, float]:
     return shown
 
 
-def test_all_writers_get_the_numbers_and_tensorboard_forgets_repeated_steps(tmp_path):
+def test_all_writers_get_the_numbers_and_tensorboard_hides_repeated_steps(tmp_path):
     for resume_step, steps, loss in ((0, range(1, 7), 1.0), (3, range(4, 6), 2.0)):
         with make_writer(tmp_path, total_steps=6, resume_step=resume_step) as writer:
             for step in steps:
@@ -129,7 +129,7 @@ def test_all_writers_get_the_numbers_and_tensorboard_forgets_repeated_steps(tmp_
     assert shown == {1: 1.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 2.0}
 
 
-def test_console_lines_are_aligned_and_carry_progress(caplog, monkeypatch):
+def test_console_lines_are_aligned_and_show_progress(caplog, monkeypatch):
     times = iter([0.0, 10.0, 20.0])
     writer = ConsoleWriter(total_steps=10_000)
     monkeypatch.setattr(writer._eta, "_clock", lambda: next(times))
@@ -148,13 +148,13 @@ def test_console_lines_are_aligned_and_carry_progress(caplog, monkeypatch):
     ]
 
 
-def test_wandb_missing_says_how_to_install_it(tmp_path, monkeypatch):
+def test_missing_wandb_is_refused_with_how_to_install_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"not installed: run `pip install wandb`, or leave"):
         make_writer(tmp_path, total_steps=1, names=["wandb"])
 
 
-def test_wandb_is_only_imported_when_asked_for_and_continues_the_same_run(tmp_path, monkeypatch):
+def test_wandb_is_imported_only_if_used_and_resumes_the_same_run(tmp_path, monkeypatch):
     calls = []
 
     class Run:

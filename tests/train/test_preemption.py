@@ -1,4 +1,4 @@
-"""Signals end a run after the step it is in, on all processes at the same step."""
+"""Signals stop a run after the current step, on all processes at the same step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.train.states import make_mesh
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_sets_the_flag_and_the_old_handlers_come_back(number):
+def test_a_signal_sets_the_flag_and_previous_handlers_are_restored(number):
     seen = []
     before = signal.signal(number, lambda *_: seen.append("before"))
     try:
@@ -44,7 +44,7 @@ def test_a_second_ctrl_c_interrupts_at_once():
         assert preemption.should_stop(1)
 
 
-def test_a_second_sigterm_does_not():
+def test_a_second_sigterm_does_not_interrupt():
     with Preemption() as preemption:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -67,7 +67,7 @@ def test_outside_the_main_thread_only_request_works():
 
 
 def _train(limit: int) -> dict:
-    """A training loop with collectives of its own; reports when it stopped."""
+    """Runs a loop with collectives; returns when it stopped."""
     mesh = make_mesh(1, jax.device_count(), 1, 1)
     values = np.arange(jax.device_count(), dtype=np.float32)
     x = jax.make_array_from_callback(
@@ -77,7 +77,7 @@ def _train(limit: int) -> dict:
     with jax.set_mesh(mesh), Preemption() as preemption:
         for step in range(1, limit + 1):
             x = step_function(x)
-            time.sleep(0.002 * (1 + jax.process_index()))  # not in lockstep on the host
+            time.sleep(0.002 * (1 + jax.process_index()))  # so that the hosts are not in lockstep
             if step == 5:
                 print("running", flush=True)
             if preemption.should_stop(step):
@@ -85,7 +85,7 @@ def _train(limit: int) -> dict:
     return {"step": step, "value": float(jnp.sum(x).addressable_data(0))}
 
 
-def test_sigterm_in_a_real_process_ends_it_cleanly():
+def test_sigterm_ends_a_separate_process_cleanly():
     with multiprocess.start(_train, processes=1, devices=1, limit=100_000) as group:
         group.wait_for_output(0, "running")
         group.send_signal(0, signal.SIGTERM)

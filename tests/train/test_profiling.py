@@ -1,4 +1,4 @@
-"""A profile holds the steps it was asked for, by number, and the model's own names."""
+"""A profile has exactly the requested steps, with their numbers and the names of model scopes."""
 
 import dataclasses
 import gzip
@@ -28,19 +28,19 @@ SCOPES = ("embed", "layers", "attention", "mlp", "final_norm", "loss", "optimize
         ("7,3", "must be in order"),
     ],
 )
-def test_malformed_steps_are_one_sentence(text, message):
+def test_malformed_profile_steps_are_refused(text, message):
     with pytest.raises(UserError, match=f"train.profile_steps is '{text}'.*{message}"):
         parse_steps(text)
 
 
-def test_steps_are_both_included():
+def test_first_and_last_step_are_included():
     assert parse_steps("") is None
     assert parse_steps("10, 15") == (10, 15)
     assert parse_steps("3,3") == (3, 3)
 
 
 @pytest.mark.slow
-def test_a_run_leaves_a_trace_of_just_these_steps_with_the_models_names(tmp_path):
+def test_a_run_traces_exactly_the_requested_steps_with_scope_names(tmp_path):
     data = jobs.write_data(tmp_path)
     job = jobs.make(data, train={"steps": 4, "profile_steps": "2,3"})
     job = dataclasses.replace(job, eval="")
@@ -74,12 +74,12 @@ def test_steps_done_before_are_not_traced_again(tmp_path, caplog):
     assert "train.profile_steps=2,3: these steps are done" in caplog.text
 
 
-def test_a_run_cut_short_still_writes_what_it_traced(tmp_path):
+def test_an_interrupted_run_writes_what_it_traced(tmp_path):
     profiler = Profiler((1, 100), str(tmp_path))
     for number in (1, 2):
         with profiler.step(number):
             jax.block_until_ready(jax.numpy.ones(3) + number)
         assert not profiler.ends_with(number)
     profiler.stop()
-    profiler.stop()  # again: nothing
+    profiler.stop()  # a second call does nothing
     assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1

@@ -68,7 +68,7 @@ def test_page_has_no_outside_resources_and_every_plot_is_an_inline_image():
     assert render(report(metrics=report().metrics[3:])) != page
 
 
-def test_the_lowest_of_each_column_is_marked():
+def test_the_lowest_score_of_each_column_is_marked():
     page = render(report())
     rows = re.findall(r"<tr.*?</tr>", page, re.DOTALL)[1:]
     marked = [[bool(cell) for cell in re.findall(r"<span( class=\"best\")?>", r)] for r in rows]

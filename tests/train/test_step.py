@@ -1,4 +1,4 @@
-"""The training step: one loss and one gradient, whatever the mesh, batch split or kernel."""
+"""The training step: loss and gradient do not depend on mesh, microbatches or attention kernel."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from tests import toy
 @pytest.fixture(autouse=True)
 def exact_products():
     with jax.default_matmul_precision("highest"):
-        reference(toy.STEP)  # before any mesh: it is what one device computes
+        reference(toy.STEP)  # computed on one device, outside any mesh
         yield
 
 
@@ -37,7 +37,7 @@ def gradients(params, batch, config):
 
 @functools.cache
 def reference(config):
-    """State, loss and gradients on one device by the plainest means: all logits, autodiff."""
+    """State, loss and gradients on one device from all logits, by autodiff."""
     state = jax.jit(functools.partial(init_state, config))(jax.random.key(1))
     batch = toy.place(toy.batch(), None)
 
@@ -91,7 +91,7 @@ def test_grouped_windowed_tied_models_do_not_depend_on_the_mesh(name):
         windows=(None, 5),
     )
     config = dataclasses.replace(toy.STEP, model=model)
-    reference(config)  # before the mesh: it is what one device computes
+    reference(config)  # computed on one device, outside any mesh
     with toy.use(name) as mesh:
         shardings = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh).params)
         params = jax.device_put(reference(config)[0].params, shardings)
@@ -119,7 +119,7 @@ def test_remat_changes_memory_only(remat):
 
 
 def run(name, config, steps=3, seed=0, dropout=None):
-    """State and metrics after `steps` steps on different batches."""
+    """Runs `steps` steps on different batches; returns the state and the metrics of each."""
     with toy.use(name) as mesh:
         state = reference(toy.STEP)[0]
         if mesh is not None:
@@ -139,11 +139,13 @@ def run(name, config, steps=3, seed=0, dropout=None):
         return jax.device_get(state), history
 
 
-@pytest.mark.parametrize(("name", "pieces"), [("none", 4), ("2 × 2 × 2 data, fsdp, tensor", 2)])
-def test_accumulation_does_not_change_the_loss(name, pieces):
+@pytest.mark.parametrize(
+    ("name", "microbatches"), [("none", 4), ("2 × 2 × 2 data, fsdp, tensor", 2)]
+)
+def test_accumulation_does_not_change_the_loss(name, microbatches):
     """Microbatches have different numbers of loss tokens, so a mean of means would differ."""
     whole, metrics = run("none", toy.STEP)
-    split, split_metrics = run(name, dataclasses.replace(toy.STEP, microbatches=pieces))
+    split, split_metrics = run(name, dataclasses.replace(toy.STEP, microbatches=microbatches))
     for a, b in zip(metrics, split_metrics, strict=True):
         for key in ("loss", "grad_norm", "update_norm", "bits_per_byte", "tokens"):
             np.testing.assert_allclose(a[key], b[key], rtol=2e-5)
@@ -179,8 +181,8 @@ def test_a_non_finite_step_changes_nothing_but_the_counters():
     assert not np.array_equal(good.params["head"]["kernel"], state.params["head"]["kernel"])
 
 
-def test_adamw_is_the_closed_form_with_decay_on_matrices_only():
-    """First step by hand: m̂ = g, v̂ = g², so the update is −lr (g/(|g| + eps) + wd·w)."""
+def test_adamw_equals_the_closed_form_with_decay_on_matrices_only():
+    """First step in closed form: m̂ = g, v̂ = g², so the update is −lr (g/(|g| + eps) + wd·w)."""
     optimizer = OptimizerConfig(peak_lr=0.5, warmup_steps=0, weight_decay=0.1, clip_norm=1e9)
     config = dataclasses.replace(toy.STEP, optimizer=optimizer)
     before, _, grads = reference(toy.STEP)
@@ -192,7 +194,7 @@ def test_adamw_is_the_closed_form_with_decay_on_matrices_only():
         name = jax.tree_util.keystr(path)
         decays = not any(part in name for part in ("norm", "bias"))
         expected = old - 0.5 * (g / (np.abs(g) + 1e-8) + 0.1 * decays * old)
-        sure = np.abs(g) > 1e-5  # elsewhere the sign of g is rounding
+        sure = np.abs(g) > 1e-5  # elsewhere the sign of g depends on rounding
         np.testing.assert_allclose(np.asarray(new)[sure], expected[sure], rtol=1e-3, atol=1e-4)
 
     jax.tree_util.tree_map_with_path(check, before.params, after.params, grads)
@@ -223,7 +225,7 @@ def test_schedule_warms_up_to_the_peak_and_ends_at_a_tenth():
 
 
 @pytest.mark.parametrize(
-    ("mesh", "change", "said"),
+    ("mesh", "change", "message"),
     [
         ("8 fsdp", {"global_batch": 12}, r"data.global_batch=12 .* = 1×8×1 = 8"),
         ("8 tensor", {"model": {"n_heads": 12}}, r"mesh.tensor=8 does not divide model.n_heads=12"),
@@ -236,25 +238,25 @@ def test_schedule_warms_up_to_the_peak_and_ends_at_a_tenth():
         ),
     ],
 )
-def test_a_mesh_that_does_not_divide_is_refused_by_name(mesh, change, said):
+def test_a_mesh_that_does_not_divide_is_refused_naming_axis_and_dimension(mesh, change, message):
     change = dict(change)
     model = change.pop("model", {})
     if "n_heads" in model:
         model["n_kv_heads"] = model["n_heads"]
     args = {"global_batch": 8, "microbatches": 1, "seq_len": 32} | change
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         check_mesh(dataclasses.replace(toy.MODEL, **model), make_mesh(toy.MESHES[mesh]), **args)
 
 
-def test_state_is_born_sharded_and_in_float32():
+def test_state_is_initialised_sharded_and_in_float32():
     config = StepConfig(toy.MODEL, ForwardOptions(), toy.STEP.optimizer)
     with toy.use("4 fsdp × 2 tensor") as mesh:
         abstract = abstract_state(config, mesh)
         state = jax.jit(functools.partial(init_state, config))(jax.random.key(0))
 
-    def check(born, planned):
-        assert born.sharding.is_equivalent_to(planned.sharding, born.ndim)
-        assert born.dtype in (jnp.float32, jnp.int32)
+    def check(leaf, planned):
+        assert leaf.sharding.is_equivalent_to(planned.sharding, leaf.ndim)
+        assert leaf.dtype in (jnp.float32, jnp.int32)
 
     jax.tree.map(check, state, abstract)
     up = state.opt_state[0].mu["layers"]["mlp"]["up"]

@@ -1,4 +1,4 @@
-"""Pace, time to the end, memory: closed-form cases."""
+"""Throughput, remaining time and memory in closed-form cases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Clock:
         return self.now
 
 
-def test_throughput_leaves_out_the_compilation_and_slides():
+def test_throughput_excludes_compilation_and_is_a_moving_average():
     clock = Clock()
     pace = Throughput(window=4, clock=clock)
     clock.now = 100.0  # compilation
@@ -39,7 +39,7 @@ def test_throughput_leaves_out_the_compilation_and_slides():
     assert pace.per_second() == pytest.approx(2000.0)
 
 
-def test_throughput_can_leave_out_an_evaluation():
+def test_throughput_excludes_time_before_a_restart():
     clock = Clock()
     pace = Throughput(clock=clock)
     pace.restart()
@@ -54,7 +54,7 @@ def test_throughput_can_leave_out_an_evaluation():
     assert pace.per_second() == pytest.approx(5.0)
 
 
-def test_eta_counts_neither_compilation_nor_steps_before_a_resume():
+def test_eta_excludes_compilation_and_steps_before_a_resume():
     clock = Clock()
     eta = Eta(1000, clock=clock)
     clock.now = 60.0
@@ -70,7 +70,7 @@ def test_eta_counts_neither_compilation_nor_steps_before_a_resume():
     [(0, "0s"), (59.4, "59s"), (59.6, "1m 00s"), (200, "3m 20s"), (18_420, "5h 07m"),
      (187_200, "2d 04h")],
 )  # fmt: skip
-def test_durations_read_like_a_clock(seconds, text):
+def test_durations_are_formatted_like_a_clock(seconds, text):
     assert format_duration(seconds) == text
 
 
@@ -83,13 +83,13 @@ def test_counts_are_short(value, text):
     assert format_count(value) == text
 
 
-def test_host_memory_is_what_the_kernel_says():
+def test_host_memory_equals_that_of_the_operating_system():
     status = pathlib.Path("/proc/self/status").read_text()
     kernel = int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) / 1024**2
     assert memory_stats()["memory/host_peak_gib"] == pytest.approx(kernel, rel=0.1)
 
 
-def test_device_memory_is_the_worst_of_the_devices(monkeypatch):
+def test_device_memory_is_the_largest_of_the_devices(monkeypatch):
     import jax
 
     class Device:

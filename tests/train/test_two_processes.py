@@ -1,4 +1,4 @@
-"""Two processes of four devices are one of eight: the same batches, gradients, runs and stops."""
+"""Two processes of four devices train like one of eight: batches, gradients, runs and stops."""
 
 import dataclasses
 import functools
@@ -33,13 +33,13 @@ SEED = 5
 
 
 def job_of(folder):
-    """Eight heads, so that tensor may take every device; no clipping, so that moments are g."""
+    """A job with eight heads, so that `tensor` may be 8, without clipping of gradients."""
     model = {"n_heads": 8, "n_kv_heads": 8, "n_layers": 1, "windows": ()}
     return jobs.make(folder, model=model, optimizer={"clip_norm": 1e9})
 
 
 def two_steps(job, state, feed, batches, first, count):
-    """Metrics of two real steps, and the first moments: all that the gradients went into."""
+    """Runs two training steps; returns their metrics and Adam's first moments."""
     step = jax.jit(functools.partial(train_step, config=job.step_config, objective=NextToken()))
     metrics = []
     for i in range(2):
@@ -48,10 +48,10 @@ def two_steps(job, state, feed, batches, first, count):
     return metrics, state.opt_state[0].mu
 
 
-def _train_in_this_group(folder: str, sizes: dict, out: str) -> list:
+def _two_steps_on_each_mesh(folder: str, sizes: dict, out: str) -> list:
     jax.config.update("jax_default_matmul_precision", "highest")
     job, results = job_of(folder), []
-    born = jax.device_get(
+    initial = jax.device_get(
         jax.jit(functools.partial(init_state, job.step_config))(jax.random.key(SEED))
     )
     for number, axes in enumerate(sizes):
@@ -61,7 +61,7 @@ def _train_in_this_group(folder: str, sizes: dict, out: str) -> list:
         with jax.set_mesh(mesh):
             state = jax.tree.map(
                 lambda x, a: jax.make_array_from_callback(x.shape, a.sharding, lambda i: x[i]),
-                born,
+                initial,
                 abstract_state(job.step_config, mesh),
             )
             metrics, mu = two_steps(job, state, feed, Batches(job.data), first, count)
@@ -85,10 +85,10 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_batches_losses_and_gradients_are_those_of_one_device(data, tmp_path):
+def test_batches_losses_and_gradients_equal_those_of_one_device(data, tmp_path):
     sizes = [axes for axes, _ in MESHES.values()]
     results = multiprocess.run(
-        _train_in_this_group, folder=str(data), sizes=sizes, out=str(tmp_path), timeout=300
+        _two_steps_on_each_mesh, folder=str(data), sizes=sizes, out=str(tmp_path), timeout=300
     )
     job = job_of(data)
     with jax.default_matmul_precision("highest"):
@@ -99,8 +99,10 @@ def test_batches_losses_and_gradients_are_those_of_one_device(data, tmp_path):
         rows = [process[number]["rows"] for process in results]
         assert rows == ([[0, 8], [0, 8]] if all_rows else [[0, 4], [4, 4]]), name
         for process in results:
-            for now, then in zip(process[number]["metrics"], metrics, strict=True):
-                assert now == pytest.approx(then, rel=1e-5), name
+            for found_values, expected_values in zip(
+                process[number]["metrics"], metrics, strict=True
+            ):
+                assert found_values == pytest.approx(expected_values, rel=1e-5), name
         found = np.load(tmp_path / f"{number}.npz")
         for leaf, value in expected.items():
             error = np.linalg.norm(found[leaf] - value) / np.linalg.norm(value)
@@ -126,9 +128,9 @@ def _pretrain(folder: str, workdir: str, axes: dict, steps: int, sigterm_at: int
 
 
 @pytest.mark.slow
-def test_a_run_may_move_between_one_and_two_processes(data, tmp_path):
-    """One process, then two (of which the second alone is told to stop), then one again."""
-    whole = jobs.run(jobs.make(data), tmp_path / "whole")
+def test_a_run_may_resume_on_one_or_two_processes(data, tmp_path):
+    """One process, then two (only the second of which gets SIGTERM), then one again."""
+    uninterrupted = jobs.run(jobs.make(data), tmp_path / "uninterrupted")
     workdir = str(tmp_path / "moving")
     common = {"folder": str(data), "workdir": workdir}
     assert _pretrain(**common, axes={"fsdp": 8}, steps=3)["step"] == 3
@@ -140,7 +142,7 @@ def test_a_run_may_move_between_one_and_two_processes(data, tmp_path):
         sigterm_at=5,
         timeout=300,
     )
-    # Both stop at one step: the flags of a step are joined behind it and read after the next.
+    # Both stop at the same step: flags of a step are combined after it and read after the next.
     assert first == second == {"step": 6, "finished": False, "evaluations": {}}
     assert _pretrain(**common, axes={"fsdp": 8}, steps=jobs.STEPS)["finished"]
-    jobs.assert_close(jobs.read(jobs.make(data), workdir), whole)
+    jobs.assert_close(jobs.read(jobs.make(data), workdir), uninterrupted)
