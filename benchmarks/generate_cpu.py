@@ -84,11 +84,11 @@ class EngineGenerator:
         """Loads the weights of a folder into an engine for outputs of `new_tokens`."""
         config = read_config(folder)
         engine_options = EngineOptions(
-            rows=max(BATCHES),
+            max_running_requests=max(BATCHES),
             max_length=PROMPT_TOKENS + new_tokens,
             prefill_tokens=PROMPT_TOKENS * max(BATCHES),
             prefix_cache=False,
-            burst=32,
+            decode_steps_per_call=32,
         )
         options = ForwardOptions(dtype="float32")
         params = load_params(folder, config, abstract_params(config))

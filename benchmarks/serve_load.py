@@ -290,7 +290,13 @@ def start_server(model: str, log: pathlib.Path) -> tuple[subprocess.Popen, str]:
     Raises:
       RuntimeError: the server did not start within ten minutes; has the end of its output.
     """
-    flags_ = [f"--model={model}", "--port=0", "--cpu_devices=1", "--rows=8", "--max_length=512"]
+    flags_ = [
+        f"--model={model}",
+        "--port=0",
+        "--cpu_devices=1",
+        "--max_running_requests=8",
+        "--max_length=512",
+    ]
     flags_ += ["--page_size=16", "--prefill_tokens=128", "--max_waiting=48", "--memory=0.5"]
     with log.open("wb") as sink:
         process = subprocess.Popen(

@@ -81,7 +81,7 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
     given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
     with_options(SamplingParams(), given)  # a bad value is better said before the weights are read
-    with load(MODEL.value, **place, **how, rows=1, **sizes) as qwen:
+    with load(MODEL.value, **place, **how, max_running_requests=1, **sizes) as qwen:
         session = qwen.session
         session.params = with_options(session.params, given)
         session.stop = (*session.stop, *STOP.value)

@@ -41,7 +41,9 @@ LAYER_WINDOWS = flags.DEFINE_bool(
 TENSOR = flags.DEFINE_integer("tensor", None, "Number of devices that share the model.")
 WARM_UP = flags.DEFINE_bool("warm_up", True, "Compile all programs before the first request.")
 SIZES = {
-    "rows": flags.DEFINE_integer("rows", None, "Maximum number of requests decoded together."),
+    "max_running_requests": flags.DEFINE_integer(
+        "max_running_requests", None, "Maximum number of requests decoded together."
+    ),
     "max_length": flags.DEFINE_integer(
         "max_length", None, "Maximum number of tokens of prompt and answer together."
     ),

@@ -1,7 +1,8 @@
-"""The engine: requests come and go, the device is kept busy, tokens are handed out.
+"""Continuous-batching inference engine: accepts requests, drives the device, returns tokens.
 
-A step plans a round, sends it to the device, and only then reads the round before: while the host
-reads and plans, the device has work. Not thread-safe: one thread owns an engine.
+A step plans a schedule, dispatches it to the device, and only then reads the results of the
+previous step, so the device has work while the host reads and plans. Not thread-safe: an engine is
+used by one thread at a time.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ import collections
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from qwen_jax.engine.batch import pack_prefill, page_table, row_of
-from qwen_jax.engine.options import EngineOptions, cache_room, choose_shapes
+from qwen_jax.engine.batch import pack_prefill, page_table, resumed_row
+from qwen_jax.engine.options import EngineOptions, available_cache_bytes, choose_shapes
 from qwen_jax.engine.page_pool import root_key
-from qwen_jax.engine.programs import Programs
+from qwen_jax.engine.programs import CompiledPrograms
 from qwen_jax.engine.request import Output, Request
-from qwen_jax.engine.sampling import Drawn, count_row
-from qwen_jax.engine.scheduler import Round, Running, Scheduler
+from qwen_jax.engine.sampling import Samples, count_row
+from qwen_jax.engine.scheduler import RequestState, Schedule, Scheduler
 from qwen_jax.errors import UserError
 from qwen_jax.model import ForwardOptions, ModelConfig, Params, ntk_alphas
 from qwen_jax.parallel import on_mesh, platform
@@ -28,16 +30,18 @@ from qwen_jax.parallel import on_mesh, platform
 
 @dataclasses.dataclass(frozen=True)
 class EngineStats:
-    """What an engine holds now, and what it has done since its start.
+    """Current load of an engine, and totals since its start.
 
     Attributes:
-      waiting, running: requests in the queue (new ones, and those put aside), and with a row.
-      pages_total, pages_free: of the cache; a free page has no holder, cached or not.
-      cached_pages: pages that new requests could use, held or free.
-      preemptions: how often a request was put aside.
-      prompt_tokens: of prompts that were computed to their end; cached_tokens: of these, found in
-        the cache.
-      new_tokens: handed out.
+      waiting: requests in the queue, new and preempted ones.
+      running: requests that have a device row.
+      pages_total: pages of the cache.
+      pages_free: pages without references, whether in the prefix cache or not.
+      cached_pages: pages in the prefix cache, referenced or not.
+      preemptions: how many times a request was preempted.
+      prompt_tokens: prompt tokens of requests whose prompt was computed to its end.
+      cached_tokens: those of them that were found in the prefix cache.
+      new_tokens: output tokens returned.
     """
 
     waiting: int
@@ -52,37 +56,43 @@ class EngineStats:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
-    """A call on its way: its result, and which column of it belongs to whom."""
+class _PendingCall:
+    """A dispatched call whose results the host has not read.
 
-    drawn: Drawn
-    columns: tuple[tuple[int, Running], ...]
+    Attributes:
+      samples: its results on the device.
+      columns: (index on the row axis of `samples`, request) for each request of the call.
+    """
 
-    def live(self) -> bool:
-        return any(running.finish is None for _, running in self.columns)
+    samples: Samples
+    columns: tuple[tuple[int, RequestState], ...]
+
+    def is_needed(self) -> bool:
+        """Whether any of its requests is still unfinished."""
+        return any(state.finish is None for _, state in self.columns)
 
     def array(self, name: str) -> np.ndarray:
-        """A field of the result, [steps, columns, ...]; waits for it."""
-        value = getattr(self.drawn, name)
-        # A prefill call draws once and has no axis of steps. `value[None]` would be a program.
-        return np.asarray(value) if self.drawn.tokens.ndim == 2 else np.asarray(value)[None]
+        """Returns a field of `Samples` as numpy [steps, rows, ...]; blocks until it is computed."""
+        value = getattr(self.samples, name)
+        # A prefill call has no axis of steps. `value[None]` on the device would be a program.
+        return np.asarray(value) if self.samples.tokens.ndim == 2 else np.asarray(value)[None]
 
-    def fetch(self) -> None:
-        """Begins to copy to the host what will be read."""
-        self.drawn.tokens.copy_to_host_async()
-        if any(running.request.params.logprobs is not None for _, running in self.columns):
-            for array in jax.tree.leaves(self.drawn):
+    def start_copy_to_host(self) -> None:
+        """Starts copying the results that will be read to the host, without blocking."""
+        self.samples.tokens.copy_to_host_async()
+        if any(state.request.params.logprobs is not None for _, state in self.columns):
+            for array in jax.tree.leaves(self.samples):
                 array.copy_to_host_async()
 
 
 class Engine:
     """Continues many prompts at once on one device or mesh.
 
-    Everything the device runs is compiled for a few shapes; `warm_up` does it beforehand.
+    All device programs are compiled for a few shapes; `warm_up` compiles them in advance.
 
     Attributes:
-      max_length: longest prompt + answer in tokens.
-      shapes: what the programs are compiled for.
+      max_length: longest prompt and output together, in tokens.
+      shapes: sizes that the programs are compiled for.
     """
 
     def __init__(
@@ -94,19 +104,19 @@ class Engine:
         *,
         vocab_size: int | None = None,
     ):
-        """Made under the mesh in force, if there is one; all its devices share the kv heads.
+        """Creates an engine under the mesh in force, whose devices share the kv heads.
 
         Args:
-          params: weights of `config`. They are given up to the engine, which may lay them out anew.
-          config: of the model; `dynamic_ntk` and `logn` as they should act.
-          options: dtype and attention.
+          params: weights of `config`. The engine takes ownership and may change their layout.
+          config: the model; `dynamic_ntk` and `logn` apply as set.
+          options: dtype and attention implementation.
           engine: sizes.
           vocab_size: ids of the tokenizer; the model's rows from there on are padding and never
-            drawn. None: all of the model's.
+            sampled. None: all of the model's rows.
 
         Raises:
-          UserError: sizes that exclude one another or don't fit, or a mesh that divides more than
-            heads.
+          UserError: sizes that contradict one another or don't fit, or a mesh with an axis other
+            than `tensor` above 1.
         """
         self._mesh = jax.sharding.get_mesh() if on_mesh() else None
         tensor = 1 if self._mesh is None else self._mesh.shape["tensor"]
@@ -127,38 +137,45 @@ class Engine:
         devices = jax.devices()[:1] if self._mesh is None else self._mesh.local_devices
         kv_dtype = options.compute_dtype if engine.kv_dtype == "auto" else np.uint8
         self.shapes = choose_shapes(
-            *(engine, config),
+            engine,
+            config,
             platform=platform()[0],
-            room=cache_room(engine.memory, devices),
+            cache_bytes=available_cache_bytes(engine.memory, devices),
             itemsize=np.dtype(kv_dtype).itemsize,
             tensor=tensor,
         )
-        wanted = engine.max_length or config.max_length
-        self.max_length = min(wanted, self.shapes.table * self.shapes.page_size)
+        longest = self.shapes.max_pages_per_request * self.shapes.page_size
+        self.max_length = min(engine.max_length or config.max_length, longest)
         self._scheduler = Scheduler(
-            self.shapes, reuse=engine.prefix_cache, one_past=bool(config.windows)
+            self.shapes,
+            prefix_cache=engine.prefix_cache,
+            single_cached_prefix=bool(config.windows),
         )
-        self._requests: dict[str, Running] = {}
-        self._flying: list[_Call] = []
+        self._requests: dict[str, RequestState] = {}
+        self._pending: list[_PendingCall] = []
         self._seeds = np.random.default_rng(engine.seed)
-        self._counters = collections.Counter()
+        self._totals: collections.Counter[str] = collections.Counter()
         with self._on_mesh():
             self._programs = self._make_programs(params, options, vocab_size, kv_dtype)
             self._state = self._programs.init_state()
 
-    def _make_programs(self, params, options, vocab_size, kv_dtype):
-        how = {"vocab_size": vocab_size, "kv_dtype": kv_dtype}
-        return Programs(params, self._config, options, self.shapes, **how)
+    def _make_programs(
+        self, params: Params, options: ForwardOptions, vocab_size: int, kv_dtype: Any
+    ) -> CompiledPrograms:
+        """Creates the device programs; tests override this with a simulated device."""
+        return CompiledPrograms(
+            params, self._config, options, self.shapes, vocab_size=vocab_size, kv_dtype=kv_dtype
+        )
 
-    def _on_mesh(self):
-        """Whichever thread steps works on the mesh that the engine was made under."""
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Enters the mesh under which the engine was created, in whichever thread calls."""
         return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Compiles everything, so that no request waits for the compiler.
+        """Compiles all programs, so that no request waits for the compiler.
 
         Args:
-          progress: called after each program with (done, all, name).
+          progress: called after each program with (done, total, name).
         """
         with self._on_mesh():
             self._programs.warm_up(progress)
@@ -166,7 +183,7 @@ class Engine:
     # Requests
 
     def add(self, request: Request) -> None:
-        """Takes a request; its tokens come out of `step`.
+        """Submits a request; its tokens are returned by later calls of `step`.
 
         Raises:
           UserError: the id is in use, an id of the prompt is outside the vocabulary, or the prompt
@@ -192,153 +209,182 @@ class Engine:
             request = dataclasses.replace(request, params=dataclasses.replace(params, seed=seed))
         alpha = ntk_alphas(len(prompt), self._config)
         budget = min(params.max_tokens, self.max_length - len(prompt))
-        running = Running(request, alpha, root_key(alpha), budget)
-        self._requests[request.id] = running
-        self._scheduler.add(running)
+        state = RequestState(request, alpha, root_key(alpha), budget)
+        self._requests[request.id] = state
+        self._scheduler.add(state)
 
     def cancel(self, request_id: str) -> None:
-        """Ends a request, wherever it is: no more outputs for it. An unknown id is ignored.
+        """Ends a request, waiting or running; `step` returns no more outputs for it.
 
-        A request may end by itself at any time, so an id that isn't there is no mistake.
+        An unknown id is ignored, because a request may end at any time before it is cancelled.
         """
-        running = self._requests.pop(request_id, None)
-        if running is not None:
-            self._scheduler.end(running, "cancelled")
+        state = self._requests.pop(request_id, None)
+        if state is not None:
+            self._scheduler.finish(state, "cancelled")
 
     @property
     def busy(self) -> bool:
-        """Whether there are requests, waiting or running."""
+        """Whether any request is waiting or running."""
         return bool(self._requests)
 
     def stats(self) -> EngineStats:
-        """Numbers for people and monitors."""
+        """Returns the current load and the totals since the start."""
         scheduler = self._scheduler
         return EngineStats(
             waiting=len(scheduler.waiting),
             running=len(scheduler.running()),
-            pages_total=self.shapes.pages,
-            pages_free=scheduler.pool.available,
-            cached_pages=scheduler.pool.cached,
-            preemptions=scheduler.preemptions,
-            prompt_tokens=self._counters["prompt"],
-            cached_tokens=self._counters["cached"],
-            new_tokens=self._counters["new"],
+            pages_total=self.shapes.num_pages,
+            pages_free=scheduler.pool.num_available,
+            cached_pages=scheduler.pool.num_cached,
+            preemptions=scheduler.num_preemptions,
+            prompt_tokens=self._totals["prompt"],
+            cached_tokens=self._totals["cached"],
+            new_tokens=self._totals["new"],
         )
 
-    # A round
+    # A step
 
     def step(self) -> list[Output]:
-        """Sends one round of work to the device and returns what has become known meanwhile.
+        """Dispatches one step of work and returns the outputs of the previous one.
 
-        The first tokens of a request come out one call after they were sent for. With nothing to
-        do it returns at once.
+        A request's first tokens are therefore returned one call after they were dispatched. Returns
+        at once when there is nothing to do.
         """
         with self._on_mesh():
             outputs: list[Output] = []
-            self._flying = [call for call in self._flying if call.live()]
-            while (work := self._scheduler.plan(settled=not self._flying)) is None:
-                outputs += self._read(self._flying.pop(0))
-            before, self._flying = self._flying, []
-            self._send(work)
-            for call in before:
+            self._pending = [call for call in self._pending if call.is_needed()]
+            while (schedule := self._scheduler.plan(results_read=not self._pending)) is None:
+                outputs += self._read(self._pending.pop(0))
+            previous, self._pending = self._pending, []
+            self._dispatch(schedule)
+            for call in previous:
                 outputs += self._read(call)
             return outputs
 
-    def _send(self, work: Round) -> None:
+    def _dispatch(self, schedule: Schedule) -> None:
+        """Sends a schedule to the device, in its order, without waiting for results."""
         programs, shapes = self._programs, self.shapes
-        if work.stop:
-            ended = np.zeros(shapes.rows, bool)
-            ended[list(work.stop)] = True
-            self._state = programs.stop(self._state, ended)
-        for running, pages in work.aside:
-            running.aside = self._take(pages)
-        for running in work.back:
-            self._put_back(running)
-        if work.chunks:
-            self._send_prefill(work)
-        if work.decode:
-            table = page_table(work.decode, work.rows, shapes)
-            self._state, drawn = programs.decode(self._state, table, work.steps)
-            self._fly(drawn, tuple((r.row, r) for r in work.decode))
+        if schedule.stop_rows:
+            stopped = np.zeros(shapes.max_rows, bool)
+            stopped[list(schedule.stop_rows)] = True
+            self._state = programs.stop_rows(self._state, stopped)
+        for state, pages in schedule.swap_out:
+            state.swapped_out = self._swap_out(pages)
+        for state in schedule.swap_in:
+            self._swap_in(state)
+        if schedule.prefill:
+            self._dispatch_prefill(schedule)
+        if schedule.decode:
+            table = page_table(schedule.decode, schedule.decode_rows, shapes)
+            self._state, samples = programs.decode(self._state, table, schedule.decode_steps)
+            columns = tuple((state.assigned_row, state) for state in schedule.decode)
+            self._add_pending(samples, columns)
 
-    def _fly(self, drawn: Drawn, columns: tuple[tuple[int, Running], ...]) -> None:
-        call = _Call(drawn, columns)
-        call.fetch()
-        self._flying.append(call)
+    def _add_pending(self, samples: Samples, columns: tuple[tuple[int, RequestState], ...]) -> None:
+        """Records a dispatched call and starts copying its results to the host."""
+        call = _PendingCall(samples, columns)
+        call.start_copy_to_host()
+        self._pending.append(call)
 
-    def _send_prefill(self, work: Round) -> None:
-        last = tuple((i, c.running) for i, c in enumerate(work.chunks) if c.last)
-        for _, running in last:
-            self._counters["prompt"] += running.prompt_length
-            self._counters["cached"] += running.cached
-            self._put_counts(running)
-        batch = pack_prefill(work.chunks, work.tokens, self.shapes)
-        self._state, drawn = self._programs.prefill(self._state, batch)
-        if last:
-            self._fly(drawn, last)
+    def _dispatch_prefill(self, schedule: Schedule) -> None:
+        """Sends the prefill call of a schedule to the device."""
+        chunks = schedule.prefill
+        ending = tuple((i, chunk.state) for i, chunk in enumerate(chunks) if chunk.ends_prompt)
+        for _, state in ending:
+            self._totals["prompt"] += state.prompt_length
+            self._totals["cached"] += state.num_cached_tokens
+            self._put_counts(state)
+        batch = pack_prefill(chunks, schedule.prefill_tokens, self.shapes)
+        self._state, samples = self._programs.prefill(self._state, batch)
+        if ending:
+            self._add_pending(samples, ending)
 
-    def _put_counts(self, running: Running) -> None:
-        if running.request.params.penalised:
-            ids = (running.request.prompt, running.answer)
-            counts = count_row(*ids, self._config.vocab_size)
-            self._state = self._programs.put_counts(self._state, running.row, counts)
+    def _put_counts(self, state: RequestState) -> None:
+        """Uploads the token counts of a request that has penalties."""
+        if state.request.params.penalised:
+            counts = count_row(state.request.prompt, state.output_tokens, self._config.vocab_size)
+            self._state = self._programs.put_counts(self._state, state.assigned_row, counts)
 
-    def _swaps(self, pages: tuple[int, ...]) -> list[np.ndarray]:
-        """Ids of pages, cut to the size of one copy; filled up with the id that means nowhere."""
-        swap = self.shapes.swap
-        ids = np.full(-(-len(pages) // swap) * swap, self.shapes.pages, np.int32)
+    def _swap_batches(self, pages: tuple[int, ...]) -> list[np.ndarray]:
+        """Splits page ids into int32 [swap_pages] arrays, padded with the id that is dropped."""
+        size = self.shapes.swap_pages
+        ids = np.full(-(-len(pages) // size) * size, self.shapes.num_pages, np.int32)
         ids[: len(pages)] = pages
-        return list(ids.reshape(-1, swap))
+        return list(ids.reshape(-1, size))
 
-    def _take(self, pages: tuple[int, ...]) -> list:
+    def _swap_out(self, pages: tuple[int, ...]) -> list[Any]:
+        """Returns host copies of these pages, one cache of `swap_pages` pages per batch."""
         copies = []
-        for ids in self._swaps(pages):
-            copy = self._programs.take_pages(self._state, ids)
+        for ids in self._swap_batches(pages):
+            copy = self._programs.copy_pages_out(self._state, ids)
             copies.append(jax.tree.map(np.asarray, copy))
         return copies
 
-    def _put_back(self, running: Running) -> None:
-        pages = running.pages[: -(-running.known_slots() // self.shapes.page_size)]
-        for ids, copy in zip(self._swaps(tuple(pages)), running.aside, strict=True):
-            self._state = self._programs.put_pages(self._state, ids, copy)
-        running.aside = None
-        self._put_counts(running)
-        self._state = self._programs.start_row(self._state, running.row, row_of(running))
+    def _swap_in(self, state: RequestState) -> None:
+        """Restores the pages of a preempted request from the host and starts its row."""
+        assert state.swapped_out is not None, f"request {state.request.id!r} was not swapped out"
+        pages = state.pages[: -(-state.num_known_slots() // self.shapes.page_size)]
+        for ids, copy in zip(self._swap_batches(tuple(pages)), state.swapped_out, strict=True):
+            self._state = self._programs.copy_pages_in(self._state, ids, copy)
+        state.swapped_out = None
+        self._put_counts(state)
+        row = state.assigned_row
+        self._state = self._programs.start_row(self._state, row, resumed_row(state))
 
     # Results
 
-    def _read(self, call: _Call) -> list[Output]:
-        """Waits for a call and makes outputs of it."""
-        if not call.live():
+    def _read(self, call: _PendingCall) -> list[Output]:
+        """Waits for a call and returns the outputs of its unfinished requests."""
+        if not call.is_needed():
             return []
         tokens = call.array("tokens")
         outputs = []
-        for column, running in call.columns:
-            if running.finish is not None:
-                continue  # it ended in an earlier call, or was cancelled
-            drawn = tokens[:, column]
-            before = len(running.answer)
-            finish = self._scheduler.learn(running, drawn[drawn >= 0].tolist())
-            outputs.append(self._output(call, column, running, before, finish))
+        for column, state in call.columns:
+            if state.finish is not None:
+                continue  # finished in an earlier call, or cancelled
+            sampled = tokens[:, column]
+            before = len(state.output_tokens)
+            finish = self._scheduler.commit_tokens(state, sampled[sampled >= 0].tolist())
+            outputs.append(self._output(call, column, state, before, finish))
             if finish is not None:
-                self._scheduler.end(running, finish)
-                del self._requests[running.request.id]
+                self._scheduler.finish(state, finish)
+                del self._requests[state.request.id]
         return outputs
 
-    def _output(self, call: _Call, column: int, running: Running, before: int, finish) -> Output:
-        new = running.answer[before:]
-        self._counters["new"] += len(new)
-        fields = {}
-        wanted = running.request.params.logprobs
+    def _output(
+        self,
+        call: _PendingCall,
+        column: int,
+        state: RequestState,
+        before: int,
+        finish: str | None,
+    ) -> Output:
+        """Returns the output of one request from a call.
+
+        Args:
+          call: the call, whose results are computed.
+          column: index of the request on the row axis of the results.
+          state: the request, with the call's tokens committed.
+          before: number of its output tokens before this call.
+          finish: why the request has ended, None if it continues.
+        """
+        new = state.output_tokens[before:]
+        self._totals["new"] += len(new)
+        fields: dict[str, np.ndarray] = {}
+        wanted = state.request.params.logprobs
         if wanted is not None:
 
-            def numbers(name):
+            def of_request(name: str) -> np.ndarray:
                 return call.array(name)[: len(new), column]
 
-            fields["logprobs"] = numbers("logprob")
-            fields["raw_logprobs"] = numbers("raw_logprob")
-            fields["top_ids"] = numbers("top_ids")[:, :wanted]
-            fields["top_logprobs"] = numbers("top_logprobs")[:, :wanted]
-        cached = running.cached if not before else 0
-        tokens = np.array(new, np.int32)
-        return Output(running.request.id, tokens, finish, cached_tokens=cached, **fields)
+            fields["logprobs"] = of_request("logprob")
+            fields["raw_logprobs"] = of_request("raw_logprob")
+            fields["top_ids"] = of_request("top_ids")[:, :wanted]
+            fields["top_logprobs"] = of_request("top_logprobs")[:, :wanted]
+        return Output(
+            state.request.id,
+            np.array(new, np.int32),
+            finish,
+            cached_tokens=0 if before else state.num_cached_tokens,
+            **fields,
+        )

@@ -1,4 +1,4 @@
-"""How large an engine is: what the user says, and what follows from the model and the machine."""
+"""Engine options, and the compiled sizes that follow from them, the model and the machine."""
 
 from __future__ import annotations
 
@@ -9,48 +9,60 @@ from collections.abc import Sequence
 import jax
 from absl import logging
 
-from qwen_jax.engine.steps import Shapes
+from qwen_jax.engine.steps import EngineShapes
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.kernels.cache import PAGE_SIZE, SCALE_ROWS
 from qwen_jax.model import ModelConfig
 
 KV_DTYPES = ("auto", "uint8")
-"""Of the cache: "auto" is the compute dtype, "uint8" the release's 8-bit form (half of bf16)."""
+"""Cache dtypes: "auto" is the compute dtype, "uint8" the release's 8-bit form (half of bf16)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class EngineOptions:
-    """Sizes of an engine; None follows from the model and the machine.
+    """Sizes of an engine; None is replaced by a value derived from the model and the machine.
 
     Attributes:
-      rows: most requests that decode side by side; 64, on CPUs 8.
-      max_length: longest prompt + answer in tokens; what the model claims, on CPUs at most 4,096,
-        and no more than the cache holds.
-      page_size: tokens a page, the grain of the cache and of what prompts share; 128, on CPUs 16.
-      pages: of the cache; enough for `rows` requests of `max_length`, or what `memory` leaves.
-      memory: share of a device's memory for weights and cache together. Where JAX tells no limit
-        (CPUs), the cache alone gets a quarter of the machine's memory at most.
-      prefill_tokens: most prompt tokens computed between two steps of running answers; 2,048, on
-        CPUs 256.
-      burst: most steps of decoding between two looks at the result, when nobody reads along.
+      max_running_requests: most requests that decode at one time; default 64, on CPUs 8.
+      max_length: longest prompt and output together, in tokens; default the model's, on CPUs at
+        most 4,096, and no more than the cache holds.
+      page_size: tokens per page, the granularity of cache allocation and of prefix sharing; default
+        128, on CPUs 16.
+      pages: pages of the cache; default enough for `max_running_requests` requests of `max_length`,
+        or what `memory` leaves.
+      memory: fraction of a device's memory for weights and cache together. Where JAX reports no
+        limit (CPUs), the cache gets at most a quarter of the machine's memory instead.
+      prefill_tokens: most prompt tokens computed between two decode calls; default 2,048, on CPUs
+        256.
+      decode_steps_per_call: most decode steps per call, when no running request streams and none
+        waits.
       kv_dtype: one of `KV_DTYPES`.
-      prefix_cache: keep pages of prompts and answers for later requests that begin the same.
-      seed: of the seeds given to requests that bring none.
+      prefix_cache: whether pages of prompts and outputs are kept for later requests with the same
+        beginning.
+      seed: seed of the generator that gives seeds to requests without one.
     """
 
-    rows: int | None = None
+    max_running_requests: int | None = None
     max_length: int | None = None
     page_size: int | None = None
     pages: int | None = None
     memory: float = 0.9
     prefill_tokens: int | None = None
-    burst: int = 8
+    decode_steps_per_call: int = 8
     kv_dtype: str = "auto"
     prefix_cache: bool = True
     seed: int = 0
 
-    def __post_init__(self):
-        for name in ("rows", "max_length", "page_size", "pages", "prefill_tokens", "burst"):
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "max_running_requests",
+            "max_length",
+            "page_size",
+            "pages",
+            "prefill_tokens",
+            "decode_steps_per_call",
+        )
+        for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"engine.{name} is {value}; it must be at least 1.")
@@ -67,31 +79,44 @@ class EngineOptions:
             )
 
 
-_PROMPTS = 8
-"""Most prompts of a prefill call: each takes a product with the whole output projection."""
+_MAX_PROMPTS = 8
+"""Most prompts of a prefill call: each costs a matmul with the whole output projection."""
 
-_CPU_LENGTH = 4096
-"""Default longest sequence on CPUs."""
+_CPU_MAX_LENGTH = 4096
+"""Default `max_length` on CPUs."""
 
 
-def _quarters(most: int, least: int, count: int) -> tuple[int, ...]:
-    """At most `count` multiples of `least` up to `most`, each about a quarter of the next."""
-    sizes = [most]
-    while len(sizes) < count and sizes[0] // 4 >= least:
-        sizes.insert(0, sizes[0] // 4 // least * least)
+def _geometric_sizes(largest: int, unit: int, count: int) -> tuple[int, ...]:
+    """Returns at most `count` ascending sizes up to `largest`, each about a quarter of the next.
+
+    All but the largest are multiples of `unit`.
+    """
+    sizes = [largest]
+    while len(sizes) < count and sizes[0] // 4 >= unit:
+        sizes.insert(0, sizes[0] // 4 // unit * unit)
     return tuple(sizes)
 
 
 def page_bytes(config: ModelConfig, page_size: int, itemsize: int, tensor: int = 1) -> int:
-    """Bytes of a page of all layers on each of `tensor` devices; itemsize 1 is the 8-bit form."""
+    """Returns the bytes that one page, of all layers, takes on each device.
+
+    Args:
+      config: the model.
+      page_size: tokens per page.
+      itemsize: bytes of a cached number; 1 is the 8-bit form, whose scales are included.
+      tensor: devices that share the kv heads.
+    """
     token = 2 * config.head_dim * itemsize + (4 * len(SCALE_ROWS) if itemsize == 1 else 0)
     return config.n_layers * page_size * config.n_kv_heads // tensor * token
 
 
-def cache_room(memory: float, devices: Sequence[jax.Device]) -> int:
-    """Bytes that the cache may take on each of these devices, after what is there already.
+def available_cache_bytes(memory: float, devices: Sequence[jax.Device]) -> int:
+    """Returns the bytes that the cache may take on each device, least over all of them.
 
-    The fullest counts.
+    Args:
+      memory: fraction of each device's memory for everything, what is in use already included.
+      devices: the engine's devices. If they report no limit (CPUs), the result is a quarter of the
+        machine's memory.
     """
     stats = [device.memory_stats() for device in devices]
     if all(s and "bytes_limit" in s for s in stats):
@@ -104,56 +129,61 @@ def choose_shapes(
     config: ModelConfig,
     *,
     platform: str,
-    room: int,
+    cache_bytes: int,
     itemsize: int,
     tensor: int = 1,
-) -> Shapes:
-    """Sizes of the programs and of the cache.
+) -> EngineShapes:
+    """Returns the sizes of programs and cache for these options.
 
     Args:
-      options: what the user wants.
-      config: of the model.
+      options: what the user requested.
+      config: the model.
       platform: "cpu", "gpu" or "tpu".
-      room: bytes that the cache may take on each device.
-      itemsize: bytes of a number in the cache. tensor: devices that share the kv heads.
+      cache_bytes: bytes that the cache may take on each device.
+      itemsize: bytes of a cached number; 1 is the 8-bit form.
+      tensor: devices that share the kv heads.
 
     Raises:
-      UserError: the sizes wanted exclude one another, or don't fit into memory.
+      UserError: the requested sizes contradict one another, or don't fit into memory.
     """
     cpu = platform == "cpu"
-    rows = options.rows or (8 if cpu else 64)
+    rows = options.max_running_requests or (8 if cpu else 64)
     size = options.page_size or (16 if cpu else PAGE_SIZE)
-    length = options.max_length or min(config.max_length, _CPU_LENGTH if cpu else config.max_length)
+    longest = min(config.max_length, _CPU_MAX_LENGTH) if cpu else config.max_length
+    length = options.max_length or longest
     tokens = options.prefill_tokens or max(256 if cpu else 2048, size)
     if tokens % size:
         raise UserError(
             f"engine.prefill_tokens is {tokens}; it must be a multiple of engine.page_size={size}."
         )
-    table = -(-length // size)
+    pages_per_request = -(-length // size)
     each = page_bytes(config, size, itemsize, tensor)
-    pages = options.pages or min(rows * table, room // each)
-    if options.pages and options.pages * each > room:
+    pages = options.pages or min(rows * pages_per_request, cache_bytes // each)
+    if options.pages and options.pages * each > cache_bytes:
+        room = max(cache_bytes, 0)
         raise UserError(
             f"engine.pages={options.pages} need {options.pages * each / 1e9:.2f} GB and there is "
-            f"room for {max(room, 0) / 1e9:.2f} GB; ask for at most {max(room, 0) // each} pages."
+            f"room for {room / 1e9:.2f} GB; ask for at most {room // each} pages."
         )
-    if pages < table:
+    if pages < pages_per_request:
         if options.max_length or pages < 1 or pages * size < 2:
             raise UserError(
                 f"The cache has room for {max(pages, 0) * size} tokens and engine.max_length is "
                 f"{length}; give it more memory, or ask for less."
             )
-        logging.warning("the cache holds %d tokens; longer sequences are refused", pages * size)
-        table = pages
-    return Shapes(
-        rows=rows,
-        table=table,
+        logging.warning(
+            "the KV cache has room for %d tokens; longer sequences are refused", pages * size
+        )
+        pages_per_request = pages
+    return EngineShapes(
+        max_rows=rows,
+        max_pages_per_request=pages_per_request,
         page_size=size,
-        pages=pages,
-        prompts=min(_PROMPTS, rows),
-        prefill_tokens=_quarters(tokens, size, 3),
-        past_pages=(0, *_quarters(table, 1, 3)),
-        # One request alone is the most common case of all.
-        decode_rows=tuple(sorted({1, *_quarters(rows, 1, 8)})),
-        burst=options.burst,
+        num_pages=pages,
+        max_prompts=min(_MAX_PROMPTS, rows),
+        prefill_tokens=_geometric_sizes(tokens, size, 3),
+        cached_pages=(0, *_geometric_sizes(pages_per_request, 1, 3)),
+        # A single running request is the most common case.
+        decode_rows=tuple(sorted({1, *_geometric_sizes(rows, 1, 8)})),
+        max_decode_steps=options.decode_steps_per_call,
     )

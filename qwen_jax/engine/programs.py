@@ -1,9 +1,9 @@
-"""The engine's programs, compiled ahead for their few shapes, and parameters laid out for them.
+"""Compiled programs of the engine, ahead of time for their few shapes, and parameter layouts.
 
-Calling a compiled program never compiles anything: other shapes than it was made for are an error.
-On TPU the compiler chooses how parameters lie in memory (AUTO layouts); with a layout of ours, the
-loop over decoding steps would begin by copying all of them. On a CPU each layer's weights get
-arrays of their own, or every step would copy them out of the stack.
+Calling a compiled program never compiles: arguments of other shapes are an error. On TPU the
+compiler chooses the memory layouts of the parameters (AUTO layouts); with fixed layouts the decode
+loop would begin by copying all of them. On a CPU each layer's weights are stored as separate
+arrays, because every step would otherwise copy them out of the stack.
 """
 
 from __future__ import annotations
@@ -20,19 +20,31 @@ from absl import logging
 from jax.experimental.layout import Format, Layout
 
 from qwen_jax.engine import steps
-from qwen_jax.engine.sampling import Drawn
-from qwen_jax.engine.steps import PrefillBatch, Rows, Shapes, State, empty_prefill, empty_rows
+from qwen_jax.engine.sampling import Samples
+from qwen_jax.engine.steps import (
+    DecodeRows,
+    EngineShapes,
+    EngineState,
+    PrefillBatch,
+    empty_prefill,
+    empty_rows,
+)
 from qwen_jax.kernels import PagedCache
 from qwen_jax.model import ForwardOptions, ModelConfig, Params
 from qwen_jax.model.transformer import unstack_layers
 from qwen_jax.parallel import on_mesh, platform
 
+ProgramKey = tuple[Any, ...]
+"""Name of a program followed by its sizes: ("decode", rows), ("prefill", tokens, cached pages)."""
 
-class Programs:
-    """Every device call of the engine. Made under the mesh in force, and used under it.
+
+class CompiledPrograms:
+    """All device calls of an engine, compiled under the mesh in force at creation.
 
     Attributes:
-      params: the parameters as the programs want them to lie; the ones handed in are given up.
+      params: the parameters in the layout that the programs need; those passed in are consumed.
+      config: the model.
+      shapes: the sizes that programs are compiled for.
     """
 
     def __init__(
@@ -40,78 +52,91 @@ class Programs:
         params: Params,
         config: ModelConfig,
         options: ForwardOptions,
-        shapes: Shapes,
+        shapes: EngineShapes,
         *,
         vocab_size: int,
         kv_dtype: Any,
     ):
-        """Traces nothing yet; `warm_up` compiles, and a program not warmed up does at first use.
+        """Compiles nothing yet: `warm_up` does, or the first call of each program.
 
         Args:
           params: weights of `config`, arrays or `ShapeDtypeStruct`s (then only `lower` works).
-          shapes: what to compile for.
-          vocab_size: ids of the tokenizer; the model's rows from there on are never drawn.
-          kv_dtype: of the cache; uint8 is its 8-bit form.
+          config, options: the model and how it runs.
+          shapes: the sizes to compile for.
+          vocab_size: ids of the tokenizer; the model's rows from there on are never sampled.
+          kv_dtype: dtype of the cache; uint8 is its 8-bit form.
         """
         self.params, self.config, self.shapes = params, config, shapes
         self._kv_dtype = kv_dtype
-        fixed = {"config": config, "options": options, "vocab_size": vocab_size}
-        self._prefill = functools.partial(steps.prefill_step, **fixed)
-        self._decode = functools.partial(steps.decode_steps, burst=shapes.burst, **fixed)
-        self._compiled: dict[tuple, jax.stages.Compiled] = {}
-        self._formats = None
+        fixed: dict[str, Any] = {"config": config, "options": options, "vocab_size": vocab_size}
+        self._functions: dict[str, Callable[..., Any]] = {
+            "prefill": functools.partial(steps.prefill_step, **fixed),
+            "decode": functools.partial(
+                steps.decode_steps, max_steps=shapes.max_decode_steps, **fixed
+            ),
+            "stop_rows": steps.stop_rows,
+            "put_counts": steps.put_counts,
+            "start_row": steps.start_row,
+            "copy_pages_out": steps.copy_pages_out,
+            "copy_pages_in": steps.copy_pages_in,
+        }
+        self._compiled: dict[ProgramKey, jax.stages.Compiled] = {}
+        self._params_placed = False
+        self._formats: Any = None
 
     # --- calls ----------------------------------------------------------------------------------
 
-    def init_state(self) -> State:
-        """An empty state on the device."""
+    def init_state(self) -> EngineState:
+        """Returns an empty engine state on the device."""
         make = functools.partial(steps.init_state, self.config, self.shapes, self._kv_dtype)
         return jax.jit(make)()
 
-    def prefill(self, state: State, batch: PrefillBatch) -> tuple[State, Drawn]:
-        """`steps.prefill_step`."""
-        key = ("prefill", len(batch.tokens), len(batch.past_pages))
+    def prefill(self, state: EngineState, batch: PrefillBatch) -> tuple[EngineState, Samples]:
+        """Runs `steps.prefill_step`."""
+        key = ("prefill", len(batch.tokens), len(batch.cached_pages))
         return self._get(key)(self.params, state, batch)
 
-    def decode(self, state: State, page_table: np.ndarray, count: int) -> tuple[State, Drawn]:
-        """`steps.decode_steps`."""
+    def decode(
+        self, state: EngineState, page_table: np.ndarray, count: int
+    ) -> tuple[EngineState, Samples]:
+        """Runs `steps.decode_steps` for `count` steps."""
         program = self._get(("decode", len(page_table)))
         return program(self.params, state, page_table, np.int32(count))
 
-    def stop(self, state: State, ended: np.ndarray) -> State:
-        """`steps.stop_rows`."""
-        return self._get(("stop",))(state, ended)
+    def stop_rows(self, state: EngineState, stopped: np.ndarray) -> EngineState:
+        """Runs `steps.stop_rows`."""
+        return self._get(("stop_rows",))(state, stopped)
 
-    def put_counts(self, state: State, row: int, counts: np.ndarray) -> State:
-        """`steps.put_counts`."""
+    def put_counts(self, state: EngineState, row: int, counts: np.ndarray) -> EngineState:
+        """Runs `steps.put_counts`."""
         return self._get(("put_counts",))(state, np.int32(row), counts)
 
-    def start_row(self, state: State, slot: int, row: Rows) -> State:
-        """`steps.start_row`."""
-        return self._get(("start_row",))(state, np.int32(slot), row)
+    def start_row(self, state: EngineState, row: int, request: DecodeRows) -> EngineState:
+        """Runs `steps.start_row`."""
+        return self._get(("start_row",))(state, np.int32(row), request)
 
-    def take_pages(self, state: State, ids: np.ndarray) -> PagedCache:
-        """`steps.take_pages` of `Shapes.swap` ids."""
-        return self._get(("take_pages",))(state, ids)
+    def copy_pages_out(self, state: EngineState, ids: np.ndarray) -> PagedCache:
+        """Runs `steps.copy_pages_out` for `EngineShapes.swap_pages` ids."""
+        return self._get(("copy_pages_out",))(state, ids)
 
-    def put_pages(self, state: State, ids: np.ndarray, pages: PagedCache) -> State:
-        """`steps.put_pages` of `Shapes.swap` ids; pages from `take_pages`, numpy or not."""
-        return self._get(("put_pages",))(state, ids, pages)
+    def copy_pages_in(self, state: EngineState, ids: np.ndarray, pages: PagedCache) -> EngineState:
+        """Runs `steps.copy_pages_in` for `EngineShapes.swap_pages` ids; pages may be numpy."""
+        return self._get(("copy_pages_in",))(state, ids, pages)
 
-    # --- compiling ------------------------------------------------------------------------------
+    # --- compilation ----------------------------------------------------------------------------
 
-    def keys(self) -> list[tuple]:
-        """Names of all programs, the ones that every request needs first."""
-        decodes = [("decode", r) for r in self.shapes.decode_rows]
+    def keys(self) -> list[ProgramKey]:
+        """Returns the keys of all programs, those that every request needs first."""
+        decodes = [("decode", rows) for rows in self.shapes.decode_rows]
         prefills = [
             ("prefill", *sizes)
-            for sizes in itertools.product(self.shapes.prefill_tokens, self.shapes.past_pages)
+            for sizes in itertools.product(self.shapes.prefill_tokens, self.shapes.cached_pages)
         ]
-        others = ("stop", "put_counts", "start_row", "take_pages", "put_pages")
-        return [*decodes, *prefills, *((name,) for name in others)]
+        others = [(name,) for name in self._functions if name not in ("prefill", "decode")]
+        return [*decodes, *prefills, *others]
 
     def warm_up(self, progress: Callable[[int, int, str], None] | None = None) -> None:
-        """Compiles everything; `progress(done, all, name)` is called after each program."""
+        """Compiles every program; calls progress(done, total, name) after each."""
         keys, start = self.keys(), time.monotonic()
         for done, key in enumerate(keys, start=1):
             self._get(key)
@@ -119,57 +144,65 @@ class Programs:
                 progress(done, len(keys), " ".join(map(str, key)))
         logging.info("compiled %d programs in %.1f s", len(keys), time.monotonic() - start)
 
-    def _get(self, key: tuple) -> jax.stages.Compiled:
+    def _get(self, key: ProgramKey) -> jax.stages.Compiled:
+        """Returns the compiled program of `key`, compiling it on first use."""
         if key not in self._compiled:
-            if self._formats is None:
-                self._lay_out()
+            if not self._params_placed:
+                self._place_params()
             if key not in self._compiled:
                 self._compiled[key] = self.lower(key).compile()
         return self._compiled[key]
 
-    def _lay_out(self) -> None:
-        """Lets the program that runs most choose where parameters lie, and puts them there."""
+    def _place_params(self) -> None:
+        """Moves the parameters to the layout that the most frequent program prefers."""
+        self._params_placed = True
         if platform()[0] != "tpu":
             if platform()[0] == "cpu" and not on_mesh():
                 self.params = unstack_layers(self.params)
-            self._formats = False
             return
-        key = ("decode", self.shapes.rows)
+        key = ("decode", self.shapes.max_rows)
         compiled = self._compiled[key] = self.lower(key, auto=True).compile()
         self._formats = compiled.input_formats[0][0]
-        # One at a time: there is no room for everything twice.
+        # One leaf at a time: there is no room for two copies of all parameters.
         leaves, tree = jax.tree.flatten(self.params)
-        self.params = None
+        self.params = {}
         for i, wanted in enumerate(jax.tree.leaves(self._formats)):
             leaves[i] = jax.device_put(leaves[i], wanted, donate=True)
-        self.params = tree.unflatten(leaves)
+        self.params = jax.tree.unflatten(tree, leaves)
 
-    def lower(self, key: tuple, *, auto: bool = False) -> jax.stages.Lowered:
-        """One program, traced for the mesh in force; auto: the compiler lays out parameters."""
+    def lower(self, key: ProgramKey, *, auto: bool = False) -> jax.stages.Lowered:
+        """Traces one program for the mesh in force.
+
+        Args:
+          key: which program.
+          auto: whether the compiler chooses the layouts of the parameters.
+        """
         name, *sizes = key
         operands = self._operands(name, *sizes)
-        run = getattr(self, f"_{name}", None) or getattr(steps, _NAMES.get(name, name))
         with_params = name in ("prefill", "decode")
-        how = {} if name == "take_pages" else {"donate_argnums": int(with_params)}
-        formats = self._formats or None
-        if auto:
-            formats = jax.tree.map(lambda x: Format(Layout.AUTO, _sharding(x)), self.params)
-        if with_params and formats is not None:
-            how["in_shardings"] = (formats, *[None] * len(operands))
+        how: dict[str, Any] = {}
+        if name != "copy_pages_out":
+            how["donate_argnums"] = int(with_params)
         if with_params:
+            formats = self._formats
+            if auto:
+                formats = jax.tree.map(lambda x: Format(Layout.AUTO, _sharding(x)), self.params)
+            if formats is not None:
+                how["in_shardings"] = (formats, *[None] * len(operands))
             abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)), self.params
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_sharding(x)),
+                self.params,
             )
             operands = (abstract, *operands)
-        return jax.jit(run, **how).lower(*operands)
+        return jax.jit(self._functions[name], **how).lower(*operands)
 
-    def abstract_state(self) -> State:
-        """The state's shapes, on a mesh with its shardings."""
+    def abstract_state(self) -> EngineState:
+        """Returns the shapes of the engine state, with shardings on a mesh."""
         make = functools.partial(steps.init_state, self.config, self.shapes, self._kv_dtype)
-        return self._placed(jax.eval_shape(make))
+        return self._with_shardings(jax.eval_shape(make))
 
-    def _placed(self, tree):
-        """Shapes with the shardings they have, on the devices that the parameters are on."""
+    def _with_shardings(self, tree: Any) -> Any:
+        """Returns shapes whose shardings are on the devices of the parameters."""
         if not on_mesh():
             return tree
         mesh = jax.tree.leaves(self.params)[0].sharding.mesh
@@ -180,8 +213,8 @@ class Programs:
             tree,
         )
 
-    def _abstract(self, tree):
-        """Numpy arrays as shapes; on a mesh, whole on every device."""
+    def _replicated(self, tree: Any) -> Any:
+        """Returns the shapes of numpy arrays, replicated over the mesh if there is one."""
         sharding = None
         if on_mesh():
             mesh = jax.tree.leaves(self.params)[0].sharding.mesh
@@ -190,35 +223,34 @@ class Programs:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
         )
 
-    def _operands(self, name: str, *sizes: int) -> tuple:
-        """Everything but the parameters, as shapes."""
+    def _operands(self, name: str, *sizes: int) -> tuple[Any, ...]:
+        """Returns the shapes of a program's arguments other than the parameters."""
         shapes, windows = self.shapes, len(self.config.distinct_windows)
-        state, _abstract = self.abstract_state(), self._abstract
-        number = _abstract(np.int32(0))
-        ids = np.zeros(shapes.swap, np.int32)
+        state, shape_of = self.abstract_state(), self._replicated
+        number = shape_of(np.int32(0))
+        ids = shape_of(np.zeros(shapes.swap_pages, np.int32))
         match name:
             case "prefill":
-                return state, _abstract(empty_prefill(shapes, windows, *sizes))
+                return state, shape_of(empty_prefill(shapes, windows, *sizes))
             case "decode":
-                return state, _abstract(np.zeros((*sizes, shapes.table), np.int32)), number
-            case "stop":
-                return state, _abstract(np.zeros(shapes.rows, bool))
+                table = np.zeros((*sizes, shapes.max_pages_per_request), np.int32)
+                return state, shape_of(table), number
+            case "stop_rows":
+                return state, shape_of(np.zeros(shapes.max_rows, bool))
             case "put_counts":
-                return state, number, _abstract(np.zeros(self.config.vocab_size, np.int16))
+                return state, number, shape_of(np.zeros(self.config.vocab_size, np.int16))
             case "start_row":
-                return state, number, _abstract(empty_rows(1, windows))
-            case "take_pages":
-                return state, _abstract(ids)
-            case "put_pages":
-                pages = self._placed(jax.eval_shape(steps.take_pages, state, _abstract(ids)))
-                return state, _abstract(ids), pages
+                return state, number, shape_of(empty_rows(1, windows))
+            case "copy_pages_out":
+                return state, ids
+            case "copy_pages_in":
+                pages = jax.eval_shape(steps.copy_pages_out, state, ids)
+                return state, ids, self._with_shardings(pages)
         raise AssertionError(f"no program is called {name}")
 
 
-_NAMES = {"stop": "stop_rows"}
-
-
-def _sharding(x):
+def _sharding(x: Any) -> jax.sharding.Sharding:
+    """Returns the sharding of an array or shape, by default that of the first device."""
     if on_mesh() or getattr(x, "sharding", None) is not None:
         return x.sharding
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -1,7 +1,7 @@
-"""What is asked of the engine and what it answers, one frozen record each.
+"""Requests to the engine, their sampling parameters, and its outputs, as frozen dataclasses.
 
-Ids go in, ids come out: text, stop strings and streams of characters are one floor up, in
-`generate.text` and `generate.service`.
+The engine takes and returns token ids; text, stop strings and character streams are handled by
+`generate.detokenizer` and `generate.service`.
 """
 
 from __future__ import annotations
@@ -14,40 +14,43 @@ import numpy as np
 from qwen_jax.errors import UserError
 
 MAX_STOP_IDS = 8
-"""Most stop ids of a request: they stand in a fixed row of an array on the device."""
+"""Most stop ids of a request: they occupy a fixed-size row of a device array."""
 
 MAX_LOGPROBS = 20
 """Most alternatives a token may be reported with (the limit of OpenAI's `top_logprobs`)."""
 
 LOGPROBS_OF = ("sampled", "raw")
-"""The distribution the token was drawn from (after penalties, temperature and truncation), or the
-model's own, the softmax of its logits."""
+"""Distributions of reported alternatives: "sampled" is the one the token was sampled from (after
+penalties, temperature and truncation), "raw" the softmax of the model's logits."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How a request is continued. Every number acts on its own request only.
+    """Sampling parameters of one request.
 
-    In order: repetition, then presence and frequency penalties on the logits, division by the
-    temperature, top-k, top-p, min-p, and one draw keyed by (seed, position).
+    Applied in this order: repetition, then presence and frequency penalties on the logits, division
+    by the temperature, top-k, top-p, min-p, and one sample keyed by (seed, position).
 
     Attributes:
-      max_tokens: most new tokens.
+      max_tokens: most output tokens.
       temperature: divides the logits; 0 takes the most probable token.
-      top_k: draw among so many most probable tokens only (ties with the last one stay); 0: all.
-      top_p: draw among the fewest tokens whose probabilities reach this sum (tokens equal to the
-        last one stay); 1: all.
-      min_p: draw among tokens at least this share as probable as the most probable; 0: all.
-      repetition_penalty: logits of tokens that the prompt or the answer has are divided by this
-        where positive, multiplied where negative (arXiv:1909.05858 §4.1); 1: none.
-      presence_penalty: subtracted from logits of tokens that the answer has.
-      frequency_penalty: subtracted once for each time that the answer has the token.
-      seed: of the draws; None: the engine picks one. The same seed, prompt and parameters give the
-        same answer whatever else is running.
-      stop_ids: tokens that end the answer; they are not part of it.
-      logprobs: report the log-probability of each token and of this many alternatives; None: don't.
-      logprobs_of: one of `LOGPROBS_OF`, the distribution of the alternatives. Both numbers are
-        given for the token itself.
+      top_k: number of most probable tokens to sample from (ties with the last one are kept); 0
+        disables it.
+      top_p: sample from the fewest tokens whose probabilities reach this sum (ties with the last
+        one are kept); 1 disables it.
+      min_p: sample from tokens whose probability is at least this fraction of the highest; 0
+        disables it.
+      repetition_penalty: logits of tokens that occur in the prompt or output are divided by this
+        where positive, multiplied where negative (arXiv:1909.05858 §4.1); 1 disables it.
+      presence_penalty: subtracted from logits of tokens that occur in the output.
+      frequency_penalty: subtracted from a token's logit once per occurrence in the output.
+      seed: seed of the samples; None: the engine chooses one. The same seed, prompt and parameters
+        give the same output whatever else is running.
+      stop_ids: token ids that end the output; they are not part of it.
+      logprobs: number of alternatives per token to report log-probabilities of, beside the token's
+        own; None reports none at all.
+      logprobs_of: one of `LOGPROBS_OF`, the distribution of the alternatives. The token's own
+        log-probability is reported under both.
     """
 
     max_tokens: int = 512
@@ -95,14 +98,14 @@ class SamplingParams:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt to be continued.
+    """One prompt to continue.
 
     Attributes:
-      id: unique among the requests that the engine has.
+      id: unique among the engine's unfinished requests.
       prompt: token ids, at least one.
-      params: how.
-      stream: somebody reads the tokens as they come: they are given out one by one, where otherwise
-        the engine takes many steps between two looks at the result.
+      params: sampling parameters.
+      stream: whether each token is wanted as soon as it is sampled. Otherwise the engine may run
+        several decode steps before it returns their tokens together.
     """
 
     id: str
@@ -113,17 +116,19 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """New tokens of a request, and whether they are the last.
+    """New tokens of one request, and whether it has ended.
 
     Attributes:
-      request_id: whose.
-      tokens: int32 [n], may be empty when the request ends; stop ids are left out.
-      finish: None while it goes on; "stop" (a stop id was drawn), "length" (`max_tokens`, or the
-        longest sequence the engine holds).
-      logprobs, raw_logprobs: float32 [n], natural logarithms under the distribution drawn from and
-        under the model's own; None unless asked for.
-      top_ids, top_logprobs: int32 and float32 [n, params.logprobs], most probable first.
-      cached_tokens: tokens of the prompt that were not computed again, in the first output.
+      request_id: id of the request.
+      tokens: int32 [n], the new tokens without stop ids; may be empty when the request ends.
+      finish: None while the request continues; "stop" (a stop id was sampled) or "length"
+        (`max_tokens`, or the engine's `max_length`, was reached).
+      logprobs: float32 [n], natural log-probability of each token under the distribution it was
+        sampled from; None unless requested.
+      raw_logprobs: float32 [n], the same under the softmax of the model's logits.
+      top_ids: int32 [n, params.logprobs], the most probable tokens at each position, best first.
+      top_logprobs: float32 [n, params.logprobs], their natural log-probabilities.
+      cached_tokens: prompt tokens found in the prefix cache, in the first output of a request only.
     """
 
     request_id: str

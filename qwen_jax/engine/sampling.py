@@ -1,18 +1,21 @@
-"""Drawing the next token on device, each row by its own parameters.
+"""Samples the next token of each row on the device, every row with its own parameters.
 
-One executable serves every mixture of requests. What no row asks for stands behind a `lax.cond`
-that skips it, so a batch of greedy rows pays for one look at the logits; and no branch returns
-anything of the size of the vocabulary but the logits after penalties, so none copies it.
+One executable serves every mixture of requests. Processing that no row of the batch needs is
+skipped by a `lax.cond`, so a batch of greedy rows costs one pass over the logits; and no branch
+returns anything of the size of the vocabulary but the logits after penalties, so none copies it.
 
-The vocabulary is never sorted: what truncation leaves are the tokens whose logit is at least a
-threshold. How that is found, and how a draw is made over a divided vocabulary, is `vocabulary`.
+The vocabulary is never sorted: truncation keeps the tokens whose logit is at least a threshold.
+`vocabulary` finds the threshold, and samples, over a vocabulary that may be divided over devices.
+
+Letters in shapes: R rows, V vocabulary (padding included).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,52 +25,65 @@ from qwen_jax.engine import vocabulary
 from qwen_jax.engine.request import MAX_LOGPROBS, SamplingParams
 from qwen_jax.parallel import RULES, current_mesh, on_mesh, reshard, spec
 
-_TINY = 1e-37
-"""Lowest temperature that divides: its reciprocal is a float32, and no logits are that close."""
+_MIN_TEMPERATURE = 1e-37
+"""Lowest temperature used as a divisor: its reciprocal is a finite float32."""
+
+BatchFlags = dict[str, jax.Array]
+"""What any row of a batch needs, by name; see `_batch_flags`."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingRows:
-    """Parameters of R rows, an array each; `SamplingParams` says what they mean.
+    """Sampling parameters of R rows, one array per field of `SamplingParams`.
 
     Attributes:
-      temperature, top_p, min_p, repetition, presence, frequency: float32 [R].
-      top_k: int32 [R].
-      seed: uint32 [R,2], high and low half.
-      n_logprobs: int32 [R], alternatives to report; -1: no log-probabilities at all.
-      raw: bool [R], alternatives of the model's own distribution.
+      temperature: float32 [R]; 0 is greedy.
+      top_k: int32 [R]; 0 disables it.
+      top_p: float32 [R]; 1 disables it.
+      min_p: float32 [R]; 0 disables it.
+      repetition: float32 [R], repetition penalty; 1 disables it.
+      presence: float32 [R], presence penalty; 0 disables it.
+      frequency: float32 [R], frequency penalty; 0 disables it.
+      seed: uint32 [R, 2], high and low half.
+      n_logprobs: int32 [R], number of alternatives to report; -1: no log-probabilities at all.
+      raw: bool [R], whether alternatives are those of the model's own distribution.
     """
 
-    temperature: jax.Array | np.ndarray
-    top_k: jax.Array | np.ndarray
-    top_p: jax.Array | np.ndarray
-    min_p: jax.Array | np.ndarray
-    repetition: jax.Array | np.ndarray
-    presence: jax.Array | np.ndarray
-    frequency: jax.Array | np.ndarray
-    seed: jax.Array | np.ndarray
-    n_logprobs: jax.Array | np.ndarray
-    raw: jax.Array | np.ndarray
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+    repetition: Any
+    presence: Any
+    frequency: Any
+    seed: Any
+    n_logprobs: Any
+    raw: Any
 
     @property
-    def penalised(self) -> jax.Array | np.ndarray:
-        """bool [R], whether any penalty changes the logits."""
+    def penalised(self) -> Any:
+        """Whether any penalty changes the logits of a row, bool [R]."""
         return (self.repetition != 1) | (self.presence != 0) | (self.frequency != 0)
 
 
-_IDLE = SamplingParams(temperature=0.0, seed=0)
+_UNUSED_ROW = SamplingParams(temperature=0.0, seed=0)
 
 
-def sampling_rows(params: Sequence[SamplingParams | None]) -> SamplingRows:
-    """Rows in numpy, to be sent to the device at once; None is a slot that nobody uses.
+def stack_sampling_params(params: Sequence[SamplingParams | None]) -> SamplingRows:
+    """Stacks per-request sampling parameters into numpy arrays, ready for one transfer.
 
-    A request's seed must have been chosen by now: whoever holds the request holds its seed.
+    Args:
+      params: parameters of each row; None marks an unused row, which samples greedily.
+
+    Raises:
+      AssertionError: a request has no seed; the engine assigns seeds when a request is submitted.
     """
-    rows = [_IDLE if p is None else p for p in params]
-    assert all(p.seed is not None for p in rows), "a request without a seed reached the sampler"
+    rows = [_UNUSED_ROW if p is None else p for p in params]
+    seeds = [p.seed for p in rows if p.seed is not None]
+    assert len(seeds) == len(rows), "a request without a seed reached the sampler"
 
-    def column(name: str, dtype) -> np.ndarray:
+    def column(name: str, dtype: Any) -> np.ndarray:
         return np.array([getattr(p, name) for p in rows], dtype)
 
     return SamplingRows(
@@ -78,7 +94,7 @@ def sampling_rows(params: Sequence[SamplingParams | None]) -> SamplingRows:
         repetition=column("repetition_penalty", np.float32),
         presence=column("presence_penalty", np.float32),
         frequency=column("frequency_penalty", np.float32),
-        seed=np.array([divmod(p.seed, 2**32) for p in rows], np.uint32).reshape(-1, 2),
+        seed=np.array([divmod(seed, 2**32) for seed in seeds], np.uint32).reshape(-1, 2),
         n_logprobs=np.array([-1 if p.logprobs is None else p.logprobs for p in rows], np.int32),
         raw=np.array([p.logprobs_of == "raw" for p in rows], bool),
     )
@@ -87,160 +103,198 @@ def sampling_rows(params: Sequence[SamplingParams | None]) -> SamplingRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TokenCounts:
-    """What each row's prompt and answer have, for the penalties.
+    """Occurrences of each token in each row's prompt and output, for the penalties.
 
-    Rows without penalties are never read: they may hold anything.
+    Rows without penalties are never read and may contain anything.
 
     Attributes:
-      counts: int16 [R,V], twice the times that the answer has the token, plus 1 where the prompt
-        has it; more than 16,000 times are counted as 16,000.
+      counts: int16 [R, V], twice the number of occurrences in the output, plus 1 if the prompt
+        contains the token; more than 16,000 occurrences count as 16,000.
     """
 
     counts: jax.Array
 
 
-_MOST = 2 * 16_000
+_MAX_COUNT = 2 * 16_000
 
 
 def init_counts(rows: int, vocab: int) -> TokenCounts:
-    """Zeros for so many rows and logits (V, padding included); on a mesh divided as logits are."""
+    """Returns zero counts for `rows` rows and `vocab` logits; on a mesh sharded as logits are."""
     out = {"out_sharding": spec("batch", "vocab")} if on_mesh() else {}
     return TokenCounts(jnp.zeros((rows, vocab), jnp.int16, **out))
 
 
-def count_row(prompt: Sequence[int], answer: Sequence[int], vocab: int) -> np.ndarray:
-    """int16 [V], a row of `TokenCounts` from ids in [0, vocab), in numpy; for `put_row`."""
-    counts = np.bincount(np.asarray(answer, np.int64), minlength=vocab)
-    row = np.minimum(2 * counts, _MOST).astype(np.int16)
+def count_row(prompt: Sequence[int], output: Sequence[int], vocab: int) -> np.ndarray:
+    """Returns one row of `TokenCounts`, int16 [vocab] in numpy, from ids in [0, vocab)."""
+    counts = np.bincount(np.asarray(output, np.int64), minlength=vocab)
+    row = np.minimum(2 * counts, _MAX_COUNT).astype(np.int16)
     row[np.asarray(prompt, np.int64)] |= 1
     return row
 
 
-def put_row(seen: TokenCounts, row: jax.Array, counts: jax.Array) -> TokenCounts:
-    """Replaces row `row` (int32 scalar) by counts int16 [V]; donate `seen` to do it in place."""
+def put_row(token_counts: TokenCounts, row: jax.Array, counts: jax.Array) -> TokenCounts:
+    """Replaces the counts of row `row` (int32 scalar) by counts int16 [V].
+
+    In place if `token_counts` is donated.
+    """
+    old = token_counts.counts
     if on_mesh():
         counts = reshard(counts, "vocab")
-        here = jnp.arange(seen.counts.shape[0])[:, None] == row
-        return TokenCounts(jnp.where(reshard(here, "batch", None), counts, seen.counts))
-    return TokenCounts(jax.lax.dynamic_update_slice(seen.counts, counts[None], (row, 0)))
+        is_row = jnp.arange(old.shape[0])[:, None] == row
+        return TokenCounts(jnp.where(reshard(is_row, "batch", None), counts, old))
+    return TokenCounts(jax.lax.dynamic_update_slice(old, counts[None], (row, 0)))
 
 
-def count_tokens(seen: TokenCounts, tokens: jax.Array, real: jax.Array) -> TokenCounts:
-    """Counts one drawn token a row, tokens int32 [R], where real bool [R]; in place in a loop."""
+def count_tokens(token_counts: TokenCounts, tokens: jax.Array, counted: jax.Array) -> TokenCounts:
+    """Counts one sampled token per row, tokens int32 [R], in rows where `counted` bool [R] is set.
 
-    def local(counts, tokens, real, *, axis):
-        tokens = tokens - vocabulary.offset(counts.shape[1], axis)
-        real &= (tokens >= 0) & (tokens < counts.shape[1])
+    In place inside a compiled loop.
+    """
+
+    def local(counts, tokens, counted, *, axis):
+        tokens = tokens - vocabulary.first_token_id(counts.shape[1], axis)
+        counted &= (tokens >= 0) & (tokens < counts.shape[1])
         rows = jnp.arange(counts.shape[0])
-        tokens = jnp.where(real, tokens, 0)
-        room = counts[rows, tokens] < _MOST
-        # One update a row, so none is lost; an update of 0 stands for none.
-        new = jnp.where(real & room, 2, 0).astype(jnp.int16)
+        tokens = jnp.where(counted, tokens, 0)
+        below_limit = counts[rows, tokens] < _MAX_COUNT
+        # Exactly one update per row, of 0 for rows that are not counted: indices stay unique.
+        new = jnp.where(counted & below_limit, 2, 0).astype(jnp.int16)
         return counts.at[rows, tokens].add(new, unique_indices=True, indices_are_sorted=True)
 
     with jax.named_scope("count_tokens"):
-        new = _sharded(local, (_LOGITS, _ROW, _ROW), _LOGITS)(seen.counts, tokens, real)
-    return TokenCounts(new)
+        count = _sharded(local, (_LOGITS, _ROW, _ROW), _LOGITS)
+        return TokenCounts(count(token_counts.counts, tokens, counted))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Drawn:
-    """One token a row and, for rows that asked, its log-probabilities.
+class Samples:
+    """One sampled token per row, and log-probabilities for rows that request them.
 
-    "Sampled" is the distribution drawn from: after penalties, temperature and truncation. For
-    a greedy row, whose draw is certain, it is that after penalties at temperature 1.
+    The sampling distribution is that after penalties, temperature and truncation; for a greedy row,
+    whose sample is certain, that after penalties at temperature 1. Log-probabilities are natural,
+    and zeros if no row of the batch requests any.
 
     Attributes:
-      tokens: int32 [R].
-      logprob, raw_logprob: float32 [R], natural logarithms, sampled and the model's own (softmax of
-        all logits, padding included, as the loss takes it).
-      top_ids, top_logprobs: int32, float32 [R, MAX_LOGPROBS], the most probable tokens first (of
-        equals the lower id) in the distribution that the row asked for; -inf: truncated away.
-        All these are zeros when no row of the batch wants them.
+      tokens: int32 [R], sampled ids.
+      logprob: float32 [R], log-probability of the token under the sampling distribution.
+      raw_logprob: float32 [R], the same under the softmax of all logits, padding included, as in
+        the training loss.
+      top_ids: int32 [R, MAX_LOGPROBS], most probable tokens first (the lower id of equals), in the
+        distribution that the row requests.
+      top_logprobs: float32 [R, MAX_LOGPROBS], their log-probabilities; -inf if truncated.
     """
 
-    tokens: jax.Array
-    logprob: jax.Array
-    raw_logprob: jax.Array
-    top_ids: jax.Array
-    top_logprobs: jax.Array
+    tokens: Any
+    logprob: Any
+    raw_logprob: Any
+    top_ids: Any
+    top_logprobs: Any
 
 
 def sample_rows(
     logits: jax.Array,
     rows: SamplingRows,
     positions: jax.Array,
-    seen: TokenCounts | None,
+    token_counts: TokenCounts | None,
     vocab_size: int,
-) -> Drawn:
-    """Draws the next token of every row; it depends on the row's own numbers alone.
+) -> Samples:
+    """Samples the next token of every row; a row's sample depends on its own arguments only.
 
     Args:
-      logits: float32 [R,V]; on a mesh R may be divided as the batch is, V along `tensor`.
-      rows: parameters of R rows.
-      positions: int32 [R], slot that the token will have in its sequence. With the seed it is the
-        key of the draw, so a sequence resumed elsewhere goes on as it would have.
-      seen: for the penalties; None: there are none.
-      vocab_size: ids from here on are padding of the model's table and never drawn.
+      logits: float32 [R, V]; on a mesh, R may be sharded as the batch is and V along `tensor`.
+      rows: sampling parameters of the R rows.
+      positions: int32 [R], position that the token will have in its sequence. With the seed it is
+        the PRNG key, so a sequence that is resumed elsewhere samples the same tokens.
+      token_counts: occurrences for the penalties; None applies none.
+      vocab_size: ids from here on are padding of the embedding table and never sampled.
     """
-    local = functools.partial(_local, vocab_size=vocab_size)
+    local = functools.partial(_sample_local, vocab_size=vocab_size)
     axes = (_LOGITS, _ROW_AXES, _ROW, _LOGITS, ())
-    out = Drawn(_ROW, _ROW, _ROW, ("batch", None), ("batch", None))
-    counts = None if seen is None else seen.counts
+    out = Samples(
+        tokens=_ROW,
+        logprob=_ROW,
+        raw_logprob=_ROW,
+        top_ids=("batch", None),
+        top_logprobs=("batch", None),
+    )
+    counts = None if token_counts is None else token_counts.counts
     with jax.named_scope("sample"):
-        wishes = _wishes(rows, seen)
-        return _sharded(local, axes, out)(logits, rows, positions, counts, wishes)
+        flags = _batch_flags(rows, token_counts)
+        return _sharded(local, axes, out)(logits, rows, positions, counts, flags)
 
 
 def log_probabilities(
-    logits: jax.Array, rows: SamplingRows, seen: TokenCounts | None, vocab_size: int
+    logits: jax.Array, rows: SamplingRows, token_counts: TokenCounts | None, vocab_size: int
 ) -> jax.Array:
-    """float32 [R,V], natural logarithms of what `sample_rows` draws from; -inf: never drawn.
+    """Returns the log-probabilities that `sample_rows` samples from, float32 [R, V].
 
-    Arguments as there. Greedy rows: after penalties at temperature 1, where the highest is taken.
+    -inf marks tokens that are never sampled. Greedy rows get the distribution after penalties at
+    temperature 1. Arguments are those of `sample_rows`.
     """
 
-    def local(logits, rows, counts, any_of, *, axis):
-        scaled = _scaled(logits, rows, counts, any_of["penalised"], vocab_size, axis)
-        threshold = _threshold(scaled, rows, any_of, axis)
+    def local(logits, rows, counts, flags, *, axis):
+        scaled = _scaled_logits(logits, rows, counts, flags["penalised"], vocab_size, axis)
+        threshold = _truncation_threshold(scaled, rows, flags, axis)
         kept = scaled >= threshold[:, None]
-        total = vocabulary.mass(scaled, threshold, axis)
+        total = vocabulary.kept_mass(scaled, threshold, axis)
         return jnp.where(kept, scaled - jnp.log(total)[:, None], -jnp.inf)
 
     axes = (_LOGITS, _ROW_AXES, _LOGITS, ())
-    counts = None if seen is None else seen.counts
-    return _sharded(local, axes, _LOGITS)(logits, rows, counts, _wishes(rows, seen))
+    counts = None if token_counts is None else token_counts.counts
+    flags = _batch_flags(rows, token_counts)
+    return _sharded(local, axes, _LOGITS)(logits, rows, counts, flags)
 
 
+# Logical axes of arguments in shard_map.
 _LOGITS, _ROW = ("batch", "vocab"), ("batch",)
-_ROW_AXES = SamplingRows(*[_ROW] * 7, seed=("batch", None), n_logprobs=_ROW, raw=_ROW)
+_ROW_AXES = SamplingRows(
+    temperature=_ROW,
+    top_k=_ROW,
+    top_p=_ROW,
+    min_p=_ROW,
+    repetition=_ROW,
+    presence=_ROW,
+    frequency=_ROW,
+    seed=("batch", None),
+    n_logprobs=_ROW,
+    raw=_ROW,
+)
 
 
-def _wishes(rows: SamplingRows, seen: TokenCounts | None) -> dict[str, jax.Array]:
-    """What any row of the batch wants, bool scalars, and the most alternatives, int32.
+def _batch_flags(rows: SamplingRows, token_counts: TokenCounts | None) -> BatchFlags:
+    """Returns which kinds of processing any row of the batch needs, over all devices.
 
-    Over all devices, so that all take the same branches and meet in the same collectives.
+    Every device takes the same branches and therefore joins the same collectives.
+
+    Returns:
+      bool scalars "sampled" (any row is not greedy), "penalised", "top_k", "top_p", "logprobs" and
+      "not_greedy_only" (any of sampled, penalised, logprobs), and the int32 scalar "alternatives",
+      the largest number of alternatives requested.
     """
-    drawn = jnp.asarray(rows.temperature) > 0
-    penalised = rows.penalised
-    wishes = {
-        "drawn": drawn,
-        "penalised": jnp.zeros_like(drawn) if seen is None else penalised,
-        "top_k": drawn & (rows.top_k > 0),
-        "top_p": drawn & (rows.top_p < 1),
+    sampled = jnp.asarray(rows.temperature) > 0
+    per_row = {
+        "sampled": sampled,
+        "penalised": jnp.zeros_like(sampled) if token_counts is None else rows.penalised,
+        "top_k": sampled & (rows.top_k > 0),
+        "top_p": sampled & (rows.top_p < 1),
         "logprobs": rows.n_logprobs >= 0,
     }
-    wishes = {name: jnp.any(wish) for name, wish in wishes.items()}
-    wishes["alternatives"] = jnp.max(rows.n_logprobs)
-    wishes["more"] = wishes["drawn"] | wishes["penalised"] | wishes["logprobs"]
-    return wishes
+    flags = {name: jnp.any(value) for name, value in per_row.items()}
+    flags["alternatives"] = jnp.max(rows.n_logprobs)
+    flags["not_greedy_only"] = flags["sampled"] | flags["penalised"] | flags["logprobs"]
+    return flags
 
 
-def _sharded(local, in_axes, out_axes):
-    """`local(..., axis=)` in shard_map by logical axes of arrays; as it is without a mesh.
+def _sharded(local: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """Wraps a per-device function in shard_map; without a mesh it is called directly.
 
-    A tuple of names stands for every array of its argument; None arguments pass.
+    Args:
+      local: function of device-local arrays with a keyword `axis`, the mesh axis that divides the
+        vocabulary, or None.
+      in_axes: logical axes of each argument: a tuple of names for all arrays of the argument, or a
+        tree of such tuples. None arguments pass through.
+      out_axes: logical axes of the result, alike.
     """
 
     def call(*operands):
@@ -266,117 +320,185 @@ def _sharded(local, in_axes, out_axes):
     return call
 
 
-# From here on: the rows of one device and its part of the vocabulary. `axis` is the mesh axis that
-# divides the vocabulary, or None.
+# The functions below work on the rows of one device and its part of the vocabulary. `axis` is the
+# mesh axis that divides the vocabulary, or None.
 
 
-def _local(logits, rows, positions, counts, any_of, *, vocab_size, axis) -> Drawn:
-    def greedy():
+def _sample_local(
+    logits: jax.Array,
+    rows: SamplingRows,
+    positions: jax.Array,
+    counts: jax.Array | None,
+    flags: BatchFlags,
+    *,
+    vocab_size: int,
+    axis: str | None,
+) -> Samples:
+    """Computes `sample_rows` on one device; greedy-only batches skip everything but a maximum."""
+
+    def greedy() -> Samples:
         x = vocabulary.mask_padding(logits, vocab_size, axis)
-        tokens = vocabulary.first_highest(x, axis)
-        return Drawn(tokens, *_no_logprobs(tokens))
+        tokens = vocabulary.argmax_lowest_id(x, axis)
+        return Samples(tokens, *_no_logprobs(tokens))
 
-    def everything():
-        scaled = _scaled(logits, rows, counts, any_of["penalised"], vocab_size, axis)
-        threshold = _threshold(scaled, rows, any_of, axis)
-        tokens = _draw(scaled, threshold, rows, positions, any_of["drawn"], axis)
+    def full() -> Samples:
+        scaled = _scaled_logits(logits, rows, counts, flags["penalised"], vocab_size, axis)
+        threshold = _truncation_threshold(scaled, rows, flags, axis)
+        tokens = _sample(scaled, threshold, rows, positions, flags["sampled"], axis)
         logprobs = jax.lax.cond(
-            any_of["logprobs"],
-            lambda: _logprobs(logits, scaled, threshold, tokens, rows, any_of, vocab_size, axis),
+            flags["logprobs"],
+            lambda: _logprobs(logits, scaled, threshold, tokens, rows, flags, vocab_size, axis),
             lambda: _no_logprobs(tokens),
         )
-        return Drawn(tokens, *logprobs)
+        return Samples(tokens, *logprobs)
 
-    return jax.lax.cond(any_of["more"], everything, greedy)
+    return jax.lax.cond(flags["not_greedy_only"], full, greedy)
 
 
-def _scaled(x, rows, counts, penalised, vocab_size, axis) -> jax.Array:
-    """float32 [R,V], logits after penalties and temperature, shifted so that a row's highest is 0.
+def _scaled_logits(
+    x: jax.Array,
+    rows: SamplingRows,
+    counts: jax.Array | None,
+    penalised: jax.Array,
+    vocab_size: int,
+    axis: str | None,
+) -> jax.Array:
+    """Returns logits after penalties and temperature, shifted so that each row's maximum is 0.
 
-    Shifted before the division, no temperature overflows. Greedy rows have temperature 1.
+    Shifting before the division keeps every temperature from overflowing. Greedy rows use
+    temperature 1.
+
+    Args:
+      x: float32 [R, V], logits.
+      rows: sampling parameters.
+      counts: int16 [R, V] of `TokenCounts`, or None.
+      penalised: bool scalar, whether any row has penalties.
+      vocab_size: ids from here on get -inf.
+      axis: mesh axis of the vocabulary, or None.
+
+    Returns:
+      float32 [R, V], at most 0.
     """
-    temperature = jnp.where(rows.temperature > 0, jnp.maximum(rows.temperature, _TINY), 1.0)
+    temperature = jnp.where(
+        rows.temperature > 0, jnp.maximum(rows.temperature, _MIN_TEMPERATURE), 1.0
+    )
 
     def scale(x):
         x = vocabulary.mask_padding(x, vocab_size, axis)
-        return (x - vocabulary.highest(x, axis)[:, None]) / temperature[:, None]
-
-    def penalise():
-        repetition = rows.repetition[:, None]
-        worse = jnp.where(x > 0, x / repetition, x * repetition)
-        times = (counts >> 1).astype(jnp.float32)
-        new = jnp.where(counts > 0, worse, x)
-        new -= rows.presence[:, None] * (times > 0) + rows.frequency[:, None] * times
-        return scale(new)
+        return (x - vocabulary.row_max(x, axis)[:, None]) / temperature[:, None]
 
     if counts is None:
         return scale(x)
+
+    def penalise():
+        repetition = rows.repetition[:, None]
+        repeated = jnp.where(x > 0, x / repetition, x * repetition)
+        times = (counts >> 1).astype(jnp.float32)
+        new = jnp.where(counts > 0, repeated, x)
+        new -= rows.presence[:, None] * (times > 0) + rows.frequency[:, None] * times
+        return scale(new)
+
     return jax.lax.cond(penalised, penalise, lambda: scale(x))
 
 
-def _threshold(scaled, rows, any_of, axis) -> jax.Array:
-    """float32 [R], the scaled logit from which on tokens are kept; -inf keeps all.
+def _truncation_threshold(
+    scaled: jax.Array, rows: SamplingRows, flags: BatchFlags, axis: str | None
+) -> jax.Array:
+    """Returns the lowest scaled logit that truncation keeps in each row, float32 [R].
 
-    Top-k, then top-p of what is left renormalised, then min-p. Tokens equal to the last one kept
-    are kept as well.
+    Top-k, then top-p of what is left, renormalised, then min-p. Tokens equal to the last kept one
+    are kept as well. -inf keeps all tokens.
+
+    Args:
+      scaled: float32 [R, V], the result of `_scaled_logits`.
+      rows: sampling parameters.
+      flags: the result of `_batch_flags`.
+      axis: mesh axis of the vocabulary, or None.
     """
-    drawn = rows.temperature > 0
-    nothing = jnp.full(rows.temperature.shape, -jnp.inf)
+    sampled = rows.temperature > 0
+    keep_all = jnp.full(rows.temperature.shape, -jnp.inf)
 
     def top_k():
-        wanted = jnp.where(drawn, rows.top_k, 0).astype(jnp.float32)
-        return vocabulary.reach(scaled, wanted, axis, probable=False)
+        count = jnp.where(sampled, rows.top_k, 0).astype(jnp.float32)
+        return vocabulary.threshold_for_mass(scaled, count, axis, weighted=False)
 
     def top_p(k_threshold):
-        left = vocabulary.mass(scaled, k_threshold, axis)
-        target = jnp.where(drawn & (rows.top_p < 1), rows.top_p * left, 0.0)
-        return vocabulary.reach(scaled, target, axis, probable=True)
+        left = vocabulary.kept_mass(scaled, k_threshold, axis)
+        target = jnp.where(sampled & (rows.top_p < 1), rows.top_p * left, 0.0)
+        return vocabulary.threshold_for_mass(scaled, target, axis, weighted=True)
 
     with jax.named_scope("top_k"):
-        threshold = jax.lax.cond(any_of["top_k"], top_k, lambda: nothing)
+        threshold = jax.lax.cond(flags["top_k"], top_k, lambda: keep_all)
     with jax.named_scope("top_p"):
-        least = jax.lax.cond(any_of["top_p"], top_p, lambda _: nothing, threshold)
-    threshold = jnp.maximum(threshold, least)
-    return jnp.maximum(threshold, jnp.where(drawn, jnp.log(rows.min_p), -jnp.inf))
+        p_threshold = jax.lax.cond(flags["top_p"], top_p, lambda _: keep_all, threshold)
+    threshold = jnp.maximum(threshold, p_threshold)
+    return jnp.maximum(threshold, jnp.where(sampled, jnp.log(rows.min_p), -jnp.inf))
 
 
-def _draw(scaled, threshold, rows, positions, drawn, axis) -> jax.Array:
-    """int32 [R], drawn tokens, or the highest of greedy rows."""
+def _sample(
+    scaled: jax.Array,
+    threshold: jax.Array,
+    rows: SamplingRows,
+    positions: jax.Array,
+    any_sampled: jax.Array,
+    axis: str | None,
+) -> jax.Array:
+    """Returns one token per row, int32 [R]: sampled, or the most probable for greedy rows.
 
-    def draw():
-        token = vocabulary.draw(scaled, threshold, vocabulary.uniform(rows.seed, positions), axis)
-        return jnp.where(rows.temperature > 0, token, greedy())
+    Args:
+      scaled: float32 [R, V], the result of `_scaled_logits`.
+      threshold: float32 [R], lowest scaled logit to sample from.
+      rows: sampling parameters.
+      positions: int32 [R], positions of the tokens, part of the PRNG key.
+      any_sampled: bool scalar, whether any row is not greedy.
+      axis: mesh axis of the vocabulary, or None.
+    """
 
     def greedy():
-        return vocabulary.first_highest(scaled, axis)
+        return vocabulary.argmax_lowest_id(scaled, axis)
+
+    def sample():
+        uniform = vocabulary.uniform(rows.seed, positions)
+        token = vocabulary.sample_token(scaled, threshold, uniform, axis)
+        return jnp.where(rows.temperature > 0, token, greedy())
 
     with jax.named_scope("draw"):
-        return jax.lax.cond(drawn, draw, greedy)
+        return jax.lax.cond(any_sampled, sample, greedy)
 
 
-def _no_logprobs(tokens):
-    """Zeros in the places of `_logprobs`."""
+def _no_logprobs(tokens: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns zeros with the shapes that `_logprobs` returns for tokens int32 [R]."""
     zeros = jnp.zeros(tokens.shape, jnp.float32)
     many = (*tokens.shape, MAX_LOGPROBS)
     return zeros, zeros, jnp.zeros(many, jnp.int32), jnp.zeros(many, jnp.float32)
 
 
-def _logprobs(logits, scaled, threshold, tokens, rows, any_of, vocab_size, axis):
-    """(logprob, raw_logprob float32 [R], top ids, top logprobs [R, MAX_LOGPROBS])."""
-    highest = vocabulary.highest(logits, axis)
-    raw_total = highest + jnp.log(vocabulary.total(jnp.exp(logits - highest[:, None]), axis))
-    total = jnp.log(vocabulary.mass(scaled, threshold, axis))
-    logprob = vocabulary.at(scaled, tokens, axis) - total
-    raw_logprob = vocabulary.at(logits, tokens, axis) - raw_total
+def _logprobs(
+    logits: jax.Array,
+    scaled: jax.Array,
+    threshold: jax.Array,
+    tokens: jax.Array,
+    rows: SamplingRows,
+    flags: BatchFlags,
+    vocab_size: int,
+    axis: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Returns the fields of `Samples` after `tokens`, in order, for tokens int32 [R]."""
+    highest = vocabulary.row_max(logits, axis)
+    exp = jnp.exp(logits - highest[:, None])
+    raw_total = highest + jnp.log(vocabulary.row_sum(exp, axis))
+    total = jnp.log(vocabulary.kept_mass(scaled, threshold, axis))
+    logprob = vocabulary.value_at(scaled, tokens, axis) - total
+    raw_logprob = vocabulary.value_at(logits, tokens, axis) - raw_total
 
     def top():
         kept = jnp.where(scaled >= threshold[:, None], scaled, -jnp.inf)
         real = vocabulary.mask_padding(logits, vocab_size, axis)
-        of = jnp.where(rows.raw[:, None], real, kept)
-        values, ids = vocabulary.best(of, any_of["alternatives"], axis)
+        source = jnp.where(rows.raw[:, None], real, kept)
+        values, ids = vocabulary.top_tokens(source, flags["alternatives"], axis)
         return ids, values - jnp.where(rows.raw, raw_total, total)[:, None]
 
     with jax.named_scope("top_logprobs"):
         none = _no_logprobs(tokens)[2:]
-        ids, values = jax.lax.cond(any_of["alternatives"] > 0, top, lambda: none)
+        ids, values = jax.lax.cond(flags["alternatives"] > 0, top, lambda: none)
     return logprob, raw_logprob, ids, values

@@ -1,11 +1,15 @@
-"""Thresholds and draws over a vocabulary that may be divided among devices, without sorting it.
+"""Thresholds and samples over a vocabulary that may be divided over devices, without sorting it.
 
-Every function works on one device's rows and its part of the vocabulary, [R,V]. `axis` is the mesh
-axis that divides it, or None; what crosses devices are numbers per row, or per row and block of
-tokens. All devices along the axis return the same.
+Every function works on one device's rows and its part of the vocabulary. `axis` is the mesh axis
+that divides the vocabulary, or None; only numbers per row, or per row and block of tokens, cross
+devices. All devices along the axis return the same result.
+
+Letters in shapes: R rows of the device, V tokens of the device's part of the vocabulary.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,131 +17,151 @@ import jax.numpy as jnp
 from qwen_jax.engine.request import MAX_LOGPROBS
 
 BLOCK = 128
-"""Tokens of a block, for the draw and for the best tokens: a TPU's lanes."""
+"""Tokens per block in `sample_token` and `top_tokens`: the lanes of a TPU register."""
 
 _NO_ID = 2**31 - 1
 
 
-def offset(part: int, axis: str | None):
-    """Id of the first token here, of `part` tokens a device."""
+def first_token_id(part: int, axis: str | None) -> jax.Array | int:
+    """Returns the id of this device's first token, where each device has `part` tokens."""
     return 0 if axis is None else jax.lax.axis_index(axis) * part
 
 
-def _across(reduce, local: jax.Array, axis: str | None) -> jax.Array:
+def _reduce_over_devices(
+    reduce: Callable[..., jax.Array], local: jax.Array, axis: str | None
+) -> jax.Array:
+    """Applies a collective such as `jax.lax.psum` along `axis`, if there is one."""
     return local if axis is None else reduce(local, axis)
 
 
-def highest(x: jax.Array, axis) -> jax.Array:
-    """[R], the maximum of each row of x [R,V]."""
-    return _across(jax.lax.pmax, x.max(axis=-1), axis)
+def row_max(x: jax.Array, axis: str | None) -> jax.Array:
+    """Returns the maximum of each row of x [R, V] over the whole vocabulary, [R]."""
+    return _reduce_over_devices(jax.lax.pmax, x.max(axis=-1), axis)
 
 
-def total(x: jax.Array, axis) -> jax.Array:
-    """[R], the sum of each row of x [R,V]."""
-    return _across(jax.lax.psum, x.sum(axis=-1), axis)
+def row_sum(x: jax.Array, axis: str | None) -> jax.Array:
+    """Returns the sum of each row of x [R, V] over the whole vocabulary, [R]."""
+    return _reduce_over_devices(jax.lax.psum, x.sum(axis=-1), axis)
 
 
-def _ids(x, axis):
-    return offset(x.shape[-1], axis) + jnp.arange(x.shape[-1], dtype=jnp.int32)
+def _token_ids(x: jax.Array, axis: str | None) -> jax.Array:
+    """Returns the ids of the columns of x [R, V], int32 [V]."""
+    return first_token_id(x.shape[-1], axis) + jnp.arange(x.shape[-1], dtype=jnp.int32)
 
 
-def mask_padding(logits: jax.Array, vocab_size: int, axis) -> jax.Array:
-    """Logits [R,V] with -inf for ids from `vocab_size` on."""
-    return jnp.where(_ids(logits, axis) < vocab_size, logits, -jnp.inf)
+def mask_padding(logits: jax.Array, vocab_size: int, axis: str | None) -> jax.Array:
+    """Returns logits [R, V] with -inf for ids from `vocab_size` on."""
+    return jnp.where(_token_ids(logits, axis) < vocab_size, logits, -jnp.inf)
 
 
-def first_highest(x: jax.Array, axis) -> jax.Array:
-    """int32 [R], the lowest id of each row's maximum in x [R,V].
+def argmax_lowest_id(x: jax.Array, axis: str | None) -> jax.Array:
+    """Returns the lowest id of each row's maximum in x [R, V], int32 [R].
 
-    Two plain reductions: argmax is one that XLA doesn't vectorise on CPUs, 8 times slower.
+    Two plain reductions: XLA does not vectorise argmax on CPUs, which is 8 times slower.
     """
-    ids = jnp.where(x == highest(x, axis)[:, None], _ids(x, axis), _NO_ID)
-    first = _across(jax.lax.pmin, ids.min(axis=-1), axis)
+    ids = jnp.where(x == row_max(x, axis)[:, None], _token_ids(x, axis), _NO_ID)
+    first = _reduce_over_devices(jax.lax.pmin, ids.min(axis=-1), axis)
     return jnp.where(first < _NO_ID, first, 0)  # a row of NaN has no maximum, but gets a token
 
 
-def at(x: jax.Array, tokens: jax.Array, axis) -> jax.Array:
-    """x [R,V] at one id a row, float32 [R]."""
-    here = tokens - offset(x.shape[1], axis)
-    inside = (here >= 0) & (here < x.shape[1])
-    found = jnp.take_along_axis(x, jnp.where(inside, here, 0)[:, None], axis=1)[:, 0]
-    return found if axis is None else total(jnp.where(inside, found, 0.0)[:, None], axis)
+def value_at(x: jax.Array, tokens: jax.Array, axis: str | None) -> jax.Array:
+    """Returns the entry of x float32 [R, V] at one id per row, tokens int32 [R]; float32 [R]."""
+    local = tokens - first_token_id(x.shape[1], axis)
+    inside = (local >= 0) & (local < x.shape[1])
+    found = jnp.take_along_axis(x, jnp.where(inside, local, 0)[:, None], axis=1)[:, 0]
+    return found if axis is None else row_sum(jnp.where(inside, found, 0.0)[:, None], axis)
 
 
-def mass(scaled, threshold, axis, probable: bool = True) -> jax.Array:
-    """float32 [R], the sum of exp(scaled) from the threshold on, or how many there are."""
-    kept = scaled >= threshold[:, None]
-    # The choice is made before exp: after it, exp would be taken out of a loop and kept.
-    weights = jnp.exp(jnp.where(kept, scaled, -jnp.inf)) if probable else kept.astype(jnp.float32)
-    return total(weights, axis)
-
-
-def reach(values: jax.Array, target: jax.Array, axis, *, probable: bool) -> jax.Array:
-    """The highest value such that the weights of entries at or above it sum to `target` or more.
-
-    Bisection between two bounds, one that reaches the target and one that doesn't, until a single
-    entry between them is sure to make the difference: the highest one there is then the answer,
-    exactly. Takes 10 to 20 steps on logits, at most 4 × 32 on any floats, because every fourth
-    middle is taken among the floats between the bounds, the others between their values.
+def kept_mass(
+    scaled: jax.Array, threshold: jax.Array, axis: str | None, weighted: bool = True
+) -> jax.Array:
+    """Returns the unnormalised probability mass at or above a threshold in each row, float32 [R].
 
     Args:
-      values: float32 [R,V], at most 0.
-      target: float32 [R]; 0: no wish.
-      probable: weights are exp(values); otherwise 1 each.
+      scaled: float32 [R, V], log-weights of the tokens.
+      threshold: float32 [R].
+      axis: mesh axis of the vocabulary, or None.
+      weighted: whether a token weighs exp(scaled); otherwise each weighs 1 (a count).
+    """
+    kept = scaled >= threshold[:, None]
+    # Selected before exp: XLA would hoist an unconditional exp out of a loop and store it.
+    weights = jnp.exp(jnp.where(kept, scaled, -jnp.inf)) if weighted else kept.astype(jnp.float32)
+    return row_sum(weights, axis)
+
+
+def threshold_for_mass(
+    values: jax.Array, target: jax.Array, axis: str | None, *, weighted: bool
+) -> jax.Array:
+    """Returns the highest entry per row such that the entries at or above it reach a mass.
+
+    Bisects between a bound that reaches the target and one that does not, until exactly one entry
+    between them is undecided; the highest entry below the upper bound is then the exact result.
+    Takes 10 to 20 passes over logits and at most 4 × 32 over any floats, because every fourth
+    midpoint is taken in the ordering of float32 numbers and the others in their values.
+
+    Args:
+      values: float32 [R, V], at most 0.
+      target: float32 [R], mass to reach; 0 disables truncation.
+      axis: mesh axis of the vocabulary, or None.
+      weighted: whether an entry weighs exp(value); otherwise each weighs 1.
 
     Returns:
-      float32 [R], -inf where there is no wish or nothing reaches it.
+      float32 [R]; -inf where truncation is disabled or the row's total is below the target.
     """
-
     low = jnp.where(values > -jnp.inf, values, 0.0).min(axis=-1)
-    low = _across(jax.lax.pmin, low, axis)
-    wish = (target > 0) & (mass(values, low, axis, probable) >= target)
-    target = jnp.where(wish, target, 0.0)
+    low = _reduce_over_devices(jax.lax.pmin, low, axis)
+    enabled = (target > 0) & (kept_mass(values, low, axis, weighted) >= target)
+    target = jnp.where(enabled, target, 0.0)
 
-    def least_between(low):
-        return jnp.exp(low) if probable else 1.0
+    def least_weight(low):
+        return jnp.exp(low) if weighted else 1.0
 
-    def open_(state):
+    def undecided(state):
         _, low, high, above = state
-        return (target - above > least_between(low)) & (_order(high) - 1 > _order(low))
+        return (target - above > least_weight(low)) & (_float_order(high) - 1 > _float_order(low))
 
     def halve(state):
         step, low, high, above = state
         middle = low + (high - low) / 2
         by_value = (step % 4 != 3) & (middle > low) & (middle < high)
-        middle = jnp.where(by_value, middle, _between(low, high))
-        sums = mass(values, middle, axis, probable)
-        go = open_(state)
-        down, up = go & (sums < target), go & (sums >= target)
+        middle = jnp.where(by_value, middle, _middle_in_float_order(low, high))
+        sums = kept_mass(values, middle, axis, weighted)
+        active = undecided(state)
+        lower_high, raise_low = active & (sums < target), active & (sums >= target)
         return (
             step + 1,
-            jnp.where(up, middle, low),
-            jnp.where(down, middle, high),
-            jnp.where(down, sums, above),
+            jnp.where(raise_low, middle, low),
+            jnp.where(lower_high, middle, high),
+            jnp.where(lower_high, sums, above),
         )
 
     start = (jnp.int32(0), low, jnp.full_like(low, 1.0), jnp.zeros_like(target))
-    _, _, high, _ = jax.lax.while_loop(lambda s: open_(s).any(), halve, start)
-    found = highest(jnp.where(values < high[:, None], values, -jnp.inf), axis)
-    return jnp.where(wish, found, -jnp.inf)
+    _, _, high, _ = jax.lax.while_loop(lambda state: undecided(state).any(), halve, start)
+    found = row_max(jnp.where(values < high[:, None], values, -jnp.inf), axis)
+    return jnp.where(enabled, found, -jnp.inf)
 
 
-def _order(x: jax.Array) -> jax.Array:
-    """int32 in the order of float32 x: neighbours differ by 1."""
+def _float_order(x: jax.Array) -> jax.Array:
+    """Returns the rank of each float32 among all float32 numbers, int32; neighbours differ by 1."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-def _between(low: jax.Array, high: jax.Array) -> jax.Array:
-    """The float32 half-way in the order of floats, at least low, below high."""
-    a, b = _order(low), _order(high)
+def _middle_in_float_order(low: jax.Array, high: jax.Array) -> jax.Array:
+    """Returns the float32 half-way between low and high by rank: at least low, below high."""
+    a, b = _float_order(low), _float_order(high)
     middle = (a & b) + ((a ^ b) >> 1)
     bits = jnp.where(middle < 0, middle ^ 0x7FFFFFFF, middle)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def uniform(seed: jax.Array, positions: jax.Array) -> jax.Array:
-    """float32 [R,2] in [0, 1), 24 bits each, from seed uint32 [R,2] and positions int32 [R]."""
+    """Returns two uniform numbers per row, float32 [R, 2] in [0, 1) with 24 bits each.
+
+    Args:
+      seed: uint32 [R, 2], the threefry key of each row.
+      positions: int32 [R], folded into the key.
+    """
 
     def bits(seed, position):
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
@@ -146,41 +170,52 @@ def uniform(seed: jax.Array, positions: jax.Array) -> jax.Array:
     return (jax.vmap(bits)(seed, positions) >> 8).astype(jnp.float32) * 2.0**-24
 
 
-def _pick(weights: jax.Array, share: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The entry of weights [R,n] in which a share in [0, 1) of their sum falls, never one of 0.
+def _index_at_fraction(weights: jax.Array, fraction: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the index at which the cumulative weight passes a fraction of the row's total.
+
+    Args:
+      weights: float32 [R, n], non-negative. An entry of weight 0 is never chosen.
+      fraction: float32 [R], in [0, 1).
 
     Returns:
-      (int32 [R], and float32 [R] how far into that entry the share reaches, in [0, 1]).
+      (index int32 [R], position of the fraction within that entry's weight, float32 [R] in [0, 1]).
     """
-    total = jnp.cumsum(weights, axis=-1)
-    target = share * total[:, -1]
-    some = weights > 0
-    past = some & (total > target[:, None])
+    cumulative = jnp.cumsum(weights, axis=-1)
+    target = fraction * cumulative[:, -1]
+    positive = weights > 0
+    past = positive & (cumulative > target[:, None])
     places = jnp.arange(weights.shape[-1], dtype=jnp.int32)
-    # Rounding may leave no place past the target: then it is the last one that can be drawn.
+    # Rounding may leave no entry past the target: then the last positive one is chosen.
     first = jnp.where(past, places, weights.shape[-1]).min(axis=-1)
-    place = jnp.minimum(first, jnp.where(some, places, 0).max(axis=-1))
-    weight, reached = (
-        jnp.take_along_axis(x, place[:, None], axis=1)[:, 0] for x in (weights, total)
-    )
+    index = jnp.minimum(first, jnp.where(positive, places, 0).max(axis=-1))
+    weight = jnp.take_along_axis(weights, index[:, None], axis=1)[:, 0]
+    reached = jnp.take_along_axis(cumulative, index[:, None], axis=1)[:, 0]
     inside = 1 - (reached - target) / jnp.where(weight > 0, weight, 1.0)
-    return place, jnp.clip(inside, 0.0, 1.0)
+    return index, jnp.clip(inside, 0.0, 1.0)
 
 
 def _blocks(x: jax.Array) -> jax.Array:
-    """[R,V] -> [R, blocks, BLOCK], filled up with -inf."""
-    short = -x.shape[1] % BLOCK
-    if short:
-        x = jnp.pad(x, ((0, 0), (0, short)), constant_values=-jnp.inf)
+    """Reshapes x [R, V] to [R, number of blocks, BLOCK], padded with -inf."""
+    padding = -x.shape[1] % BLOCK
+    if padding:
+        x = jnp.pad(x, ((0, 0), (0, padding)), constant_values=-jnp.inf)
     return x.reshape(x.shape[0], -1, BLOCK)
 
 
-def draw(scaled: jax.Array, threshold: jax.Array, uniform: jax.Array, axis) -> jax.Array:
-    """int32 [R], an id a row in proportion to exp(scaled [R,V]) from the threshold [R] on.
+def sample_token(
+    scaled: jax.Array, threshold: jax.Array, uniform: jax.Array, axis: str | None
+) -> jax.Array:
+    """Samples one id per row in proportion to exp(scaled) among entries ≥ threshold, int32 [R].
 
-    The id at which the sum of probabilities passes a uniform number: first the block of tokens,
-    then the token in it. How the vocabulary is cut into blocks, and over devices, moves nothing but
-    rounding. Uniform [R,2]: the second number gives the first its digits from the 25th on.
+    By inversion of the cumulative distribution: first the block of tokens in which it passes the
+    uniform number, then the token within the block. How the vocabulary is divided into blocks and
+    over devices changes rounding only.
+
+    Args:
+      scaled: float32 [R, V], log-weights.
+      threshold: float32 [R], lowest log-weight to sample from.
+      uniform: float32 [R, 2] in [0, 1); the second number provides the digits after the first 24.
+      axis: mesh axis of the vocabulary, or None.
     """
 
     def weights(x):
@@ -189,63 +224,74 @@ def draw(scaled: jax.Array, threshold: jax.Array, uniform: jax.Array, axis) -> j
 
     blocks = _blocks(scaled)
     sums = weights(blocks).sum(axis=-1)
-    mine = blocks.shape[1]
+    num_local = blocks.shape[1]
     sums = sums if axis is None else jax.lax.all_gather(sums, axis, axis=1, tiled=True)
-    block, share = _pick(sums, uniform[:, 0])
-    finest = 2.0**-24 * sums.sum(axis=-1) / jnp.take_along_axis(sums, block[:, None], axis=1)[:, 0]
-    share = jnp.minimum(share + uniform[:, 1] * finest, 1 - 2.0**-24)
-    here = block - offset(mine, axis)
-    inside = (here >= 0) & (here < mine)
-    here = jnp.where(inside, here, 0)
-    one = jnp.take_along_axis(blocks, here[:, None, None], axis=1)[:, 0]
-    token = here * BLOCK + _pick(weights(one), share)[0]
+    block, fraction = _index_at_fraction(sums, uniform[:, 0])
+    block_sum = jnp.take_along_axis(sums, block[:, None], axis=1)[:, 0]
+    resolution = 2.0**-24 * sums.sum(axis=-1) / block_sum
+    fraction = jnp.minimum(fraction + uniform[:, 1] * resolution, 1 - 2.0**-24)
+    local = block - first_token_id(num_local, axis)
+    inside = (local >= 0) & (local < num_local)
+    local = jnp.where(inside, local, 0)
+    chosen = jnp.take_along_axis(blocks, local[:, None, None], axis=1)[:, 0]
+    token = local * BLOCK + _index_at_fraction(weights(chosen), fraction)[0]
     if axis is None:
         return token
-    return jax.lax.psum(jnp.where(inside, token + offset(scaled.shape[1], axis), 0), axis)
+    first = first_token_id(scaled.shape[1], axis)
+    return jax.lax.psum(jnp.where(inside, token + first, 0), axis)
 
 
-def best(x: jax.Array, count: jax.Array, axis) -> tuple[jax.Array, jax.Array]:
-    """Values and ids [R, MAX_LOGPROBS] of the `count` highest of x [R,V], of equals the lower id.
+def top_tokens(x: jax.Array, count: jax.Array, axis: str | None) -> tuple[jax.Array, jax.Array]:
+    """Returns the `count` highest entries of each row, best first, the lower id of equals first.
 
-    One after the other: the block with the highest maximum has the next one, and then has another
-    maximum. Only the first step looks at all of x. Places from `count` on are -inf and 0.
+    Takes them one by one: the block with the highest maximum contains the next one, and then has a
+    new maximum. Only the first step reads all of x.
+
+    Args:
+      x: float32 [R, V].
+      count: int32 scalar, at most MAX_LOGPROBS.
+      axis: mesh axis of the vocabulary, or None.
+
+    Returns:
+      (values float32 [R, MAX_LOGPROBS], ids int32 [R, MAX_LOGPROBS]); -inf and 0 from `count` on.
     """
     blocks = _blocks(x)
-    requests, many, _ = blocks.shape
-    numbers = jnp.arange(many, dtype=jnp.int32)
+    num_rows, num_blocks, _ = blocks.shape
+    block_numbers = jnp.arange(num_blocks, dtype=jnp.int32)
     places = jnp.arange(BLOCK, dtype=jnp.int32)
-    none = jnp.int32(2**31 - 1)
+    none = jnp.int32(_NO_ID)
 
     def first(where, ids):
         return jnp.where(where, ids, none).min(axis=-1)
 
-    def next_(i, state):
+    def take_next(i, state):
         maxima, value, place, values, ids = state
-        mine = maxima.max(axis=-1)
-        block = jnp.minimum(first(maxima == mine[:, None], numbers), many - 1)
+        local_best = maxima.max(axis=-1)
+        block = jnp.minimum(first(maxima == local_best[:, None], block_numbers), num_blocks - 1)
         in_block = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [R, BLOCK]
         at = block[:, None] * BLOCK + places
-        # What comes after the last one taken here, in the order of values, then ids.
+        # Entries after the last one taken on this device, ordered by value, then id.
         left = (in_block < value[:, None]) | ((in_block == value[:, None]) & (at > place[:, None]))
-        local = jnp.minimum(first(left & (in_block == mine[:, None]), at), x.shape[1] - 1)
-        best, token = mine, local + offset(x.shape[1], axis)
-        taken = jnp.full(requests, True)
+        found = first(left & (in_block == local_best[:, None]), at)
+        local = jnp.minimum(found, x.shape[1] - 1)
+        best, token = local_best, local + first_token_id(x.shape[1], axis)
+        taken = jnp.full(num_rows, True)
         if axis is not None:
-            best = jax.lax.pmax(mine, axis)
-            token = jax.lax.pmin(jnp.where(mine == best, token, none), axis)
-            taken = token == local + offset(x.shape[1], axis)
+            best = jax.lax.pmax(local_best, axis)
+            token = jax.lax.pmin(jnp.where(local_best == best, token, none), axis)
+            taken = token == local + first_token_id(x.shape[1], axis)
         rest = jnp.where(left & (at != local[:, None]), in_block, -jnp.inf).max(axis=-1)
-        here = (numbers == block[:, None]) & taken[:, None]
+        changed = (block_numbers == block[:, None]) & taken[:, None]
         return (
-            jnp.where(here, rest[:, None], maxima),
-            jnp.where(taken, mine, value),
+            jnp.where(changed, rest[:, None], maxima),
+            jnp.where(taken, local_best, value),
             jnp.where(taken, local, place),
             values.at[:, i].set(best),
             ids.at[:, i].set(token),
         )
 
-    shape = (requests, MAX_LOGPROBS)
-    value, place = jnp.full(requests, jnp.inf), jnp.full(requests, -1, jnp.int32)
+    shape = (num_rows, MAX_LOGPROBS)
+    value, place = jnp.full(num_rows, jnp.inf), jnp.full(num_rows, -1, jnp.int32)
     out = jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)
     start = (blocks.max(axis=-1), value, place, *out)
-    return jax.lax.fori_loop(0, count, next_, start)[-2:]
+    return jax.lax.fori_loop(0, count, take_next, start)[-2:]

@@ -62,8 +62,8 @@ def load(
         accelerators as many of this host's as divide the kv heads, on CPUs one.
       warm_up: compile everything now; otherwise each program when it is first needed.
       max_waiting: requests that may wait; more are refused.
-      **engine: fields of `EngineOptions`, such as rows=4, max_length=2048 or pages=512; what is
-        not given follows from the model and the memory there is.
+      **engine: fields of `EngineOptions`, such as max_running_requests=4, max_length=2048 or
+        pages=512; what is not given follows from the model and the memory there is.
 
     Raises:
       UserError: there is no model, parts are missing or damaged, or it does not fit.

@@ -9,16 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 
-from qwen_jax.engine.programs import Programs
-from qwen_jax.engine.steps import Shapes
+from qwen_jax.engine.programs import CompiledPrograms
+from qwen_jax.engine.steps import EngineShapes
 from qwen_jax.model import ForwardOptions, abstract_params
 from qwen_jax.model.presets import PRESETS
 from qwen_jax.parallel import MeshConfig, make_mesh
 
-SHAPES = Shapes(
-    rows=8, table=16, page_size=128, pages=144, prompts=4, prefill_tokens=(512,),
-    past_pages=(0, 16), decode_rows=(8,), burst=16,
-)  # fmt: skip
+SHAPES = EngineShapes(
+    max_rows=8,
+    max_pages_per_request=16,
+    page_size=128,
+    num_pages=144,
+    max_prompts=4,
+    prefill_tokens=(512,),
+    cached_pages=(0, 16),
+    decode_rows=(8,),
+    max_decode_steps=16,
+)
 
 
 def compile_one(devices, model, key, kv_dtype, tensor):
@@ -29,7 +36,7 @@ def compile_one(devices, model, key, kv_dtype, tensor):
         abstract_params(config, mesh),
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        run = Programs(
+        run = CompiledPrograms(
             params, config, ForwardOptions(), SHAPES, vocab_size=151_851, kv_dtype=kv_dtype
         )
         compiled = run.lower(key, auto=key[0] == "decode").compile()
@@ -51,7 +58,7 @@ def main(topology: str) -> None:
         compile_one(devices, "qwen-7b", ("decode", 8), jnp.bfloat16, 1),
         compile_one(devices, "qwen-7b", ("decode", 8), jnp.uint8, 4),
         compile_one(devices, "qwen-7b", ("prefill", 512, 16), jnp.bfloat16, 1),
-        compile_one(devices, "qwen-7b", ("put_pages",), jnp.bfloat16, 1),
+        compile_one(devices, "qwen-7b", ("copy_pages_in",), jnp.bfloat16, 1),
     ]
     print(json.dumps(results))
 

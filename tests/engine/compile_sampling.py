@@ -1,6 +1,6 @@
-"""Compiles sampling for a TPU topology named on the command line; prints what it takes as JSON.
+"""Compiles sampling for a TPU topology named on the command line; prints its costs as JSON.
 
-Bursts only when the name is followed by `burst`, else single steps of 8 and 64 rows as well.
+The loop only when the name is followed by `loop`, else single steps of 8 and 64 rows as well.
 """
 
 import json
@@ -17,7 +17,7 @@ from qwen_jax.engine.sampling import (
     count_tokens,
     init_counts,
     sample_rows,
-    sampling_rows,
+    stack_sampling_params,
 )
 from qwen_jax.parallel import MeshConfig, make_mesh, named_sharding
 
@@ -25,13 +25,13 @@ VOCAB = 151_936
 
 
 def step(logits, rows: SamplingRows, positions, seen, vocab: int = VOCAB):
-    """One draw, counted."""
+    """Samples one token per row and counts it."""
     drawn = sample_rows(logits, rows, positions, seen, vocab)
     return drawn, count_tokens(seen, drawn.tokens, drawn.tokens != 0)
 
 
-def burst(logits, rows, positions, seen, vocab: int = VOCAB):
-    """Eight draws without going back to the host, the tokens summed."""
+def sampling_loop(logits, rows, positions, seen, vocab: int = VOCAB):
+    """Samples eight tokens per row in a loop on the device and returns their sum."""
 
     def one(state):
         i, total, positions, seen = state
@@ -48,7 +48,7 @@ def compile_one(pod, tensor: int, count: int, run) -> dict:
     def shape(x, *axes):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=named_sharding(mesh, *axes))
 
-    rows = jax.tree.map(shape, sampling_rows([None] * count))
+    rows = jax.tree.map(shape, stack_sampling_params([None] * count))
     logits = shape(jax.ShapeDtypeStruct((count, VOCAB), jnp.float32), None, "vocab")
     positions = shape(jax.ShapeDtypeStruct((count,), jnp.int32))
     seen = jax.eval_shape(lambda: init_counts(count, VOCAB))
@@ -78,7 +78,7 @@ def main(name: str, which: str = "all") -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
     pod = topology.describe(name)
-    cases = [(1, 8, burst), (4, 8, burst)]
+    cases = [(1, 8, sampling_loop), (4, 8, sampling_loop)]
     cases += [(1, 8, step), (1, 64, step)] if which == "all" else []
     print(json.dumps([compile_one(pod, *case) for case in cases]))
 

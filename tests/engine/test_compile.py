@@ -1,4 +1,4 @@
-"""The engine's programs compiled for TPUs on this host: the cache stays where it is."""
+"""The engine's programs, compiled for TPUs on this host, update the cache in place."""
 
 import pytest
 

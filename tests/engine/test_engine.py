@@ -1,6 +1,6 @@
-"""Host side of the engine: whatever comes and goes, each request gets what it would get alone.
+"""Host side of the engine: any schedule gives each request the output it would get alone.
 
-The device is the double of `tests.engine.double`, so hundreds of schedules take seconds;
+The device is the double of `tests.engine.fake_device`, so hundreds of schedules take seconds;
 `test_engine_model.py` runs the real programs.
 """
 
@@ -15,14 +15,20 @@ from hypothesis import strategies as st
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.options import EngineOptions
 from qwen_jax.engine.request import Request, SamplingParams
-from qwen_jax.engine.scheduler import prefill_slots
+from qwen_jax.engine.scheduler import choose_prefill_size
 from qwen_jax.errors import UserError
 from qwen_jax.model import ntk_alphas
 from qwen_jax.parallel import MeshConfig, make_mesh
-from tests.engine.double import CONFIG, VOCAB, DoubleEngine, alone
+from tests.engine.fake_device import CONFIG, VOCAB, FakeDeviceEngine, alone
 
 SMALL = EngineOptions(
-    rows=3, max_length=40, page_size=4, pages=24, prefill_tokens=16, burst=4, seed=3
+    max_running_requests=3,
+    max_length=40,
+    page_size=4,
+    pages=24,
+    prefill_tokens=16,
+    decode_steps_per_call=4,
+    seed=3,
 )
 
 
@@ -37,7 +43,7 @@ def expected(asked, engine):
 
 
 class Answers:
-    """Collects outputs and checks what must be true of each."""
+    """Collects outputs and asserts what holds for each."""
 
     def __init__(self, engine):
         self.engine, self.tokens, self.finish, self.cached = engine, {}, {}, {}
@@ -73,7 +79,7 @@ class Answers:
 
 
 def prompts():
-    """Prompts with common beginnings, so that pages are shared."""
+    """Returns prompts with common prefixes, so that pages are shared."""
     stem = st.sampled_from([(), (1, 2, 3, 4) * 2, (1, 2, 3, 4) * 4, (7,) * 13])
     rest = st.lists(st.integers(0, 5), min_size=0, max_size=14)
     return st.builds(lambda a, b: (*a, *b), stem, rest).filter(lambda p: 0 < len(p) < 40)
@@ -99,12 +105,12 @@ def requests():
 def options():
     return st.builds(
         EngineOptions,
-        rows=st.integers(1, 6),
+        max_running_requests=st.integers(1, 6),
         max_length=st.just(40),
         page_size=st.sampled_from([4, 8]),
         pages=st.integers(10, 22),
         prefill_tokens=st.sampled_from([8, 16, 64]),
-        burst=st.integers(1, 6),
+        decode_steps_per_call=st.integers(1, 6),
         prefix_cache=st.booleans(),
     )
 
@@ -118,9 +124,9 @@ EVENTS = st.lists(
 
 @hypothesis.settings(max_examples=500, deadline=None, derandomize=True)
 @hypothesis.given(options(), EVENTS, st.booleans())
-def test_any_schedule_gives_each_request_what_it_gets_alone(sizes, events, one_past):
-    engine = DoubleEngine(sizes)
-    engine._scheduler._one_past = engine.programs.one_past = one_past
+def test_any_schedule_gives_each_request_the_output_it_gets_alone(sizes, events, one_past):
+    engine = FakeDeviceEngine(sizes)
+    engine._scheduler._single_cached_prefix = engine.programs.one_past = one_past
     answers, asked, cancelled = Answers(engine), {}, set()
     for event in events:
         if event == "step":
@@ -152,8 +158,8 @@ def test_any_schedule_gives_each_request_what_it_gets_alone(sizes, events, one_p
 
 
 @hypothesis.given(st.integers(1, 5000))
-def test_a_prefill_call_is_at_least_half_full_or_the_smallest(wanted):
-    slots = prefill_slots((128, 512, 2048), wanted)
+def test_prefill_call_is_at_least_half_full_or_of_the_smallest_size(wanted):
+    slots = choose_prefill_size((128, 512, 2048), wanted)
     if slots > 128:
         assert 2 * wanted >= slots
     if wanted <= 2048 and slots < wanted:
@@ -161,10 +167,10 @@ def test_a_prefill_call_is_at_least_half_full_or_the_smallest(wanted):
         assert 2 * wanted < larger, "cut although the next size would be half full"
 
 
-def test_a_stream_never_waits_for_more_than_one_chunk_of_anothers_prompt():
-    """While long prompts come in one after the other, a running stream gets a token every step."""
-    sizes = dataclasses.replace(SMALL, rows=4, pages=40)
-    engine = DoubleEngine(sizes)
+def test_stream_is_delayed_by_at_most_one_prefill_chunk():
+    """While long prompts arrive one after the other, a running stream gets a token every step."""
+    sizes = dataclasses.replace(SMALL, max_running_requests=4, pages=40)
+    engine = FakeDeviceEngine(sizes)
     answers = Answers(engine)
     engine.add(request("stream", [1, 2], stream=True, max_tokens=30))
     answers.step()
@@ -179,8 +185,8 @@ def test_a_stream_never_waits_for_more_than_one_chunk_of_anothers_prompt():
     assert max(prefills) <= sizes.prefill_tokens and len(prefills) >= 8
 
 
-def test_bursts_only_while_nobody_reads_along_or_waits():
-    engine = DoubleEngine(dataclasses.replace(SMALL, rows=1))
+def test_several_decode_steps_per_call_only_without_streams_and_queue():
+    engine = FakeDeviceEngine(dataclasses.replace(SMALL, max_running_requests=1))
     answers = Answers(engine)
     engine.add(request("a", [1], max_tokens=12))
     answers.step()
@@ -195,8 +201,10 @@ def test_bursts_only_while_nobody_reads_along_or_waits():
     assert engine.programs.calls[-1] == ("decode", 1, 2), "no more steps than tokens are left"
 
 
-def test_equal_prompts_that_come_together_are_computed_once():
-    engine = DoubleEngine(dataclasses.replace(SMALL, rows=4, prefill_tokens=64, pages=40))
+def test_equal_prompts_submitted_together_are_computed_once():
+    engine = FakeDeviceEngine(
+        dataclasses.replace(SMALL, max_running_requests=4, prefill_tokens=64, pages=40)
+    )
     answers = Answers(engine)
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9]
     for i in range(4):
@@ -208,8 +216,8 @@ def test_equal_prompts_that_come_together_are_computed_once():
     assert engine.stats().cached_tokens == 24 and engine.stats().prompt_tokens == 36
 
 
-def test_the_next_turn_of_a_chat_finds_the_answer_too_but_never_the_whole_prompt():
-    engine = DoubleEngine(SMALL)
+def test_next_chat_turn_reuses_prompt_and_answer_but_computes_the_last_token():
+    engine = FakeDeviceEngine(SMALL)
     answers = Answers(engine)
     first = request("1", [1, 2, 3, 4, 5], max_tokens=8)
     engine.add(first)
@@ -223,8 +231,8 @@ def test_the_next_turn_of_a_chat_finds_the_answer_too_but_never_the_whole_prompt
     assert answers.cached["3"] == 8, "the last token must be computed"
 
 
-def test_prompts_with_other_factors_of_ntk_share_nothing():
-    engine = DoubleEngine(SMALL)
+def test_prompts_with_different_ntk_factors_share_no_pages():
+    engine = FakeDeviceEngine(SMALL)
     answers = Answers(engine)
     engine.add(request("short", range(16)))
     answers.run()
@@ -236,8 +244,8 @@ def test_prompts_with_other_factors_of_ntk_share_nothing():
     assert answers.cached["long again"] == 16
 
 
-def test_without_the_prefix_cache_nothing_is_kept():
-    engine = DoubleEngine(dataclasses.replace(SMALL, prefix_cache=False))
+def test_without_prefix_cache_no_pages_are_kept():
+    engine = FakeDeviceEngine(dataclasses.replace(SMALL, prefix_cache=False))
     answers = Answers(engine)
     for name in "ab":
         engine.add(request(name, range(13)))
@@ -245,9 +253,9 @@ def test_without_the_prefix_cache_nothing_is_kept():
     assert answers.cached == {"a": 0, "b": 0} and engine.stats().cached_pages == 0
 
 
-def test_nobody_starves_under_a_stream_of_newcomers():
-    """A long request among short ones that never stop coming, where only some fit together."""
-    engine = DoubleEngine(dataclasses.replace(SMALL, pages=10, rows=3))
+def test_oldest_request_finishes_under_a_stream_of_new_requests():
+    """One long request among a continuous stream of short ones, only some of which fit together."""
+    engine = FakeDeviceEngine(dataclasses.replace(SMALL, pages=10, max_running_requests=3))
     answers = Answers(engine)
     engine.add(request("0", range(10), max_tokens=30))
     for i in range(1, 200):
@@ -268,8 +276,8 @@ def test_nobody_starves_under_a_stream_of_newcomers():
     )
 
 
-def test_preemption_takes_the_youngest_and_brings_it_back_in_order():
-    engine = DoubleEngine(dataclasses.replace(SMALL, pages=10, prefix_cache=False))
+def test_youngest_request_is_preempted_and_resumes_in_arrival_order():
+    engine = FakeDeviceEngine(dataclasses.replace(SMALL, pages=10, prefix_cache=False))
     answers = Answers(engine)
     asked = [request(str(i), [i] * 5, max_tokens=22, temperature=1.0, seed=i) for i in range(3)]
     for one in asked:
@@ -283,16 +291,16 @@ def test_preemption_takes_the_youngest_and_brings_it_back_in_order():
         assert answers.tokens[one.id] == expected(one, engine)[0]
 
 
-def test_an_answer_ends_at_the_longest_sequence():
-    engine = DoubleEngine(SMALL)
+def test_output_ends_at_max_length():
+    engine = FakeDeviceEngine(SMALL)
     answers = Answers(engine)
     engine.add(request("x", [1] * 37, max_tokens=500))
     answers.run()
     assert len(answers.tokens["x"]) == 3 and answers.finish["x"] == "length"
 
 
-def test_cancelling_frees_everything_and_the_name():
-    engine = DoubleEngine(SMALL)
+def test_cancelling_frees_row_pages_and_id():
+    engine = FakeDeviceEngine(SMALL)
     engine.add(request("x", range(30), max_tokens=10))
     engine.step()
     engine.cancel("x")
@@ -304,9 +312,9 @@ def test_cancelling_frees_everything_and_the_name():
     assert answers.tokens["x"] == expected(request("x", [4, 5], max_tokens=4), engine)[0]
 
 
-def test_seeds_that_the_engine_picks_differ_and_come_from_its_own():
+def test_engine_assigned_seeds_differ_and_follow_the_engine_seed():
     def tokens(seed):
-        engine = DoubleEngine(dataclasses.replace(SMALL, seed=seed))
+        engine = FakeDeviceEngine(dataclasses.replace(SMALL, seed=seed))
         for name in "ab":
             engine.add(request(name, [1, 2], temperature=1.0))
         return Answers(engine).run().tokens
@@ -328,28 +336,28 @@ def test_seeds_that_the_engine_picks_differ_and_come_from_its_own():
         (request("taken", [1]), "Request 'taken' is running already"),
     ],
 )
-def test_what_can_never_run_is_refused_at_once(bad, message):
-    engine = DoubleEngine(SMALL)
+def test_requests_that_can_never_run_are_refused(bad, message):
+    engine = FakeDeviceEngine(SMALL)
     engine.add(request("taken", [1]))
     with pytest.raises(UserError, match=message):
         engine.add(bad)
     assert engine.stats().waiting == 1
 
 
-def test_a_mesh_may_divide_heads_only():
+def test_mesh_with_other_axes_than_tensor_is_refused():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), jax.devices()[:4])
     with jax.set_mesh(mesh), pytest.raises(UserError, match="only `tensor` may be above 1"):
-        DoubleEngine(SMALL)
+        FakeDeviceEngine(SMALL)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
     with jax.set_mesh(mesh), pytest.raises(UserError, match="2 devices can't share 1 kv heads"):
-        DoubleEngine(SMALL)
+        FakeDeviceEngine(SMALL)
     with pytest.raises(UserError, match="vocab_size is 51; the model has 50 rows"):
         Engine(None, CONFIG, vocab_size=51)
 
 
-def test_pages_found_idle_are_not_room_for_others_too():
-    """Ten pages: four idle ones that the newcomer will use, five held, one free; it lacks four."""
-    engine = DoubleEngine(dataclasses.replace(SMALL, pages=10))
+def test_idle_pages_that_a_request_reuses_are_not_counted_as_available():
+    """Of ten pages four are idle and reused by the new request, which needs four more than that."""
+    engine = FakeDeviceEngine(dataclasses.replace(SMALL, pages=10))
     answers = Answers(engine)
     engine.add(request("before", range(17), max_tokens=1))
     answers.run()

@@ -1,4 +1,4 @@
-"""The engine with the real programs: references, `transformers`, and schedules of all kinds."""
+"""The engine with real programs: parity with references and invariance under schedules."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ import torch
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from qwen_jax.engine.batch import pack_prefill, page_table, row_of
+from qwen_jax.engine.batch import pack_prefill, page_table, resumed_row
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.options import EngineOptions
-from qwen_jax.engine.programs import Programs
+from qwen_jax.engine.programs import CompiledPrograms
 from qwen_jax.engine.request import Request, SamplingParams
-from qwen_jax.engine.scheduler import Chunk, Running
+from qwen_jax.engine.scheduler import PrefillChunk, RequestState
 from qwen_jax.interop import load_params, read_config
 from qwen_jax.model import ForwardOptions, abstract_params, ntk_alphas
 from qwen_jax.parallel import MeshConfig, make_mesh
@@ -35,14 +35,14 @@ def _highest():
 
 @pytest.fixture
 def compiled_quickly():
-    """What XLA leaves undone takes longer to run, which for a few tokens doesn't matter."""
+    """Disables most XLA optimisations: compiles faster, and few tokens are computed."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
 def step(engine, answers):
-    """One step; answers are {id: [tokens, finish, cached tokens]}."""
+    """Runs one step and adds its outputs to answers, {id: [tokens, finish, cached tokens]}."""
     for out in engine.step():
         entry = answers.setdefault(out.request_id, [[], None, 0])
         entry[0] += out.tokens.tolist()
@@ -51,7 +51,7 @@ def step(engine, answers):
 
 
 def finish(engine, answers=None):
-    """Runs an engine to its end."""
+    """Runs an engine until it has no requests and returns the answers."""
     answers = {} if answers is None else answers
     while engine.busy:
         step(engine, answers)
@@ -66,16 +66,18 @@ def greedy(name, prompt, n, **more):
 
 @pytest.fixture(scope="module")
 def released(qwen1_small):
-    """The engine over the checkpoint whose answers the released code gave."""
+    """An engine over the checkpoint for which the released code's outputs are stored."""
     config = read_config(qwen1_small)
     weights = load_params(qwen1_small, config, abstract_params(config))
-    sizes = EngineOptions(rows=3, page_size=8, pages=50, max_length=128, prefill_tokens=16)
+    sizes = EngineOptions(
+        max_running_requests=3, page_size=8, pages=50, max_length=128, prefill_tokens=16
+    )
     return Engine(weights, config, FLOAT32, sizes)
 
 
 @pytest.mark.slow
-def test_the_released_codes_greedy_answers_side_by_side(qwen1_small, released):
-    """Prompts below, near and past the trained length, each with its own factor, in one batch."""
+def test_batched_greedy_output_equals_the_released_code(qwen1_small, released):
+    """Prompts below, near and past the trained length, with different NTK factors, in one batch."""
     with np.load(qwen1_small / "greedy.npz") as stored:
         lengths = (80, 6, 40)
         cases = {n: (stored[f"prompt_{n}"], stored[f"greedy_{n}"].tolist()) for n in lengths}
@@ -89,7 +91,7 @@ def test_the_released_codes_greedy_answers_side_by_side(qwen1_small, released):
 
 
 @pytest.mark.slow
-def test_decoding_across_the_boundaries_keeps_the_prompts_factor(qwen1_small, released):
+def test_decoding_past_trained_length_keeps_the_prompts_ntk_factor(qwen1_small, released):
     """Given tokens one at a time, past the trained length and past its double."""
     config, shapes, programs = released._config, released.shapes, released._programs
     asked = SamplingParams(temperature=0.0, seed=0, logprobs=5, logprobs_of="raw")
@@ -100,16 +102,16 @@ def test_decoding_across_the_boundaries_keeps_the_prompts_factor(qwen1_small, re
             alpha = ntk_alphas(length, config)
             assert alpha == [stored[f"alpha_{name}"]]
             request = Request("x", tuple(map(int, ids[:length])), asked)
-            running = Running(request, alpha, b"", budget=len(ids), row=0)
+            running = RequestState(request, alpha, b"", token_budget=len(ids), row=0)
             running.pages = list(range(16))
             state = programs.init_state()
             for at in range(0, length, 16):
-                chunk = Chunk(running, at, min(16, length - at))
+                chunk = PrefillChunk(running, at, min(16, length - at))
                 state, drawn = programs.prefill(state, pack_prefill([chunk], 16, shapes))
             got = [(drawn.top_ids[0, :5], drawn.top_logprobs[0, :5])]
             for at in range(length, len(ids)):
-                running.answer.append(int(ids[at]))
-                state = programs.start_row(state, 0, row_of(running))
+                running.output_tokens.append(int(ids[at]))
+                state = programs.start_row(state, 0, resumed_row(running))
                 state, drawn = programs.decode(state, page_table([running], 1, shapes), 1)
                 got.append((drawn.top_ids[0, 0, :5], drawn.top_logprobs[0, 0, :5]))
             for expected, (top_ids, top) in zip(log_probs[length - 1 :], got, strict=True):
@@ -136,13 +138,15 @@ SIZE = {
     ],
     ids=["qwen2", "qwen3"],
 )  # fmt: skip
-def test_greedy_ids_are_those_of_transformers(config, tmp_path, compiled_quickly):
+def test_greedy_ids_equal_transformers(config, tmp_path, compiled_quickly):
     torch.manual_seed(1)
     theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     theirs.save_pretrained(tmp_path)
     ours = read_config(tmp_path)
     weights = load_params(tmp_path, ours, abstract_params(ours))
-    sizes = EngineOptions(rows=3, page_size=32, pages=5, max_length=64, prefill_tokens=32)
+    sizes = EngineOptions(
+        max_running_requests=3, page_size=32, pages=5, max_length=64, prefill_tokens=32
+    )
     engine = Engine(weights, ours, FLOAT32, sizes)
     rng = np.random.default_rng(4)
     prompts = [rng.integers(0, 160, n).astype(int) for n in (3, 8, 21, 40, 12, 33)]
@@ -163,7 +167,13 @@ def test_greedy_ids_are_those_of_transformers(config, tmp_path, compiled_quickly
 # Schedules
 
 TIGHT = EngineOptions(
-    rows=3, page_size=4, pages=14, max_length=40, prefill_tokens=8, burst=4, seed=1
+    max_running_requests=3,
+    page_size=4,
+    pages=14,
+    max_length=40,
+    prefill_tokens=8,
+    decode_steps_per_call=4,
+    seed=1,
 )
 V1 = MODELS["v1: NTK, LogN"]
 
@@ -181,11 +191,11 @@ class Shared(Engine):
 @functools.cache
 def programs_of(config, shapes, kv_dtype):
     how = {"vocab_size": config.vocab_size, "kv_dtype": kv_dtype}
-    return Programs(params(config), config, FLOAT32, shapes, **how)
+    return CompiledPrograms(params(config), config, FLOAT32, shapes, **how)
 
 
 def asked():
-    """Requests of all kinds; several begin with the same pages."""
+    """Returns requests of all kinds; several share their first pages."""
     rng = np.random.default_rng(5)
     stem = rng.integers(0, 300, 12).tolist()
     kinds = [
@@ -210,7 +220,7 @@ def asked():
 
 @functools.cache
 def answers_alone(config, sizes):
-    """Each request by itself, with nothing kept between them and one step a call."""
+    """Runs each request alone, without prefix cache and with one decode step per call."""
     engine = Shared(dataclasses.replace(sizes, prefix_cache=False), config)
     answers = {}
     for one in asked():
@@ -220,7 +230,11 @@ def answers_alone(config, sizes):
 
 
 def drive(engine, events):
-    """Requests by number, steps (None) and cancellations (negative); {id: answer}, cancelled."""
+    """Plays events: submissions (number), steps (None), cancellations (negative).
+
+    Returns:
+      ({id: answer}, cancelled ids).
+    """
     requests, answers, cancelled = asked(), {}, set()
     for event in events:
         if event is None:
@@ -255,12 +269,12 @@ EVENT = st.one_of(
 @pytest.mark.slow
 @hypothesis.settings(max_examples=30, deadline=None, derandomize=True)
 @hypothesis.given(st.lists(EVENT, min_size=3, max_size=24))
-def test_any_schedule_gives_each_request_what_it_gets_alone(events):
+def test_any_schedule_gives_each_request_the_output_it_gets_alone(events):
     check(Shared(), events, answers_alone(V1, TIGHT))
 
 
 @pytest.mark.slow
-def test_preempted_requests_go_on_exactly_and_nothing_compiles_after_warm_up():
+def test_preempted_requests_resume_exactly_and_nothing_compiles_after_warm_up():
     alone = dict(answers_alone(V1, TIGHT))
     rng = np.random.default_rng(1)
     # Ten pages each in the end, and there are fourteen.
@@ -292,14 +306,14 @@ def test_preempted_requests_go_on_exactly_and_nothing_compiles_after_warm_up():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, kv_dtype", [("2: windows", "auto"), ("v1: NTK, LogN", "uint8")])
-def test_windows_and_an_8_bit_cache_change_nothing_of_this(compiled_quickly, name, kv_dtype):
-    """With windows only one prompt of a call may have a past; the others wait."""
+def test_any_schedule_with_windows_and_with_an_8_bit_cache(compiled_quickly, name, kv_dtype):
+    """With windows, only one prompt of a prefill call may have cached pages; the others wait."""
     config, sizes = MODELS[name], dataclasses.replace(TIGHT, kv_dtype=kv_dtype)
     check(Shared(sizes, config), [*range(12)], answers_alone(config, sizes))
 
 
 @pytest.mark.slow
-def test_tensor_parallel_gives_the_same_ids_on_any_thread(compiled_quickly):
+def test_tensor_parallel_engine_gives_the_same_ids_on_any_thread(compiled_quickly):
     alone = answers_alone(V1, TIGHT)
     mesh = make_mesh(MeshConfig(data=1, fsdp=1, tensor=2), jax.devices()[:2])
     shardings = jax.tree.map(lambda x: x.sharding, abstract_params(V1, mesh))

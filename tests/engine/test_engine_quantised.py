@@ -1,4 +1,4 @@
-"""The generation engine over quantised weights: the tokens that the whole forward pass chooses."""
+"""The engine over quantised weights gives the tokens that the forward pass chooses."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ OPTIONS = ForwardOptions(dtype="float32")
 
 
 @pytest.mark.slow
-def test_answers_are_those_of_the_forward_pass():
+def test_output_of_quantised_weights_equals_the_forward_pass():
     """Groups in the layers and an int8 head."""
     fmt = Format(4, 16, head=True)
     dense = jax.jit(lambda key: init_params(CONFIG, key))(jax.random.key(0))
@@ -34,7 +34,9 @@ def test_answers_are_those_of_the_forward_pass():
             for t in range(len(prompt), len(prompt) + 8):
                 ids[0, t] = int(jnp.argmax(run(params, ids)[t - 1]))
             expected[str(name)] = ids[0, len(prompt) : len(prompt) + 8].tolist()
-        sizes = EngineOptions(rows=2, page_size=8, pages=20, max_length=64, prefill_tokens=16)
+        sizes = EngineOptions(
+            max_running_requests=2, page_size=8, pages=20, max_length=64, prefill_tokens=16
+        )
         engine = Engine(params, CONFIG, OPTIONS, sizes)
         for name, prompt in enumerate(prompts):
             asked = SamplingParams(max_tokens=8, temperature=0.0)

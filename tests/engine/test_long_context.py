@@ -26,13 +26,15 @@ def check(prompt, tokens, logprobs):
 
 
 @pytest.mark.slow
-def test_prompts_on_either_side_of_every_border():
+def test_prompts_on_either_side_of_every_window_and_ntk_boundary():
     """Prefill in pieces, decoding past the borders, and pages shared only where factors are equal.
 
     All prompts begin alike, but only those of 40 and 33 tokens have the same factors, and those of
     32 and 17.
     """
-    sizes = EngineOptions(rows=2, page_size=8, pages=40, max_length=64, prefill_tokens=16)
+    sizes = EngineOptions(
+        max_running_requests=2, page_size=8, pages=40, max_length=64, prefill_tokens=16
+    )
     with jax.default_matmul_precision("highest"):
         engine = Engine(params(CONFIG), CONFIG, FLOAT32, sizes)
         answers = {}

@@ -1,4 +1,4 @@
-"""Pages: never lost, never handed out twice, found again exactly as far as two sequences agree."""
+"""The page pool loses no page, allocates none twice, and shares exactly common prefixes."""
 
 import hypothesis
 import numpy as np
@@ -19,7 +19,7 @@ def keys_of(tokens, alpha=1.0):
 
 
 class Pages(RuleBasedStateMachine):
-    """Sequences that come, share, and go, over 12 pages; a model remembers what each page holds."""
+    """Sequences begin, share and end over 12 pages; a model records the contents of each page."""
 
     def __init__(self):
         super().__init__()
@@ -30,20 +30,22 @@ class Pages(RuleBasedStateMachine):
     @rule(tokens=st.lists(st.integers(0, 1), min_size=2, max_size=10))
     def begin(self, tokens):
         keys = keys_of(tokens)
-        found = self.pool.find(keys)
+        found = self.pool.find_prefix(keys)
         for i, page in enumerate(found):
-            assert self.holds[page] == tokens[: (i + 1) * SIZE], "a page of somebody else's tokens"
+            assert self.holds[page] == tokens[: (i + 1) * SIZE], (
+                "a page with other tokens was found"
+            )
         need = -(-len(tokens) // SIZE) - len(found)
-        if need > self.pool.available - self.pool.idle(found):
+        if need > self.pool.num_available - self.pool.count_idle(found):
             return
-        self.pool.hold(found)
-        pages = [*found, *self.pool.take(need)]
+        self.pool.add_references(found)
+        pages = [*found, *self.pool.allocate(need)]
         held = [page for _, others in self.sequences for page in others]
-        assert not set(pages[len(found) :]) & set(held), "a page was handed out twice"
+        assert not set(pages[len(found) :]) & set(held), "a page was allocated twice"
         for i in range(len(found), len(pages)):
             self.holds[pages[i]] = tokens[: (i + 1) * SIZE]
         for page, key in zip(pages[len(found) :], keys[len(found) :], strict=False):
-            self.pool.name(page, key)
+            self.pool.publish(page, key)
         self.sequences.append((tokens, pages))
 
     @rule(which=st.integers(0, 20))
@@ -56,7 +58,7 @@ class Pages(RuleBasedStateMachine):
     def agrees(self):
         self.pool.check(pages for _, pages in self.sequences)
         held = {page for _, pages in self.sequences for page in pages}
-        assert self.pool.available == 12 - len(held)
+        assert self.pool.num_available == 12 - len(held)
 
 
 Pages.TestCase.settings = hypothesis.settings(
@@ -65,29 +67,29 @@ Pages.TestCase.settings = hypothesis.settings(
 TestPages = Pages.TestCase
 
 
-def test_names_depend_on_everything_before_and_on_the_factors():
+def test_page_keys_depend_on_all_earlier_tokens_and_on_ntk_factors():
     assert keys_of([1, 2, 3, 4]) == keys_of([1, 2, 3, 4, 5])
     assert keys_of([1, 2, 3, 4])[1] != keys_of([1, 1, 3, 4])[1]
     assert not set(keys_of([1, 2, 3, 4])) & set(keys_of([1, 2, 3, 4], alpha=3.0))
     assert root_key(np.array([1, 3])) != root_key(np.array([3, 1]))
 
 
-def test_the_longest_unused_goes_first_and_ends_before_beginnings():
+def test_least_recently_used_pages_are_evicted_first_and_ends_before_beginnings():
     pool = PagePool(4)
     old, new = keys_of([1, 1, 2, 2]), keys_of([3, 3, 4, 4])
     for keys in (old, new):
-        pages = pool.take(2)
+        pages = pool.allocate(2)
         for page, key in zip(pages, keys, strict=True):
-            pool.name(page, key)
+            pool.publish(page, key)
         pool.release(pages)
-    pool.take(1)
-    assert (len(pool.find(old)), len(pool.find(new))) == (1, 2)
-    pool.hold(pool.find(old))
-    pool.take(1)
-    assert (len(pool.find(old)), len(pool.find(new))) == (1, 1)
-    assert pool.available == 1 and pool.cached == 2
+    pool.allocate(1)
+    assert (len(pool.find_prefix(old)), len(pool.find_prefix(new))) == (1, 2)
+    pool.add_references(pool.find_prefix(old))
+    pool.allocate(1)
+    assert (len(pool.find_prefix(old)), len(pool.find_prefix(new))) == (1, 1)
+    assert pool.num_available == 1 and pool.num_cached == 2
 
 
-def test_more_than_there_is_is_a_bug_of_the_caller():
-    with pytest.raises(AssertionError, match="3 pages asked for, 2 available"):
-        PagePool(2).take(3)
+def test_allocating_more_than_available_raises_assertion_error():
+    with pytest.raises(AssertionError, match="3 pages wanted, 2 available"):
+        PagePool(2).allocate(3)

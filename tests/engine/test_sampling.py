@@ -1,4 +1,4 @@
-"""Sampling on device: the released processors' distributions, fair draws, rows alone."""
+"""Sampling on device: distributions of transformers' processors, fair samples, independent rows."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from qwen_jax.engine.sampling import (
     log_probabilities,
     put_row,
     sample_rows,
-    sampling_rows,
+    stack_sampling_params,
 )
 from qwen_jax.parallel import MeshConfig, make_mesh, named_sharding
 
@@ -42,7 +42,7 @@ def normal(seed: int, rows: int, vocab: int = PADDED, scale: float = 3.0) -> np.
 
 
 def theirs(logits: np.ndarray, p: SamplingParams, ids: list[int]) -> np.ndarray:
-    """float64 [V], log-probabilities by the processors of transformers, penalties aside."""
+    """Returns log-probabilities by the processors of transformers, float64 [V]."""
     steps = [transformers.RepetitionPenaltyLogitsProcessor(p.repetition_penalty)]
     if p.temperature:
         steps += [transformers.TemperatureLogitsWarper(p.temperature)] if p.temperature != 1 else []
@@ -57,13 +57,15 @@ def theirs(logits: np.ndarray, p: SamplingParams, ids: list[int]) -> np.ndarray:
 
 def ours(logits: np.ndarray, p: list[SamplingParams], ids: list[list[int]]) -> np.ndarray:
     seen = np.stack([count_row(row, [], logits.shape[1]) for row in ids])
-    out = np.asarray(distribution(logits, sampling_rows(p), TokenCounts(seen), vocab_size=V))
+    out = np.asarray(
+        distribution(logits, stack_sampling_params(p), TokenCounts(seen), vocab_size=V)
+    )
     assert (out[:, V:] == -np.inf).all()
     return out[:, :V]
 
 
 def same(found: np.ndarray, logits: np.ndarray, p: SamplingParams, ids: list[int]) -> None:
-    """Probabilities as theirs. One token may differ where the sum without it is top_p, to 1e-5."""
+    """Asserts equal probabilities; one token may differ if the sum without it is top_p to 1e-5."""
     wanted = theirs(logits, p, ids)
     kept, theirs_kept = found > -np.inf, wanted > -np.inf
     both = kept & theirs_kept
@@ -101,7 +103,7 @@ COMBINATIONS = [
 
 @hypothesis.settings(max_examples=25, deadline=None)
 @hypothesis.given(seed=st.integers(0, 2**32), scale=st.sampled_from([0.01, 1.0, 4.0, 30.0]))
-def test_distribution_is_that_of_transformers(seed, scale):
+def test_distribution_equals_transformers(seed, scale):
     logits = normal(seed, len(COMBINATIONS), scale=scale)
     ids = np.random.default_rng(seed).integers(0, V, (len(COMBINATIONS), 20)).tolist()
     found = ours(logits, COMBINATIONS, ids)
@@ -121,15 +123,15 @@ def test_distribution_is_that_of_transformers(seed, scale):
         repetition_penalty=st.floats(0.5, 2, width=32),
     ),
 )
-def test_any_numbers_together(seed, p):
+def test_random_parameter_combinations_equal_transformers(seed, p):
     logits = normal(seed, 1)
     ids = np.random.default_rng(seed).integers(0, V, (1, 30)).tolist()
     same(ours(logits, [p], ids)[0], logits[0], p, ids[0])
 
 
 @pytest.mark.parametrize("levels", [1, 2, 7])
-def test_ties_with_the_last_one_stay(levels):
-    """Logits of few values: top-k as transformers; top-p keeps equals that they cut by order."""
+def test_ties_with_the_last_kept_token_are_kept(levels):
+    """Logits with few values: top-k as transformers; top-p keeps equals that they cut by order."""
     rng = np.random.default_rng(levels)
     logits = rng.integers(-levels // 2, levels, (8, PADDED)).astype(np.float32)
     for p in (params(top_k=1), params(top_k=40), params(top_p=0.5), params(top_p=0.01, top_k=3)):
@@ -140,18 +142,20 @@ def test_ties_with_the_last_one_stay(levels):
             np.testing.assert_array_equal(found[i], logits[i, :V] >= lowest)
 
 
-def test_logits_of_minus_infinity_are_never_kept():
+def test_tokens_with_logit_minus_infinity_are_never_kept():
     logits = normal(0, 3)
     logits[:, 5:] = -np.inf
     found = ours(logits, [params(top_k=20), params(top_p=0.99), params()], [[0]] * 3)
     assert ((found > -np.inf).sum(axis=1) <= 5).all()
     np.testing.assert_array_equal(found[[0, 2], 5:], -np.inf)
-    drawn = sample(logits, sampling_rows([params(top_k=20)] * 3), np.arange(3), None, vocab_size=V)
+    drawn = sample(
+        logits, stack_sampling_params([params(top_k=20)] * 3), np.arange(3), None, vocab_size=V
+    )
     assert (np.asarray(drawn.tokens) < 5).all()
 
 
-def test_presence_and_frequency_penalties():
-    """Closed form, after the repetition penalty; the prompt counts for that one alone."""
+def test_presence_and_frequency_penalties_have_the_closed_form():
+    """After the repetition penalty, the only one for which the prompt counts."""
     logits = normal(1, 2)
     prompt, answer = [3, 4, 4, 250], [4, 9, 9, 9, 299]
     p = [params(repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.25), params()]
@@ -160,7 +164,7 @@ def test_presence_and_frequency_penalties():
     seen = put_row(seen, jnp.int32(1), count_row(range(V), range(V), PADDED))
     for token in answer[2:]:  # one by one, as they are drawn; the second row stands still
         seen = count_tokens(seen, jnp.array([token, 7]), jnp.array([True, False]))
-    found = np.asarray(distribution(logits, sampling_rows(p), seen, vocab_size=V))[:, :V]
+    found = np.asarray(distribution(logits, stack_sampling_params(p), seen, vocab_size=V))[:, :V]
 
     x = logits[:, :V].astype(np.float64)
     for token in {*prompt, *answer}:
@@ -170,7 +174,7 @@ def test_presence_and_frequency_penalties():
     np.testing.assert_allclose(found, scipy.special.log_softmax(x, axis=1), atol=1e-5)
 
 
-def test_counts_in_one_go_and_one_by_one():
+def test_counting_a_row_at_once_equals_counting_token_by_token():
     rng = np.random.default_rng(0)
     prompt, answer = rng.integers(0, V, 50), rng.integers(0, V, 400)
     step = jax.jit(count_tokens)
@@ -182,7 +186,7 @@ def test_counts_in_one_go_and_one_by_one():
     assert not np.asarray(seen.counts[:2]).any()
 
 
-def test_counts_stop_at_the_most_they_hold():
+def test_counts_saturate():
     row = count_row([5], [5] * 40_000, PADDED)
     assert row[5] == 2 * 16_000 + 1
     seen = TokenCounts(jnp.asarray(row)[None])
@@ -192,8 +196,8 @@ def test_counts_stop_at_the_most_they_hold():
 
 
 def draws(logits: np.ndarray, p: SamplingParams, count: int) -> np.ndarray:
-    """int [count, 64], tokens of so many seeds at 64 consecutive positions."""
-    rows = sampling_rows([dataclasses.replace(p, seed=1000 + i) for i in range(count)])
+    """Returns tokens of `count` seeds at 64 consecutive positions, int [count, 64]."""
+    rows = stack_sampling_params([dataclasses.replace(p, seed=1000 + i) for i in range(count)])
     one = np.broadcast_to(logits, (count, logits.size))
     run = jax.jit(
         lambda x, rows: jax.lax.map(
@@ -206,8 +210,8 @@ def draws(logits: np.ndarray, p: SamplingParams, count: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "p", [params(), params(temperature=0.8, top_k=30), params(temperature=2.0, top_p=0.9)]
 )
-def test_draws_follow_the_distribution(p):
-    """χ² of 65,536 draws, tokens expected less than 10 times put together."""
+def test_samples_follow_the_distribution(p):
+    """χ² of 65,536 samples, tokens expected less than 10 times pooled."""
     logits = normal(3, 1, scale=2.0)
     expected = np.exp(ours(logits, [p], [[0]])[0].astype(np.float64))
     tokens = draws(logits, p, 1024)
@@ -220,7 +224,7 @@ def test_draws_follow_the_distribution(p):
     assert scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
 
 
-def test_draws_of_neighbouring_positions_and_seeds_are_independent():
+def test_samples_of_neighbouring_positions_and_seeds_are_independent():
     logits = np.full((1, PADDED), -np.inf, np.float32)
     logits[0, [2, 130, 131, 290]] = [0.0, 0.5, 1.0, 0.2]  # in three blocks
     tokens = np.searchsorted([2, 130, 131, 290], draws(logits, params(), 1024))
@@ -230,7 +234,7 @@ def test_draws_of_neighbouring_positions_and_seeds_are_independent():
         assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
 
 
-def test_a_row_depends_on_its_own_numbers_alone():
+def test_a_row_depends_only_on_its_own_arguments():
     """Other rows, their number and order, and other parameters change nothing."""
     rng = np.random.default_rng(0)
     count = len(COMBINATIONS)
@@ -240,7 +244,7 @@ def test_a_row_depends_on_its_own_numbers_alone():
     counts = np.stack([count_row(rng.integers(0, V, 9), [1, 1], PADDED) for _ in range(count)])
 
     def run(order):
-        rows = sampling_rows([ps[i] for i in order])
+        rows = stack_sampling_params([ps[i] for i in order])
         seen = TokenCounts(counts[order])
         return sample(logits[order], rows, positions[order], seen, vocab_size=V)
 
@@ -255,12 +259,12 @@ def test_a_row_depends_on_its_own_numbers_alone():
         np.testing.assert_array_equal(part.top_ids[asked, :4], whole.top_ids[order][asked, :4])
 
 
-def test_seed_and_position_decide_the_draw():
+def test_seed_and_position_determine_the_sample():
     logits = np.zeros((4, PADDED), np.float32)
     p = [params(seed=s) for s in (5, 5, 6, 5 + 2**40)]
     at = np.array([9, 9, 9, 9])
-    first = np.asarray(sample(logits, sampling_rows(p), at, None, vocab_size=V).tokens)
-    later = np.asarray(sample(logits, sampling_rows(p), at + 1, None, vocab_size=V).tokens)
+    first = np.asarray(sample(logits, stack_sampling_params(p), at, None, vocab_size=V).tokens)
+    later = np.asarray(sample(logits, stack_sampling_params(p), at + 1, None, vocab_size=V).tokens)
     assert first[0] == first[1] and len(set(first.tolist())) == 3
     assert (first != later).all()
 
@@ -272,12 +276,12 @@ def test_greedy_takes_the_lowest_id_of_equals():
     logits[2, V:] = logits.max() + 9  # padding
     greedy, drawn = params(temperature=0.0), params(top_k=1)
     for p in ([greedy] * 4, [greedy] * 3 + [drawn]):
-        out = sample(logits, sampling_rows(p), np.zeros(4, np.int32), None, vocab_size=V)
+        out = sample(logits, stack_sampling_params(p), np.zeros(4, np.int32), None, vocab_size=V)
         assert np.asarray(out.tokens)[:3].tolist() == [7, 3, 7]
 
 
 @pytest.mark.parametrize("of", ["sampled", "raw"])
-def test_logprobs_in_float64(of):
+def test_logprobs_equal_float64(of):
     logits = normal(8, 4)
     logits[3, [11, 12]] = logits[3].max() + 1
     base = functools.partial(params, logprobs=20, logprobs_of=of)
@@ -289,7 +293,7 @@ def test_logprobs_in_float64(of):
     ]
     ids = [[1, 2, 3]] * 4
     seen = TokenCounts(np.stack([count_row(row, [], PADDED) for row in ids]))
-    out = sample(logits, sampling_rows(p), np.arange(4), seen, vocab_size=V)
+    out = sample(logits, stack_sampling_params(p), np.arange(4), seen, vocab_size=V)
     raw = scipy.special.log_softmax(logits.astype(np.float64), axis=1)
     for i in range(4):
         wanted = theirs(logits[i], p[i], ids[i])
@@ -303,16 +307,16 @@ def test_logprobs_in_float64(of):
         np.testing.assert_array_equal(np.asarray(out.top_ids[i])[some], best[some])
 
 
-def test_nothing_is_reported_when_nobody_asks():
-    p = sampling_rows([params(top_p=0.9)] * 2 + [None])
+def test_logprobs_are_zero_when_no_row_requests_them():
+    p = stack_sampling_params([params(top_p=0.9)] * 2 + [None])
     out = sample(normal(0, 3), p, np.zeros(3, np.int32), None, vocab_size=V)
     reported = (out.logprob, out.raw_logprob, out.top_ids, out.top_logprobs)
     assert not any(np.asarray(x).any() for x in reported)
 
 
 @pytest.mark.parametrize("sizes", [{"tensor": 8, "fsdp": 1}, {"tensor": 4, "data": 2}, {"fsdp": 8}])
-def test_divided_vocabulary_draws_the_same(sizes):
-    """2,048 logits: whole blocks on each device, so that the draw is the same to the token."""
+def test_vocabulary_divided_over_devices_gives_the_same_samples(sizes):
+    """2,048 logits: full blocks on each device, so that samples are identical."""
     vocab, count = 2048, 8
     mesh = make_mesh(MeshConfig(**{"fsdp": 1} | sizes))
     rng = np.random.default_rng(0)
@@ -324,13 +328,13 @@ def test_divided_vocabulary_draws_the_same(sizes):
 
     def run(logits, rows, seen):
         drawn = sample_rows(logits, rows, jnp.arange(count, dtype=jnp.int32), seen, 2000)
-        greedy = sample_rows(logits, sampling_rows([None] * count), rows.top_k, None, 2000)
+        greedy = sample_rows(logits, stack_sampling_params([None] * count), rows.top_k, None, 2000)
         kept = log_probabilities(logits, rows, seen, 2000)
         tokens = jnp.where(drawn.tokens < 1000, drawn.tokens, 1999)
         seen = count_tokens(put_row(seen, jnp.int32(5), counts[0]), tokens, tokens % 2 == 0)
         return drawn, greedy, kept, seen
 
-    rows = sampling_rows(ps)
+    rows = stack_sampling_params(ps)
     alone = jax.jit(run)(logits, rows, TokenCounts(counts))
     with jax.set_mesh(mesh):
         here = named_sharding(mesh, "batch", "vocab")
@@ -345,13 +349,13 @@ def test_divided_vocabulary_draws_the_same(sizes):
         np.testing.assert_allclose(many, one, rtol=0 if exact else 2e-5, atol=0 if exact else 2e-5)
 
 
-def test_the_released_vocabulary():
-    """151,936 logits of which 151,851 may be drawn: kept sets by sorting in float64, and ranks."""
+def test_released_vocabulary_equals_sorting_in_float64():
+    """151,936 logits of which 151,851 may be sampled: kept sets by sorting, and ranks."""
     vocab, real = 151_936, 151_851
     logits = normal(6, 4, vocab)
     ps = [params(top_k=1000), params(top_p=0.8), params(temperature=0.5, top_k=64, top_p=0.95)]
     ps += [params(temperature=0.0, logprobs=20)]
-    found = np.asarray(distribution(logits, sampling_rows(ps), None, vocab_size=real))
+    found = np.asarray(distribution(logits, stack_sampling_params(ps), None, vocab_size=real))
     for i, p in enumerate(ps[:3]):
         x = np.sort(logits[i, :real].astype(np.float64) / p.temperature)[::-1]
         x = x[: p.top_k] if p.top_k else x
@@ -359,7 +363,7 @@ def test_the_released_vocabulary():
         kept = len(x) if p.top_p == 1 else int(np.searchsorted(mass, p.top_p)) + 1
         assert abs((found[i] > -np.inf).sum() - kept) <= (1e-5 * kept if p.top_p < 1 else 0)
         np.testing.assert_allclose(np.exp(found[i].astype(np.float64)).sum(), 1, atol=1e-5)
-    out = sample(logits, sampling_rows(ps), np.zeros(4, np.int32), None, vocab_size=real)
+    out = sample(logits, stack_sampling_params(ps), np.zeros(4, np.int32), None, vocab_size=real)
     assert (found[np.arange(4), np.asarray(out.tokens)] > -np.inf).all()
     best = np.argsort(-logits[3, :real], kind="stable")[:MAX_LOGPROBS]
     np.testing.assert_array_equal(out.top_ids[3], best)

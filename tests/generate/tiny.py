@@ -22,7 +22,7 @@ CHAT = {
 }  # fmt: skip
 
 # Small enough to compile in a few seconds.
-ENGINE = {"rows": 2, "max_length": 512, "page_size": 64, "prefill_tokens": 64}
+ENGINE = {"max_running_requests": 2, "max_length": 512, "page_size": 64, "prefill_tokens": 64}
 
 
 @functools.cache

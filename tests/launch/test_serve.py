@@ -14,7 +14,13 @@ import pytest
 from tests import programs
 from tests.generate import tiny
 
-SIZES = ["--rows=2", "--max_length=128", "--page_size=16", "--prefill_tokens=64", "--cpu_devices=1"]
+SIZES = [
+    "--max_running_requests=2",
+    "--max_length=128",
+    "--page_size=16",
+    "--prefill_tokens=64",
+    "--cpu_devices=1",
+]
 
 
 @pytest.fixture(scope="module")

@@ -139,7 +139,7 @@ def test_a_coarse_cache_shows_and_not_much(dtype):
         assert 1e-4 < np.linalg.norm(got - exact) / np.linalg.norm(exact) < 0.15
 
 
-def test_tensor_parallel_is_one_device():
+def test_tensor_parallel_steps_equal_one_device():
     config = MODELS["2.5: grouped, tied, YaRN"]
     ids, weights = texts(config), params(config)
     expected = one_by_one(Paged(config, weights), ids)

@@ -1,9 +1,9 @@
-"""A stand-in for the device: a "model" whose every token depends on all it should have read.
+"""A simulated device: a "model" whose every token depends on all cache slots it should have read.
 
-It keeps the contract of `generate.programs.Programs` in numpy. What a page holds of a token is a
-number made of the token, its position and its prompt's factors; the next token is a hash of these
-numbers in order, read through the pages the host names. A wrong or stale page, a wrong table, a
-lost or doubled token, a row not stopped: each changes an answer.
+It keeps the contract of `engine.programs.CompiledPrograms` in numpy. What a page holds of a token
+is a number made of the token, its position and its prompt's factors; the next token is a hash of
+these numbers in order, read through the pages the host names. A wrong or stale page, a wrong table,
+a lost or doubled token, a row not stopped: each changes an answer.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import functools
 import numpy as np
 
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.sampling import Drawn, count_row
-from qwen_jax.engine.steps import Rows, empty_rows
+from qwen_jax.engine.sampling import Samples, count_row
+from qwen_jax.engine.steps import DecodeRows, empty_rows
 from qwen_jax.model import ForwardOptions, ModelConfig
 
 VOCAB = 50
@@ -25,12 +25,12 @@ _MOD = (1 << 61) - 1
 
 
 def written(token, position, alpha) -> int:
-    """What the cache holds of a token."""
+    """Returns the number that the simulated cache stores for a token."""
     return (int(token) * 7919 + int(position) * 104729 + int(alpha * 8) * 1299709 + 1) % _MOD
 
 
 def next_token(held, params, counts, vocab=VOCAB) -> int:
-    """The token after everything `held`; counts are those of the penalties, None without."""
+    """Returns the token that follows the stored numbers `held`; counts are for penalties."""
     state = int(params.seed) if params.temperature else 0
     for value in held:
         state = (state * 6364136223846793005 + int(value)) % _MOD
@@ -40,7 +40,7 @@ def next_token(held, params, counts, vocab=VOCAB) -> int:
 
 
 def alone(prompt, params, alpha, max_length):
-    """(answer, finish) of a request that has the device to itself, without pages or rows."""
+    """Returns (output, finish) of a request that runs alone, computed without pages or rows."""
     held = [written(t, i, alpha) for i, t in enumerate(prompt)]
     answer = []
     while True:
@@ -54,8 +54,8 @@ def alone(prompt, params, alpha, max_length):
         held.append(written(token, len(held), alpha))
 
 
-class OnItsWay(np.ndarray):
-    """A result on the device."""
+class PendingArray(np.ndarray):
+    """An array that records whether its copy to the host was started."""
 
     fetched = False
 
@@ -66,7 +66,7 @@ class OnItsWay(np.ndarray):
 @dataclasses.dataclass
 class State:
     memory: np.ndarray  # [pages, page]
-    rows: Rows
+    rows: DecodeRows
     counts: np.ndarray  # [S,V]
     given: bool = False  # donated: must not be used again
 
@@ -74,7 +74,7 @@ class State:
 def _donates(call):
     @functools.wraps(call)
     def run(self, state, *args):
-        assert not state.given, f"{call.__name__} got a state that was given away"
+        assert not state.given, f"{call.__name__} got a state that was donated before"
         state.given = True
         new = State(state.memory, state.rows, state.counts)
         # What the host hands over is its own again at once: keep no reference.
@@ -83,19 +83,19 @@ def _donates(call):
     return run
 
 
-class Programs:
-    """See the docstring of the file."""
+class CompiledPrograms:
+    """Simulates `engine.programs.CompiledPrograms` in numpy; see the module docstring."""
 
     def __init__(self, shapes):
         self.shapes = shapes
-        self.one_past = False  # as for a model with windows
+        self.single_cached_prefix = False  # as for a model with windows
         self.calls = []
 
     def init_state(self):
         shapes = self.shapes
-        memory = np.full((shapes.pages, shapes.page_size), -1, np.int64)
-        rows = empty_rows(shapes.rows, 1)
-        return State(memory, rows, np.zeros((shapes.rows, VOCAB), np.int16))
+        memory = np.full((shapes.num_pages, shapes.page_size), -1, np.int64)
+        rows = empty_rows(shapes.max_rows, 1)
+        return State(memory, rows, np.zeros((shapes.max_rows, VOCAB), np.int16))
 
     def warm_up(self, progress=None):
         pass
@@ -105,28 +105,28 @@ class Programs:
         chosen = tokens.astype(np.float32) / 64
         top = np.repeat(tokens[..., None], 20, -1)
         fields = (tokens, -chosen, -2 * chosen, top, -(top / 64).astype(np.float32))
-        return Drawn(*(x.view(OnItsWay) for x in fields))
+        return Samples(*(x.view(PendingArray) for x in fields))
 
     def _draw(self, held, sampling, i, counts):
         params = _Params(sampling, i)
-        assert all(value >= 0 for value in held), "a slot was read that nobody wrote"
+        assert all(value >= 0 for value in held), "a slot was read before it was written"
         return next_token(held, params, counts if params.penalised else None)
 
     @_donates
     def prefill(self, state, batch):
         shapes, size = self.shapes, self.shapes.page_size
         assert len(batch.tokens) in shapes.prefill_tokens
-        assert len(batch.past_pages) in shapes.past_pages
-        assert len(batch.last) == shapes.prompts
+        assert len(batch.cached_pages) in shapes.cached_pages
+        assert len(batch.last_index) == shapes.max_prompts
         self.calls.append(("prefill", len(batch.tokens), int((batch.segments > 0).sum())))
         used = batch.segments[batch.segments > 0]
-        assert (np.diff(used) >= 0).all() and (np.diff(batch.past_segments) >= 0).all()
-        if self.one_past and batch.past_segments.any():
-            assert set(batch.past_segments) <= {0, 1} and used[0] == 1
+        assert (np.diff(used) >= 0).all() and (np.diff(batch.cached_segments) >= 0).all()
+        if self.single_cached_prefix and batch.cached_segments.any():
+            assert set(batch.cached_segments) <= {0, 1} and used[0] == 1
         old = state.memory.copy()
         for page, at in zip(batch.new_pages, range(0, len(batch.tokens), size), strict=True):
             here = slice(at, at + size)
-            if page == shapes.pages:
+            if page == shapes.num_pages:
                 assert not batch.segments[here].any()
                 continue
             segment = batch.segments[at]
@@ -135,33 +135,33 @@ class Programs:
                 inside = batch.segments[i] > 0
                 what = written(batch.tokens[i], batch.positions[i], batch.alpha[segment - 1, 0])
                 state.memory[page, i - at] = what if inside else -1
-        drawn = np.zeros(shapes.prompts, np.int32)
-        for q in range(shapes.prompts):
+        drawn = np.zeros(shapes.max_prompts, np.int32)
+        for q in range(shapes.max_prompts):
             mine = np.flatnonzero(batch.segments == q + 1)
             if not len(mine):
-                assert batch.slot[q] == shapes.rows
+                assert batch.row[q] == shapes.max_rows
                 continue
-            past = batch.past_pages[batch.past_segments == q + 1]
+            past = batch.cached_pages[batch.cached_segments == q + 1]
             start = batch.positions[mine[0]]
-            assert mine[0] % size == 0 and start == len(past) * size, "off a border of pages"
-            assert mine[-1] == batch.last[q] and start + len(mine) == batch.length[q]
+            assert mine[0] % size == 0 and start == len(past) * size, "not at a page boundary"
+            assert mine[-1] == batch.last_index[q] and start + len(mine) == batch.length[q]
             alpha = batch.alpha[q, 0]
             # What this very call writes may not be another prompt's past.
             held = [*old[past].ravel(), *(
                 written(batch.tokens[i], batch.positions[i], alpha) for i in mine
             )]  # fmt: skip
-            if batch.slot[q] < shapes.rows:
+            if batch.row[q] < shapes.max_rows:
                 drawn[q] = self._start(state, batch, q, held)
         return state, self._drawn(drawn)
 
     def _start(self, state, batch, q, held):
-        slot, rows = batch.slot[q], state.rows
+        slot, rows = batch.row[q], state.rows
         assert not rows.alive[slot], "the row is in use"
         token = self._draw(held, batch.sampling, q, state.counts[slot])
         state.counts[slot, token] += 2
         rows.token[slot], rows.length[slot] = token, batch.length[q]
-        rows.budget[slot] = batch.budget[q] - 1
-        rows.alive[slot] = batch.budget[q] > 1 and token not in batch.stop_ids[q]
+        rows.token_budget[slot] = batch.token_budget[q] - 1
+        rows.alive[slot] = batch.token_budget[q] > 1 and token not in batch.stop_ids[q]
         rows.alpha[slot], rows.stop_ids[slot] = batch.alpha[q], batch.stop_ids[q]
         _copy_sampling(rows.sampling, slot, batch.sampling, q)
         return token
@@ -169,11 +169,14 @@ class Programs:
     @_donates
     def decode(self, state, page_table, steps):
         shapes, rows = self.shapes, state.rows
-        assert page_table.shape[0] in shapes.decode_rows and page_table.shape[1] == shapes.table
-        assert 1 <= steps <= shapes.burst
+        assert (
+            page_table.shape[0] in shapes.decode_rows
+            and page_table.shape[1] == shapes.max_pages_per_request
+        )
+        assert 1 <= steps <= shapes.max_decode_steps
         self.calls.append(("decode", len(page_table), int(steps)))
         assert not rows.alive[len(page_table) :].any(), "a live row is outside the call"
-        out = np.full((shapes.burst, len(page_table)), -1, np.int32)
+        out = np.full((shapes.max_decode_steps, len(page_table)), -1, np.int32)
         for step in range(steps):
             for r in np.flatnonzero(rows.alive):
                 out[step, r] = self._one(state, r, page_table[r])
@@ -188,13 +191,13 @@ class Programs:
         token = self._draw(held, rows.sampling, r, state.counts[r])
         state.counts[r, token] += 2
         rows.token[r], rows.length[r] = token, length + 1
-        rows.budget[r] -= 1
-        rows.alive[r] = rows.budget[r] > 0 and token not in rows.stop_ids[r]
+        rows.token_budget[r] -= 1
+        rows.alive[r] = rows.token_budget[r] > 0 and token not in rows.stop_ids[r]
         return token
 
     @_donates
-    def stop(self, state, ended):
-        assert ended.shape == (self.shapes.rows,)
+    def stop_rows(self, state, ended):
+        assert ended.shape == (self.shapes.max_rows,)
         state.rows.alive[ended] = False
         return state
 
@@ -207,24 +210,24 @@ class Programs:
     def start_row(self, state, slot, row):
         rows = state.rows
         assert not rows.alive[slot], "the row is in use"
-        for name in ("token", "length", "budget", "alive", "alpha", "stop_ids"):
+        for name in ("token", "length", "token_budget", "alive", "alpha", "stop_ids"):
             getattr(rows, name)[slot] = getattr(row, name)[0]
         _copy_sampling(rows.sampling, slot, row.sampling, 0)
         return state
 
-    def take_pages(self, state, ids):
-        assert not state.given and ids.shape == (self.shapes.swap,)
-        return state.memory[np.minimum(ids, self.shapes.pages - 1)].copy()
+    def copy_pages_out(self, state, ids):
+        assert not state.given and ids.shape == (self.shapes.swap_pages,)
+        return state.memory[np.minimum(ids, self.shapes.num_pages - 1)].copy()
 
     @_donates
-    def put_pages(self, state, ids, pages):
-        real = ids < self.shapes.pages
+    def copy_pages_in(self, state, ids, pages):
+        real = ids < self.shapes.num_pages
         state.memory[ids[real]] = pages[real]
         return state
 
 
 class _Params:
-    """One row of `SamplingRows`, as `SamplingParams` would say it."""
+    """The sampling parameters of one row of `SamplingRows`."""
 
     def __init__(self, rows, i):
         self.temperature = rows.temperature[i]
@@ -238,24 +241,26 @@ def _copy_sampling(into, row, source, i):
         getattr(into, field.name)[row] = getattr(source, field.name)[i]
 
 
-class DoubleEngine(Engine):
-    """The engine with the double in place of the device."""
+class FakeDeviceEngine(Engine):
+    """An engine over the simulated device."""
 
     def __init__(self, options, config=CONFIG):
         super().__init__(None, config, ForwardOptions("float32"), options)
 
     def _make_programs(self, params, options, vocab_size, kv_dtype):
-        return Programs(self.shapes)
+        return CompiledPrograms(self.shapes)
 
     @property
     def programs(self):
         return self._programs
 
     def check(self):
-        """What must hold between any two steps."""
+        """Asserts the invariants that hold between any two steps."""
         scheduler = self._scheduler
-        scheduler.pool.check(scheduler.holders())
-        waiting = [r.order for r in scheduler.waiting]
-        running = [r.order for r in scheduler.running()]
+        scheduler.pool.check(scheduler.page_lists())
+        waiting = [r.arrival for r in scheduler.waiting]
+        running = [r.arrival for r in scheduler.running()]
         assert waiting == sorted(waiting)
-        assert not (waiting and running) or running[-1] < waiting[0], "somebody was overtaken"
+        assert not (waiting and running) or running[-1] < waiting[0], (
+            "a request was overtaken by a younger one"
+        )
