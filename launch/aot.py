@@ -176,4 +176,4 @@ def main() -> int:
 if __name__ == "__main__":
     # First of all: looking for other devices, jax's CUDA plugin would ask for CUDA's libraries too.
     jax.config.update("jax_platforms", "cpu")
-    program.run(main)
+    program.run(main, recipe=PretrainJob)

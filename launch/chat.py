@@ -207,5 +207,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program.keep_compiled()
-    program.run(main)
+    program.run(main, cache_by_default=True)

@@ -348,4 +348,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, recipe=PretrainJob)

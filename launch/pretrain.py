@@ -58,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, recipe=PretrainJob)

@@ -177,5 +177,4 @@ def serve(limits: ServerLimits) -> int:
 
 
 if __name__ == "__main__":
-    program.keep_compiled()
-    program.run(main)
+    program.run(main, cache_by_default=True)

@@ -164,4 +164,4 @@ def _program_flags() -> tuple[str, ...]:
 
 
 if __name__ == "__main__":
-    program.run(main, commands=(*TEMPLATES, "cost"), devices=False)
+    program.run(main, recipe=PretrainJob, commands=(*TEMPLATES, "cost"), devices=False)

@@ -24,7 +24,13 @@ def run_load(server, requests, expected, **sizes):
 def test_the_real_engine_passes_the_load_test(tmp_path):
     """300 requests from 24 clients, some cancelled, some invalid; nothing leaks."""
     folder = serve_load.make_model(tmp_path / "tiny")
-    sizes = {"max_running_requests": 4, "max_length": 512, "page_size": 32, "prefill_tokens": 32, "pages": 48}
+    sizes = {
+        "max_running_requests": 4,
+        "max_length": 512,
+        "page_size": 32,
+        "prefill_tokens": 32,
+        "pages": 48,
+    }
     with load(folder, warm_up=False, max_waiting=20, **sizes) as qwen:
         model = served_model(qwen, "tiny", created=1)
         with serve_service(qwen.service, model, ServerLimits()) as server:
