@@ -30,7 +30,7 @@ from absl import app, flags
 from benchmarks import cycle_profile
 from benchmarks.report import emit
 from qwen_jax.kernels.quantised import GroupWeight, group_matmul
-from qwen_jax.model.quantised import Format, quantise_leaf, quantised_product
+from qwen_jax.model.quantised import QuantFormat, quantise_leaf, quantised_einsum
 
 _ROWS = flags.DEFINE_list("rows", ["1", "8", "64"], "Rows of x.")
 _INPUTS = flags.DEFINE_integer("inputs", 4096, "Inputs of the matrix.")
@@ -62,7 +62,11 @@ def measure(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, Any
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     w = jax.random.normal(jax.random.key(0), (inputs, outputs), jnp.float32)
     x = jax.random.normal(jax.random.key(1), (rows, inputs), dtype)
-    formats = {"int8": Format(8, None), "int4": Format(4, None), "int4-g128": Format(4, 128)}
+    formats = {
+        "int8": QuantFormat(8, None),
+        "int4": QuantFormat(4, None),
+        "int4-g128": QuantFormat(4, 128),
+    }
     weights = {"dense": w.astype(dtype)}
     weights |= {name: quantise_leaf(w, fmt, 1) for name, fmt in formats.items()}
 
@@ -70,7 +74,7 @@ def measure(rows: int, inputs: int, outputs: int, repeats: int) -> dict[str, Any
     def run(x, weight):
         if isinstance(weight, jax.Array):
             return x @ weight
-        return quantised_product("MK,KO->MO", x, weight, (inputs, outputs), ("embed", "ffn"))
+        return quantised_einsum("MK,KO->MO", x, weight, (inputs, outputs), ("embed", "ffn"))
 
     times: dict[str, list[float]] = {name: [] for name in weights}
     for turn in range(repeats + 1):

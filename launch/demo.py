@@ -33,7 +33,7 @@ from qwen_jax.corpus import JsonLines, Manifest, PackConfig
 from qwen_jax.corpus.prepare import pack_source, stdlib_sources, write_source
 from qwen_jax.data import data_fingerprint, epochs_at
 from qwen_jax.errors import UserError
-from qwen_jax.evaluate.baselines import SEES, Baselines, compute_baselines
+from qwen_jax.evaluate.baselines import CONTEXT_OF, Baselines, compute_baselines
 from qwen_jax.generate.dense_sampler import sample
 from qwen_jax.model import abstract_params, count_params
 from qwen_jax.progress import format_count, format_duration
@@ -258,7 +258,7 @@ def make_report(
         f"bits but no bytes), given at most {job.data.seq_len} tokens of the same document; "
         "trained on part of the training text"
     }
-    for field, (baseline, note) in SEES.items():
+    for field, (baseline, note) in CONTEXT_OF.items():
         scores[baseline] = {name: getattr(found, field) for name, found in others.items()}
         notes[baseline] = note
     metrics = read_metrics(demo.workdir / "metrics.jsonl")

@@ -1,14 +1,14 @@
-"""Perplexity beyond the trained length, in the form of the report's Table 3.
+"""Measures perplexity beyond the trained length, as in the report's Table 3.
 
     python -m launch.perplexity --checkpoint=runs/demo --out=runs/demo/perplexity \
         --corpus=runs/demo/data/code/heldout,runs/demo/data/prose/heldout \
         --lengths=128,256,512,1024,2048,4096 --layers_per_window=1
 
-`--checkpoint` is a Hugging Face folder, a folder of native checkpoints, or a working folder that
-has one (of launch.demo or launch.pretrain). `--corpus` is a list of text files, JSON lines and
-held-out folders of launch.prepare; documents of more than the longest length are used, cut into
-windows that do not overlap. Prints the table, and writes OUT/perplexity.json and
-OUT/perplexity.png. Can be killed and started again: finished cells are kept in OUT/cells.
+`--checkpoint` is a Hugging Face folder, a folder of native checkpoints, or a working folder of
+launch.demo or launch.pretrain. `--corpus` is a list of text files, JSON lines and held-out folders
+of launch.prepare; documents of more than the longest length are cut into windows that do not
+overlap. Prints the table, and writes OUT/perplexity.json and OUT/perplexity.png. Finished cells are
+kept in OUT/cells: rerunning the same command resumes an interrupted run.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from launch import program
 from qwen_jax.artifact import write_text
 from qwen_jax.corpus.texts import read_texts
 from qwen_jax.errors import UserError
-from qwen_jax.evaluate.long_context import MODES, Plan, measure
-from qwen_jax.evaluate.long_context_report import as_json, as_text, picture
+from qwen_jax.evaluate.long_context import MODES, TablePlan, measure
+from qwen_jax.evaluate.long_context_report import as_json, as_text, plot_png
 from qwen_jax.generate.source import Source, find_model, load_weights
 from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, batch_devices, make_mesh
@@ -41,22 +41,26 @@ STEP = flags.DEFINE_integer("step", None, "Native checkpoint to read; the newest
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Vocabulary; by default the checkpoint's.")
 CORPUS = flags.DEFINE_list("corpus", [], "Text files, .jsonl files and held-out folders.")
 OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
-LENGTHS = flags.DEFINE_list("lengths", [], "Tokens; by default 1/2 to 8 times the trained length.")
-TABLE_MODES = flags.DEFINE_list("modes", list(MODES), "none, or ntk, logn, window joined by +.")
-TRAINED = flags.DEFINE_integer("trained_length", None, "Instead of what the checkpoint says.")
-PER_WINDOW = flags.DEFINE_integer("layers_per_window", 4, "Layers until the window doubles.")
-DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and computation.")
-BATCH = flags.DEFINE_integer(
-    "batch_tokens", 0, "Tokens at a time; 0: the longest length, at least 8192."
+LENGTHS = flags.DEFINE_list(
+    "lengths", [], "Lengths in tokens; default 1/2 to 8 times the trained length."
 )
-DOCUMENTS = flags.DEFINE_integer("documents", None, "At most so many documents, the first ones.")
-FSDP = flags.DEFINE_integer("fsdp", 1, "Devices that share rows and weights; -1: all others.")
-CONTEXT = flags.DEFINE_integer("context", 1, "Devices that share a sequence.")
-TENSOR = flags.DEFINE_integer("tensor", 1, "Devices that share heads and vocabulary.")
+TABLE_MODES = flags.DEFINE_list("modes", list(MODES), "none, or ntk, logn, window joined by +.")
+TRAINED = flags.DEFINE_integer("trained_length", None, "Trained length; default the checkpoint's.")
+PER_WINDOW = flags.DEFINE_integer("layers_per_window", 4, "Layers after which the window doubles.")
+DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Dtype of weights and computation.")
+BATCH = flags.DEFINE_integer(
+    "batch_tokens", 0, "Tokens per batch; 0: the longest length, at least 8192."
+)
+DOCUMENTS = flags.DEFINE_integer(
+    "documents", None, "Maximum number of documents, first ones first."
+)
+FSDP = flags.DEFINE_integer("fsdp", 1, "Size of the fsdp mesh axis; -1: all remaining devices.")
+CONTEXT = flags.DEFINE_integer("context", 1, "Size of the context mesh axis (sequence).")
+TENSOR = flags.DEFINE_integer("tensor", 1, "Size of the tensor mesh axis (heads, FFN, vocabulary).")
 
 
-def weights_of(source: Source) -> dict[str, Any]:
-    """What tells these weights from others, without reading them: files, sizes and times."""
+def identify_weights(source: Source) -> dict[str, Any]:
+    """Returns facts that identify the weights without reading them: file names, sizes and times."""
     if source.step is None:
         files = source.folder.glob("*.safetensors")
     else:
@@ -71,12 +75,19 @@ def weights_of(source: Source) -> dict[str, Any]:
 def long_documents(
     paths: Sequence[str], tokenizer: Tokenizer, longest: int, most: int | None
 ) -> list[list[int]]:
-    """Token ids of the first documents with more than `longest` tokens.
+    """Returns the token ids of the first documents with more than `longest` tokens.
+
+    Args:
+      paths: text files, JSON lines, held-out folders.
+      tokenizer: encodes the documents.
+      longest: documents of at most so many tokens are skipped.
+      most: maximum number of documents; None for all.
 
     Raises:
-      UserError: as `read_texts`; no documents at all.
+      UserError: as `read_texts`, or no document is long enough.
     """
-    found, seen = [], 0
+    found: list[list[int]] = []
+    seen = 0
     for path in paths:
         for document in read_texts(path):
             seen += 1
@@ -95,11 +106,11 @@ def long_documents(
     return found
 
 
-def make_plan(config: ModelConfig) -> Plan:
-    """The table that the flags ask for.
+def make_plan(config: ModelConfig) -> TablePlan:
+    """Returns the table that the flags define, for a network.
 
     Raises:
-      UserError: a flag that says nothing possible.
+      UserError: an invalid flag value.
     """
     if TRAINED.value is not None:
         config = dataclasses.replace(config, trained_length=TRAINED.value)
@@ -110,19 +121,19 @@ def make_plan(config: ModelConfig) -> Plan:
             f"--lengths={','.join(LENGTHS.value)} must be whole numbers joined by commas"
         ) from None
     trained = config.trained_length
-    return Plan(
+    return TablePlan(
         config=config,
         options=ForwardOptions(dtype=DTYPE.value),
         lengths=lengths or tuple(trained * 2**k // 2 for k in range(5)),
         modes=tuple(TABLE_MODES.value),
         layers_per_window=PER_WINDOW.value,
         batch_tokens=BATCH.value,
-        spread=CONTEXT.value,
+        context=CONTEXT.value,
     )
 
 
-def find_mesh(plan: Plan) -> jax.sharding.Mesh | None:
-    """The mesh of the flags; None for one device.
+def find_mesh(plan: TablePlan) -> jax.sharding.Mesh | None:
+    """Returns the mesh that the flags define; None for one device.
 
     Raises:
       UserError: too few devices, or sizes that do not divide the model.
@@ -145,7 +156,7 @@ def find_mesh(plan: Plan) -> jax.sharding.Mesh | None:
 
 
 def main() -> None:
-    """Reads, scores, prints, writes."""
+    """Reads the model and documents, computes the table, prints and writes it."""
     if not CORPUS.value:
         raise UserError("--corpus is missing: give text files, .jsonl files or held-out folders")
     if DOCUMENTS.value is not None and DOCUMENTS.value < 1:
@@ -157,20 +168,24 @@ def main() -> None:
     out = pathlib.Path(OUT.value)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         table = measure(
-            *(plan, lambda: load_weights(source, plan.options.dtype), documents),
-            *(source.tokenizer.token_lengths, out / "cells", weights_of(source)),
+            plan,
+            lambda: load_weights(source, plan.options.dtype),
+            documents,
+            source.tokenizer.token_lengths,
+            out / "cells",
+            identify_weights(source),
         )
     if jax.process_index():
         return
     result = {"checkpoint": CHECKPOINT.value, "corpus": CORPUS.value, **as_json(table)}
     write_text(out / "perplexity.json", json.dumps(result, indent=1) + "\n")
-    _write_bytes(out / "perplexity.png", picture(table))
+    _write_bytes(out / "perplexity.png", plot_png(table))
     print(as_text(table))
     logging.info("wrote %s and perplexity.png", out / "perplexity.json")
 
 
 def _write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Whole or not at all."""
+    """Writes a file atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)

@@ -24,11 +24,11 @@ from qwen_jax import interop
 from qwen_jax.artifact import write_text
 from qwen_jax.corpus.texts import read_texts
 from qwen_jax.errors import UserError
-from qwen_jax.evaluate.perplexity import cut
+from qwen_jax.evaluate.perplexity import split_windows
 from qwen_jax.evaluate.quantisation import as_text, compare
 from qwen_jax.interop.quantise import bits_per_weight, folder_bytes, quantise_folder
 from qwen_jax.model import abstract_params
-from qwen_jax.model.quantised import Format
+from qwen_jax.model.quantised import QuantFormat
 from qwen_jax.tokenizer import load_tokenizer
 
 
@@ -45,7 +45,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("json", None, "file that also gets the report, as JSON")
 
 
-def write(src: str, out: str, fmt: Format) -> None:
+def write(src: str, out: str, fmt: QuantFormat) -> None:
     """Quantises a folder and says what came of it."""
     quantise_folder(src, out, fmt)
     before, after = folder_bytes(src), folder_bytes(out)
@@ -66,7 +66,7 @@ def report(src: str, texts: str, tokenizer: str | None, window: int, windows: in
     config = interop.read_config(src)
     vocabulary = load_tokenizer(tokenizer or src)
     ids = [vocabulary.encode(document.text) for document in read_texts(texts)]
-    cuts = cut(ids, window)
+    cuts = split_windows(ids, window)
     # Spread over the texts, not the first ones.
     cuts = cuts[np.linspace(0, len(cuts) - 1, min(windows, len(cuts))).astype(int)]
     params = interop.load_params(src, config, abstract_params(config))
@@ -97,7 +97,7 @@ def main() -> None:
     if args.group < 1 and args.group != -1:
         raise UserError(f"--group={args.group} must be a positive number, or -1 for one scale each")
     group = None if args.group == -1 else args.group
-    write(args.src, args.out, Format(args.bits, group, args.head))
+    write(args.src, args.out, QuantFormat(args.bits, group, args.head))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What a model has to beat: bits per byte of held-out text under gzip, xz and a byte n-gram model.
+"""Baselines for language models: bits per byte under gzip, xz and a byte n-gram model.
 
 Bits per byte do not depend on a tokenizer. A model's figure counts the bits of its trained targets
-over their bytes (`n_bytes` of a batch): it pays for each document's end, which no baseline here
-predicts, and not for each document's first token, which has no context.
+over their bytes (`n_bytes` of a batch): it includes each document's end token, which no baseline
+predicts, and excludes each document's first token, which has no context.
 
-Give one mixture component at a time: where components repeat each other (the docstrings of the
-standard library are in its sources too), compressors of the joined text profit from the repetition.
+Measure one mixture component at a time: where components repeat each other (the docstrings of the
+standard library are in its sources too), compressors of the joined text benefit from the
+repetition.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from qwen_jax.corpus.documents import Document
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate.ngram import MAX_ORDER, train_ngram
 
-SEES = {
+CONTEXT_OF = {
     "gzip": ("gzip -9", "the held-out text alone, and of that the last 32 kB"),
     "xz": ("xz -9e", "the held-out text alone, all that came before"),
     "xz_primed": (
@@ -39,15 +40,23 @@ SEES = {
 
 @dataclasses.dataclass(frozen=True)
 class Baselines:
-    """Bits per byte of the same held-out text, documents joined in order for the compressors.
+    """Bits per byte of the same held-out text under each baseline.
+
+    The compressors read the documents joined in order.
 
     Attributes:
-      train_bytes, heldout_bytes: UTF-8 bytes of the texts.
-      gzip: `gzip -9`, no training text. xz: `xz -9e`, no training text.
-      xz_primed: growth of an xz -9e file of `primed_bytes` of training text when the held-out text
-        is appended.
-      ngram: byte n-gram model of order `ngram_order`, modified Kneser-Ney, trained on all of the
+      train_bytes: UTF-8 bytes of the training text.
+      heldout_bytes: UTF-8 bytes of the held-out text.
+      gzip: bits per byte of `gzip -9`, without training text.
+      xz: bits per byte of `xz -9e`, without training text.
+      xz_primed: bits per byte by which an xz -9e file of training text grows when the held-out text
+        is
+        appended.
+      primed_bytes: bytes of training text in `xz_primed`.
+      ngram: bits per byte of a byte n-gram model with modified Kneser-Ney smoothing, trained on all
+        of the
         training text.
+      ngram_order: order of that model.
     """
 
     train_bytes: int
@@ -60,7 +69,7 @@ class Baselines:
     ngram_order: int
 
     def table(self) -> str:
-        """The figures as aligned lines of text."""
+        """Returns the figures as aligned lines of text."""
         rows = {
             "gzip -9": self.gzip,
             "xz -9e": self.xz,
@@ -78,12 +87,14 @@ def compute_baselines(
     ngram_order: int = MAX_ORDER,
     prime_bytes: int = 4_000_000,
 ) -> Baselines:
-    """Computes all baselines; some ten seconds for 10 MB of training text.
+    """Computes all baselines; takes some ten seconds for 10 MB of training text.
 
     Args:
-      train, heldout: documents of the two sides of one split.
-      ngram_order: of the n-gram model, 1 to 8.
-      prime_bytes: training text given to `xz_primed`, in whole documents spread evenly.
+      train: training documents of one split.
+      heldout: held-out documents of the same split.
+      ngram_order: order of the n-gram model, 1 to 8.
+      prime_bytes: approximate bytes of training text for `xz_primed`, complete documents spread
+        evenly.
 
     Raises:
       UserError: either side has no text.
@@ -95,14 +106,14 @@ def compute_baselines(
         side = "training" if held else "held-out"
         raise UserError(f"There is no {side} text for the baselines; check the corpus and split.")
     bits_per = 8 / len(held)
-    prime = _spread(train_texts, prime_bytes)
+    prime = _sample_evenly(train_texts, prime_bytes)
     model = train_ngram(train_texts, ngram_order)
     result = Baselines(
         train_bytes=sum(map(len, train_texts)),
         heldout_bytes=len(held),
         gzip=len(gzip.compress(held, 9, mtime=0)) * bits_per,
-        xz=_xz(held) * bits_per,
-        xz_primed=(_xz(prime + held) - _xz(prime)) * bits_per,
+        xz=_xz_size(held) * bits_per,
+        xz_primed=(_xz_size(prime + held) - _xz_size(prime)) * bits_per,
         primed_bytes=len(prime),
         ngram=float(model.bits(held_texts).sum()) / len(held),
         ngram_order=ngram_order,
@@ -111,11 +122,12 @@ def compute_baselines(
     return result
 
 
-def _xz(data: bytes) -> int:
+def _xz_size(data: bytes) -> int:
+    """Returns the size of the data in bytes after xz -9e."""
     return len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
 
 
-def _spread(texts: Sequence[bytes], limit: int) -> bytes:
-    """About `limit` bytes of whole texts, every k-th, so that no part of the corpus dominates."""
+def _sample_evenly(texts: Sequence[bytes], limit: int) -> bytes:
+    """Returns about `limit` bytes of complete texts, every k-th one, so that no part dominates."""
     stride = max(1, -(-sum(map(len, texts)) // limit))
     return b"".join(texts[::stride])

@@ -1,4 +1,4 @@
-"""A table of perplexity by length as text, JSON and a picture."""
+"""Renders a table of perplexity by length as text, JSON and PNG."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from qwen_jax.evaluate.long_context import Table
+from qwen_jax.evaluate.long_context import PerplexityTable
 from qwen_jax.evaluate.perplexity import Perplexity
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -26,16 +26,16 @@ _STYLE = {
     "axes.grid": True,
     "grid.color": "#e6e9ee",
 }
-# Told apart without colour too: by their markers, and by lightness.
+# Distinguishable without colour too: by marker and lightness.
 _COLOURS = ("#b3362b", "#e0962e", "#3f9c6d", "#3b5bdb", "#7a3fa0", "#3c4654")
 _MARKERS = ("x", "s", "^", "o", "D", "v")
 
 
-def as_text(table: Table) -> str:
-    """Two Markdown tables, perplexity and bits per byte, and what was scored."""
+def as_text(table: PerplexityTable) -> str:
+    """Returns two Markdown tables, perplexity and bits per byte, and a sentence on what was scored."""
     plan = table.plan
     parts = [
-        _markdown(table, "perplexity", lambda cell: _number(cell.perplexity)),
+        _markdown(table, "perplexity", lambda cell: _format(cell.perplexity)),
         _markdown(table, "bits per byte", lambda cell: f"{cell.bits_per_byte(table.n_bytes):.3f}"),
         f"{table.tokens:,} tokens ({table.n_bytes:,} bytes) of {table.documents:,} documents of "
         f"more than {plan.longest:,} tokens, the same in every cell: windows of each length that "
@@ -45,17 +45,25 @@ def as_text(table: Table) -> str:
     return "\n\n".join(parts)
 
 
-def _number(value: float) -> str:
+def _format(value: float) -> str:
+    """Formats a perplexity with two decimals, or two digits if it is large."""
     return f"{value:.2f}" if value < 1e5 else f"{value:.2g}"
 
 
-def _markdown(table: Table, name: str, show: Callable[[Perplexity], str]) -> str:
+def _markdown(table: PerplexityTable, name: str, show: Callable[[Perplexity], str]) -> str:
+    """Returns a Markdown table of all cells.
+
+    Args:
+      table: the results.
+      name: heading of the first column.
+      show: formats one cell.
+    """
     plan = table.plan
     rows = [[name, *(f"{length:,}" for length in plan.lengths)]]
     rows += [[m, *(show(table.cells[m, n]) for n in plan.lengths)] for m in plan.modes]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
-    def line(row) -> str:
+    def line(row: list[str]) -> str:
         cells = [row[0].ljust(widths[0])]
         cells += [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]
         return "| " + " | ".join(cells) + " |"
@@ -64,8 +72,10 @@ def _markdown(table: Table, name: str, show: Callable[[Perplexity], str]) -> str
     return "\n".join(map(line, [rows[0], rule, *rows[1:]]))
 
 
-def as_json(table: Table) -> dict[str, Any]:
-    """Everything in JSON types; `nats_by_position` is the mean loss along the window."""
+def as_json(table: PerplexityTable) -> dict[str, Any]:
+    """Returns all results as JSON values; `nats_by_position` is the mean loss by part of the
+    window.
+    """
     plan = table.plan
     return {
         "trained_length": plan.config.trained_length,
@@ -91,13 +101,13 @@ def as_json(table: Table) -> dict[str, Any]:
     }
 
 
-def picture(table: Table) -> bytes:
-    """PNG: perplexity by length on the left, and by position in the longest window on the right."""
+def plot_png(table: PerplexityTable) -> bytes:
+    """Returns a PNG of perplexity by length (left) and by position in the longest window (right)."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.6, 3.9), layout="constrained", dpi=110)
         by_length, by_position = figure.subplots(1, 2, sharey=True)
-        _by_length(by_length, table)
-        _by_position(by_position, table)
+        _plot_by_length(by_length, table)
+        _plot_by_position(by_position, table)
         low, high = by_length.get_ylim()  # both panels share it
         labelled = (1, 2, 5) if high > 10 * low else (1, 1.2, 1.5, *range(2, 10))
         by_length.yaxis.set_major_locator(LogLocator(subs=labelled, numticks=12))
@@ -113,19 +123,21 @@ def picture(table: Table) -> bytes:
     return buffer.getvalue()
 
 
-def _style(i: int) -> dict[str, Any]:
+def _line_style(i: int) -> dict[str, Any]:
+    """Returns matplotlib line properties of the i-th mode."""
     return {"color": _COLOURS[i % len(_COLOURS)], "linewidth": 1.8, "zorder": 3}
 
 
-def _by_length(axes: Axes, table: Table) -> None:
+def _plot_by_length(axes: Axes, table: PerplexityTable) -> None:
+    """Plots perplexity against window length, one line per mode."""
     plan = table.plan
     axes.set_title("Perplexity by length of the window")
     lengths = sorted(plan.lengths)
     for i, mode in enumerate(plan.modes):
         values = [table.cells[mode, n].perplexity for n in lengths]
         marker = _MARKERS[i % len(_MARKERS)]
-        axes.plot(lengths, values, label=mode, marker=marker, markersize=5, **_style(i))
-    _trained(axes, plan.config.trained_length)
+        axes.plot(lengths, values, label=mode, marker=marker, markersize=5, **_line_style(i))
+    _mark_trained_length(axes, plan.config.trained_length)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
@@ -133,7 +145,8 @@ def _by_length(axes: Axes, table: Table) -> None:
     axes.set_xlabel("tokens")
 
 
-def _by_position(axes: Axes, table: Table) -> None:
+def _plot_by_position(axes: Axes, table: PerplexityTable) -> None:
+    """Plots perplexity against the position in the longest window, one line per mode."""
     plan = table.plan
     axes.set_title(f"Along the window of {plan.longest:,}")
     for i, mode in enumerate(plan.modes):
@@ -141,14 +154,15 @@ def _by_position(axes: Axes, table: Table) -> None:
         each = plan.longest / len(cell.nll_by_position)
         middles = [(k + 0.5) * each for k in range(len(cell.nll_by_position))]
         points = [Perplexity((n,), (1,)).perplexity for n in cell.curve]
-        axes.plot(middles, points, **_style(i))
-    _trained(axes, plan.config.trained_length)
+        axes.plot(middles, points, **_line_style(i))
+    _mark_trained_length(axes, plan.config.trained_length)
     axes.set_xlim(0, plan.longest)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("position")
 
 
-def _trained(axes: Axes, length: int) -> None:
+def _mark_trained_length(axes: Axes, length: int) -> None:
+    """Draws a dashed vertical line at the trained length."""
     axes.axvline(
         length, color="#667080", linewidth=1, linestyle=(0, (4, 3)), label="trained length"
     )

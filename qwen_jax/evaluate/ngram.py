@@ -1,7 +1,8 @@
 """A byte n-gram language model with modified Kneser-Ney smoothing, in numpy.
 
-The yardstick for small language models on small corpora: it sees all of the training text, takes a
-few seconds, and its probabilities are exact, so its bits per byte compare directly with a model's.
+A strong baseline for small language models on small corpora: it uses all of the training text,
+trains
+in seconds, and its probabilities are exact, so its bits per byte compare directly with a model's.
 
 Source: S. F. Chen and J. Goodman, "An Empirical Study of Smoothing Techniques for Language
 Modeling", 1998, section 3 (interpolated form, three discounts per order, equations 15 to 17).
@@ -20,15 +21,19 @@ MAX_ORDER = 8  # An n-gram is one uint64, its last byte lowest.
 
 
 @dataclasses.dataclass(frozen=True)
-class _Order:
-    """Counts of one order n; all arrays sorted by code.
+class _OrderCounts:
+    """Counts of one order n of the model; all arrays are sorted by code.
 
     Attributes:
-      grams: uint64[G] codes of the n-grams seen. counts: int64[G], occurrences at the highest
-        order, below it the number of different bytes seen before the n-gram.
-      discounts: float64[G], what is taken off each count.
-      contexts: uint64[C] codes of their first n-1 bytes. totals: int64[C] sum of counts.
-      reserved: float64[C] sum of discounts, the mass given to the next lower order.
+      grams: uint64 [G], codes of the G observed n-grams.
+      counts: int64 [G], occurrences at the highest order; below it, the number of different bytes
+        that
+        precede the n-gram.
+      discounts: float64 [G], amount subtracted from each count.
+      contexts: uint64 [C], codes of the C different contexts (the first n − 1 bytes).
+      totals: int64 [C], sum of counts of each context.
+      reserved: float64 [C], sum of discounts of each context, the mass given to the next lower
+        order.
     """
 
     grams: np.ndarray
@@ -41,29 +46,33 @@ class _Order:
 
 @dataclasses.dataclass(frozen=True)
 class ByteNgram:
-    """p(byte | the order-1 bytes before it); a document starts after zero bytes.
+    """A trained model of p(byte | the preceding order − 1 bytes); documents start after zero bytes.
 
     Attributes:
-      orders: unigrams first, the highest order last.
+      orders: counts of each order, unigrams first.
     """
 
-    orders: tuple[_Order, ...]
+    orders: tuple[_OrderCounts, ...]
 
     def bits(self, texts: Sequence[bytes]) -> np.ndarray:
-        """float64[len(texts)]: -log2 probability of each text, its end not predicted."""
+        """Returns −log2 of each text's probability, float64 [len(texts)]; ends are not predicted."""
         codes, owner = _codes(texts)
         cost = -np.log2(self._probability(codes))
         return np.bincount(owner, weights=cost, minlength=len(texts))
 
     def probabilities(self, contexts: Sequence[bytes]) -> np.ndarray:
-        """float64[len(contexts), 256]: the distribution of the byte after each context."""
+        """Returns the distribution of the byte after each context, float64 [len(contexts), 256]."""
         last, owner = _codes([context + b"\0" for context in contexts])
         is_end = np.append(owner[1:] != owner[:-1], True)
         codes = last[is_end, None] + np.arange(256, dtype=np.uint64)
         return self._probability(codes.ravel()).reshape(len(contexts), 256)
 
     def _probability(self, codes: np.ndarray) -> np.ndarray:
-        """Interpolates upwards from the uniform distribution; unseen contexts change nothing."""
+        """Returns the probability of the last byte of each code, uint64 [n].
+
+        Interpolates upwards from the uniform distribution; an unseen context leaves the lower
+        order's value.
+        """
         p = np.full(codes.shape, 1 / 256)
         for n, order in enumerate(self.orders, start=1):
             code = codes & _mask(n)
@@ -76,9 +85,9 @@ class ByteNgram:
 
 
 def train_ngram(texts: Sequence[bytes], order: int = MAX_ORDER) -> ByteNgram:
-    """Counts a byte n-gram model of the given order (context of order-1 bytes).
+    """Trains a byte n-gram model of the given order (order − 1 bytes of context).
 
-    About a second for 10 MB, and about 60 bytes of memory per byte of text.
+    Takes about a second for 10 MB, and about 60 bytes of memory per byte of text.
 
     Raises:
       UserError: no text, or an order outside 1..8.
@@ -93,14 +102,15 @@ def train_ngram(texts: Sequence[bytes], order: int = MAX_ORDER) -> ByteNgram:
     # byte dropped), i.e. in how many different left contexts an n-gram was seen.
     for n in range(order, 0, -1):
         codes, counts = np.unique(codes & _mask(n), return_counts=True)
-        orders.append(_make_order(codes, counts))
+        orders.append(_count_order(codes, counts))
     return ByteNgram(tuple(reversed(orders)))
 
 
-def _make_order(grams: np.ndarray, counts: np.ndarray) -> _Order:
+def _count_order(grams: np.ndarray, counts: np.ndarray) -> _OrderCounts:
+    """Returns discounts and context sums for n-grams (uint64 [G], sorted) with counts int64 [G]."""
     contexts, starts = np.unique(grams >> np.uint64(8), return_index=True)
     discounts = _discounts(counts)[np.minimum(counts, 3)]
-    return _Order(
+    return _OrderCounts(
         grams=grams,
         counts=counts,
         discounts=discounts,
@@ -111,10 +121,11 @@ def _make_order(grams: np.ndarray, counts: np.ndarray) -> _Order:
 
 
 def _discounts(counts: np.ndarray) -> np.ndarray:
-    """float64[4]: discount of counts 0, 1, 2 and 3 or more (Chen & Goodman, equation 17).
+    """Returns the discounts of counts 0, 1, 2 and ≥ 3, float64 [4] (Chen & Goodman, equation 17).
 
-    Where a text is too small for the estimate, half of 1, 2 and 3. Never quite 0, so that every
-    byte keeps a probability, and never more than the count.
+    If the text is too small for the estimate, half of 1, 2 and 3. Never 0, so that every byte keeps
+    a
+    probability, and never more than the count.
     """
     n1, n2, n3, n4 = (int((counts == i).sum()) for i in (1, 2, 3, 4))
     if min(n1, n2, n3, n4) == 0:
@@ -125,17 +136,20 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
 
 
 def _mask(n: int) -> np.uint64:
+    """Returns the uint64 mask that keeps the last n bytes of a code."""
     return np.uint64(2 ** (8 * n) - 1)
 
 
 def _find(table: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(index, found) of each code in a sorted table; an absent one gets any valid index."""
+    """Returns (index, found) of each code in a sorted table; an absent code gets any valid index."""
     index = np.minimum(np.searchsorted(table, codes), len(table) - 1)
     return index, table[index] == codes
 
 
 def _codes(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """For each byte of each text: uint64 code of the 8 bytes that end with it, and its text."""
+    """Returns for each byte of each text the code of the 8 bytes ending with it, and its text's
+    index.
+    """
     pad = bytes(MAX_ORDER - 1)
     data = np.frombuffer(b"".join(pad + text for text in texts), np.uint8)
     lengths = np.array([len(text) for text in texts], np.int64)

@@ -1,9 +1,11 @@
-"""Perplexity of a model over long windows of text, and where in the window it comes from.
+"""Perplexity of a model on long windows of text, in total and by position in the window.
 
-Windows of one length do not overlap in what they score: with T inputs each has T targets, and the
-first input of a window is the last target of the one before. Cut into windows of T or of 2·T, a
-document is therefore scored on the same tokens; only how much each is shown of what came before
-differs. That is what makes columns of a table over lengths comparable.
+A window has T inputs and T targets, and its first input is the last target of the window before it.
+Cut into windows of T or of 2·T tokens, a document is therefore scored on the same tokens; only the
+context before each differs. That makes the columns of a table over lengths comparable.
+
+Letters in shapes: B windows per batch, T tokens of a window, W distinct attention windows of the
+model, D hidden size.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ from qwen_jax.train.losses import next_token_loss
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """What scoring so many tokens gave.
+    """Summed losses of scored tokens, by part of the window.
 
     Attributes:
-      nll_by_position, tokens_by_position: summed −log p (nats) and scored tokens of each equal part
-        of the window, its beginning first, over all windows.
+      nll_by_position: summed −log p (nats) in each equal part of the window, first part first, over
+        all windows.
+      tokens_by_position: number of scored tokens in each part.
     """
 
     nll_by_position: tuple[float, ...]
@@ -44,44 +47,47 @@ class Perplexity:
 
     @property
     def nll(self) -> float:
-        """Σ −log p, nats."""
+        """Summed −log p over all scored tokens, in nats."""
         return math.fsum(self.nll_by_position)
 
     @property
     def tokens(self) -> int:
-        """Tokens scored."""
+        """Number of scored tokens."""
         return sum(self.tokens_by_position)
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Mean loss, nats per token."""
         return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """exp(loss)."""
+        """exp of the mean loss; infinity if that overflows."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
     def curve(self) -> tuple[float, ...]:
-        """Nats per token of each part of the window."""
+        """Mean loss (nats per token) of each part of the window."""
         parts = zip(self.nll_by_position, self.tokens_by_position, strict=True)
         return tuple(nll / max(tokens, 1) for nll, tokens in parts)
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Bits per UTF-8 byte, where the scored tokens stand for `n_bytes` of text."""
+        """Returns bits per UTF-8 byte, given that the scored tokens encode `n_bytes` bytes of text."""
         return self.nll / math.log(2) / n_bytes
 
 
-def cut(documents: Iterable[Sequence[int]], length: int, longest: int | None = None) -> np.ndarray:
-    """Windows of `length` inputs and as many targets, int32 [n, length+1], of long documents.
+def split_windows(
+    documents: Iterable[Sequence[int]], length: int, longest: int | None = None
+) -> np.ndarray:
+    """Cuts long documents into windows of `length` inputs and targets; int32 [n, length + 1].
 
-    Every document is cut down to a whole number of windows of `longest`; those shorter than one are
-    left out. For any `length` that divides `longest` the windows thus score the same tokens.
+    Every document is truncated to a multiple of `longest`; shorter documents are dropped. For any
+    `length` that divides `longest`, the windows therefore score the same tokens.
 
     Args:
-      documents: token ids of each.
-      length: inputs of a window. longest: what must fit; `length` itself by default.
+      documents: token ids of each document.
+      length: inputs per window.
+      longest: length of the longest window of a comparison; `length` by default.
 
     Raises:
       UserError: `length` does not divide `longest`, or no document is long enough.
@@ -118,17 +124,25 @@ def window_nll(
     parts: int = 1,
     chunk: int = 1024,
 ) -> tuple[jax.Array, jax.Array]:
-    """Summed loss of windows by part of the window; logits of `chunk` tokens exist at a time.
+    """Returns the summed loss of windows by part of the window; a pure function.
 
-    A pure function; jit it with the keyword arguments static. LogN acts where `config` has it.
+    Logits of only `chunk` tokens exist at a time. Jit it with the keyword arguments static. LogN
+    applies
+    if `config` enables it.
 
     Args:
-      inputs, targets: int32 [B,T]. weights: float32 [B,T], 0 for a target that is not scored.
-      ntk_alpha: float32 [B,W] as `model.ntk_alphas` gives it for each row, or None.
-      parts: equal parts of the window; they divide T, over a `context` axis on each device.
+      params: weights of `config`.
+      inputs: int32 [B, T], token ids.
+      targets: int32 [B, T], the next tokens.
+      weights: float32 [B, T], 0 for a target that is not scored.
+      ntk_alpha: float32 [B, W] as `model.ntk_alphas` returns for each row, or None.
+      config: the model.
+      options: dtype and attention implementation.
+      parts: number of equal parts of the window; divides T, over a `context` axis on each device.
+      chunk: tokens whose logits are computed at a time.
 
     Returns:
-      float32 [parts] Σ weight·(−log p) and float32 [parts] Σ weight.
+      (Σ weight·(−log p) float32 [parts], Σ weight float32 [parts]).
     """
     rows, length = inputs.shape
     hidden, _ = hidden_states(
@@ -139,7 +153,7 @@ def window_nll(
         hidden = reshard(hidden, "batch", None, "channels")
         targets, weights = (reshard(x, "batch", None) for x in (targets, weights))
 
-    def part(x):  # [B,T,...] -> [parts,B,T/parts,...]
+    def split(x):  # [B,T,...] -> [parts,B,T/parts,...]
         axes = ("batch", None, "channels")[: x.ndim]
         split = (rows, parts, length // parts, *x.shape[2:])
         x = x.reshape(split, out_sharding=spec(axes[0], None, *axes[1:]))
@@ -155,7 +169,7 @@ def window_nll(
     if parts == 1:
         nll, weight = one((hidden, targets, weights))
         return nll[None], weight[None]
-    return jax.lax.map(one, (part(hidden), part(targets), part(weights)))
+    return jax.lax.map(one, (split(hidden), split(targets), split(weights)))
 
 
 _jitted = jax.jit(window_nll, static_argnames=("config", "options", "parts", "chunk"))
@@ -172,23 +186,28 @@ def perplexity(
     chunk: int = 1024,
     on_batch: Callable[[int], None] | None = None,
 ) -> Perplexity:
-    """Scores every target of every window, each window for itself.
+    """Scores every target of every window, each window independently.
 
-    What the release turns on at inference acts where `config` has it: dynamic NTK with the factors
-    of T tokens (each layer's own, where `config.windows` differ), and LogN (report §2.5). Results
-    depend neither on `batch` nor on the mesh in force, beyond rounding.
+    What the release enables at inference applies if `config` enables it: dynamic NTK with the
+    factors of
+    T tokens (per layer, if `config.windows` differ), and LogN (report §2.5). Results do not depend
+    on
+    `batch` or on the mesh, beyond rounding.
 
     Args:
       params: the parameters of `config`, on the mesh in force or on one device.
-      windows: int [n,T+1], as `cut` makes them; every process of a job passes all of them.
-      options: how the network runs; activations are in its compute dtype.
-      batch: windows at a time, rounded up to what the mesh can share.
-      parts: equal parts of a window whose losses are kept apart, a divisor of T.
-      chunk: tokens whose logits exist at a time.
+      windows: int [n, T + 1], as `split_windows` makes them; every process of a job passes all of
+        them.
+      config: the model.
+      options: dtype and attention implementation.
+      batch: windows per batch, rounded up to a multiple of the mesh's batch shards.
+      parts: number of equal parts of a window whose losses are reported separately, a divisor of T.
+      chunk: tokens whose logits are computed at a time.
       on_batch: called after each batch with the number of tokens it scored.
 
     Raises:
-      UserError: no windows, a window without targets, an id outside the vocabulary, a number out of
+      UserError: no windows, a window without targets, an id outside the vocabulary, an argument out
+        of
         range, or a loss that is not a number.
     """
     count, length = _check(windows, config, batch, parts)
@@ -220,15 +239,22 @@ def perplexity(
 
 
 def _global(x: np.ndarray, *axes: str | None) -> jax.Array:
-    """The array on the mesh in force, of which each process copies its devices' part."""
+    """Returns x as a global array on the mesh in force, with the given logical axes.
+
+    Each process copies the shards of its own devices. Without a mesh, a plain array.
+    """
     if not on_mesh():
         return jnp.asarray(x)
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec(*axes))
+    sharding = jax.NamedSharding(jax.sharding.get_mesh(), spec(*axes) or jax.P())
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
 def _check(windows: np.ndarray, config: ModelConfig, batch: int, parts: int) -> tuple[int, int]:
-    """Number of windows and their length T, once everything is in order."""
+    """Checks windows and arguments; returns (number of windows, T).
+
+    Raises:
+      UserError: a wrong shape, a batch or number of parts that does not fit, an invalid id.
+    """
     if windows.ndim != 2 or not len(windows) or windows.shape[1] < 2:
         raise UserError(
             f"windows have the shape {list(windows.shape)}; they must be [n,T+1], n and T at least "

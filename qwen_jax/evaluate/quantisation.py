@@ -1,8 +1,10 @@
-"""What a quantised model loses: perplexity of the same windows in each format.
+"""Perplexity of a model under each weight format, and with an 8-bit KV cache.
 
-Weights are quantised in memory as `launch.quantise` writes them, so the numbers are those of the
-folders. The 8-bit KV cache is measured in a forward pass: every key and value is rounded as the
-cache rounds it (`kernels.cache`), also those a decoding step would see unrounded, its own token's.
+Weights are quantised in memory exactly as `launch.quantise` writes them. The 8-bit cache is
+measured
+in a forward pass: every key and value is rounded as the cache rounds it (`kernels.cache`),
+including
+the newest token's, which a decode step would use unrounded.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,29 +30,30 @@ from qwen_jax.model import (
     ntk_alphas,
     output_kernel,
 )
-from qwen_jax.model.quantised import INPUT_AXES, Format, quantise_params, weight_bytes
+from qwen_jax.model.attend import LayerContext
+from qwen_jax.model.quantised import INPUT_AXES, QuantFormat, quantise_params, weight_bytes
 from qwen_jax.train.losses import next_token_loss
 
 FORMATS = (
-    Format(8, None),
-    Format(8, None, head=True),
-    Format(8, 128),
-    Format(4, None),
-    Format(4, 128),
-    Format(4, 64),
-    Format(4, 32),
+    QuantFormat(8, None),
+    QuantFormat(8, None, head=True),
+    QuantFormat(8, 128),
+    QuantFormat(4, None),
+    QuantFormat(4, 128),
+    QuantFormat(4, 64),
+    QuantFormat(4, 32),
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One format.
+class FormatResult:
+    """Size and perplexity of the model in one format.
 
     Attributes:
-      name: such as "int4-g128".
-      bits: a number of the layers' matrices takes, scales included.
-      megabytes: all weights.
-      perplexity: over all windows.
+      name: name of the format, such as "int4-g128".
+      bits: bits per weight of the layers' matrices, scales included.
+      megabytes: size of all weights.
+      perplexity: perplexity over all windows.
     """
 
     name: str
@@ -58,10 +62,15 @@ class Row:
     perplexity: float
 
 
-def matrix_bits(params: Params, numbers: int) -> float:
-    """Bits a number of the layers' matrices takes, of `numbers` in all."""
+def matrix_bits(params: Params, num_weights: int) -> float:
+    """Returns the bits per weight of the layers' matrices, scales included.
+
+    Args:
+      params: a parameter tree.
+      num_weights: number of weights in these matrices.
+    """
     layers = params["layers"]
-    return 8 * sum(weight_bytes(layers[a][b]) for a, b in INPUT_AXES) / numbers
+    return 8 * sum(weight_bytes(layers[a][b]) for a, b in INPUT_AXES) / num_weights
 
 
 def compare(
@@ -69,58 +78,93 @@ def compare(
     windows: np.ndarray,
     config: ModelConfig,
     *,
-    formats: Sequence[Format] | None = None,
+    formats: Sequence[QuantFormat] | None = None,
     batch: int = 8,
-    on_row: Callable[[Row], None] | None = None,
-) -> list[Row]:
-    """Perplexity in float32, in bfloat16, with an 8-bit KV cache, and in each format.
+    on_row: Callable[[FormatResult], None] | None = None,
+) -> list[FormatResult]:
+    """Measures perplexity in float32, in bfloat16, with an 8-bit KV cache, and in each weight
+    format.
 
-    All but bfloat16's are computed in float32, so a row's difference from the first is what its
-    rounding costs and nothing else.
+    All but the bfloat16 row are computed in float32, so that a row differs from the first by its
+    rounding
+    only.
 
     Args:
-      params: float32, on one device.
-      windows: int [n,T+1], as `evaluate.perplexity.cut` makes them.
+      params: float32 parameters on one device.
+      windows: int [n, T + 1], as `evaluate.perplexity.split_windows` makes them.
       config: the network.
-      formats: of weights, `FORMATS` by default; those whose groups don't divide its matrices, or
-        whose head it has not, are left out.
-      batch: windows at a time.
-      on_row: called with each row as it is found.
+      formats: weight formats, `FORMATS` by default; those that do not apply to this network (groups
+        that
+        don't divide its matrices, a tied head) are skipped.
+      batch: windows per batch.
+      on_row: called with each result when it is computed.
     """
-    numbers = sum(math.prod(params["layers"][a][b].shape) for a, b in INPUT_AXES)
-    exact, rows = ForwardOptions(dtype="float32"), []
+    num_weights = sum(math.prod(params["layers"][a][b].shape) for a, b in INPUT_AXES)
+    exact = ForwardOptions(dtype="float32")
+    rows: list[FormatResult] = []
 
-    def add(name, tree, score):
+    def add(name: str, tree: Params, score: float) -> None:
         megabytes = weight_bytes(tree) / 1e6
-        rows.append(Row(name, matrix_bits(tree, numbers), megabytes, score))
+        rows.append(FormatResult(name, matrix_bits(tree, num_weights), megabytes, score))
         if on_row is not None:
             on_row(rows[-1])
 
-    def of(tree, options=exact):
+    def score(tree: Params, options: ForwardOptions = exact) -> float:
         return perplexity(tree, windows, config, options, batch=batch).perplexity
 
-    add("float32", params, of(params))
+    add("float32", params, score(params))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    add("bfloat16", half, of(half, ForwardOptions()))
-    add("float32, 8-bit KV cache", params, _with_8bit_cache(params, windows, config, exact, batch))
+    add("bfloat16", half, score(half, ForwardOptions()))
+    add(
+        "float32, 8-bit KV cache",
+        params,
+        _perplexity_8bit_cache(params, windows, config, exact, batch),
+    )
     for fmt in FORMATS if formats is None else formats:
-        if _fits(fmt, config):
+        if _is_applicable(fmt, config):
             quantised = quantise_params(params, fmt)
-            add(fmt.name + (", head int8" if fmt.head else ""), quantised, of(quantised))
+            add(fmt.name + (", head int8" if fmt.head else ""), quantised, score(quantised))
     return rows
 
 
-def _fits(fmt: Format, config: ModelConfig) -> bool:
+def _is_applicable(fmt: QuantFormat, config: ModelConfig) -> bool:
+    """Returns whether a format's groups divide the network's matrices and its head can be
+    quantised.
+    """
     inputs = (config.d_model, config.n_heads * config.head_dim, config.d_ff)
     divided = fmt.group is None or not any(n % fmt.group for n in inputs)
     return divided and not (fmt.head and config.tie_embeddings)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "options"))
-def _nll(params, inputs, targets, weights, alpha, *, config, options):
-    def attend(q, k, v, window, of_layer, dropout_key):
+def _nll_8bit_cache(
+    params: Params,
+    inputs: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    alpha: jax.Array | None,
+    *,
+    config: ModelConfig,
+    options: ForwardOptions,
+) -> jax.Array:
+    """Returns the summed loss of a batch with keys and values rounded to 8 bits.
+
+    Letters: B windows, T tokens, W distinct attention windows of the model.
+
+    Args:
+      params: float32 weights.
+      inputs: int32 [B, T].
+      targets: int32 [B, T].
+      weights: float32 [B, T], 0 for targets that do not count.
+      alpha: float32 [B, W], dynamic-NTK factors, or None.
+      config, options: the network and how it runs.
+    """
+
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerContext
+    ) -> tuple[jax.Array, Any]:
         k, v = (dequantise(*quantise(x)).astype(x.dtype) for x in (k, v))
-        return attention(q, k, v, window=window, implementation=options.attention), None
+        return attention(q, k, v, window=layer.window, implementation=options.attention), None
 
     positions = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
     alpha = None if alpha is None else alpha[:, None]
@@ -131,8 +175,10 @@ def _nll(params, inputs, targets, weights, alpha, *, config, options):
     return next_token_loss(hidden, kernel, targets, weights, 0.0, 1024).nll
 
 
-def _with_8bit_cache(params, windows, config: ModelConfig, options, batch: int) -> float:
-    """Perplexity where attention sees keys and values as an 8-bit cache gives them back."""
+def _perplexity_8bit_cache(
+    params: Params, windows: np.ndarray, config: ModelConfig, options: ForwardOptions, batch: int
+) -> float:
+    """Returns the perplexity of windows int [n, T + 1] with keys and values rounded to 8 bits."""
     length, total = windows.shape[1] - 1, 0.0
     alpha = None
     if config.dynamic_ntk:
@@ -144,17 +190,20 @@ def _with_8bit_cache(params, windows, config: ModelConfig, options, batch: int) 
         weights = np.zeros((batch, length), np.float32)
         weights[: len(rows)] = 1
         operands = (jnp.asarray(here[:, :-1]), jnp.asarray(here[:, 1:]), jnp.asarray(weights))
-        total += float(_nll(params, *operands, alpha, config=config, options=options))
+        total += float(_nll_8bit_cache(params, *operands, alpha, config=config, options=options))
     return math.exp(total / (len(windows) * length))
 
 
-def as_text(rows: Sequence[Row]) -> str:
-    """The rows as a table for people."""
-    head = ("weights", "bits a weight", "MB", "perplexity", "change")
+def as_text(rows: Sequence[FormatResult]) -> str:
+    """Returns the results as an aligned text table with each row's change from the first."""
+    head = ("weights", "bits/weight", "MB", "perplexity", "change")
     first = rows[0].perplexity
     table = [
         (
-            *(row.name, f"{row.bits:.2f}", f"{row.megabytes:.2f}", f"{row.perplexity:.4f}"),
+            row.name,
+            f"{row.bits:.2f}",
+            f"{row.megabytes:.2f}",
+            f"{row.perplexity:.4f}",
             f"{100 * (row.perplexity / first - 1):+.2f} %",
         )
         for row in rows

@@ -18,11 +18,11 @@ from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.generate.generation_config import Defaults, read_defaults
 from qwen_jax.model import ModelConfig, Params, abstract_params
-from qwen_jax.model.quantised import Format, quantise_params
+from qwen_jax.model.quantised import QuantFormat, quantise_params
 from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from qwen_jax.train.checkpoint import read_header, restore_params
 
-WEIGHTS = {"int8": Format(bits=8, group=None), "int4": Format(bits=4, group=128)}
+WEIGHTS = {"int8": QuantFormat(bits=8, group=None), "int4": QuantFormat(bits=4, group=128)}
 """Ways to quantise plain weights on the way in: a scale per output channel, or per 128 inputs."""
 
 

@@ -25,7 +25,7 @@ from qwen_jax.interop import mapping
 from qwen_jax.interop.safetensors_io import FLOAT_DTYPES, TensorFiles, TensorInfo
 from qwen_jax.kernels.quantised import GroupWeight
 from qwen_jax.model.config import ModelConfig
-from qwen_jax.model.quantised import HEAD, INPUT_AXES, ChannelWeight, Format, QuantisedWeight
+from qwen_jax.model.quantised import HEAD, INPUT_AXES, ChannelWeight, QuantFormat, QuantisedWeight
 
 HEAD_BITS = {"bits": 8, "group_size": -1}
 """How an output head is packed, in the words of `dynamic`."""
@@ -40,13 +40,13 @@ class Packing:
       zero_bias: what is to be added to the zeros as stored.
     """
 
-    format: Format
+    format: QuantFormat
     zero_bias: int = 1
 
-    def of(self, slot: mapping.Slot) -> Format | None:
+    def of(self, slot: mapping.Slot) -> QuantFormat | None:
         """How a native leaf is packed; None if it isn't."""
         if slot.path == HEAD:
-            return Format(8, None) if self.format.head else None
+            return QuantFormat(8, None) if self.format.head else None
         return self.format if slot.path[1:] in INPUT_AXES else None
 
 
@@ -88,11 +88,12 @@ def read_packing(config: Mapping[str, Any]) -> Packing:
             f"{HEAD_BITS} may differ from the other layers"
         )
     return Packing(
-        Format(bits, None if group == -1 else group, head), zero_bias=1 if form == "gptq" else 0
+        QuantFormat(bits, None if group == -1 else group, head),
+        zero_bias=1 if form == "gptq" else 0,
     )
 
 
-def describe(fmt: Format) -> dict[str, Any]:
+def describe(fmt: QuantFormat) -> dict[str, Any]:
     """The `quantization_config` of a folder in this format; `read_packing` of it gives it back."""
     out: dict[str, Any] = {
         "quant_method": "gptq",

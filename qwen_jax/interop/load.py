@@ -22,11 +22,11 @@ from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.quantised import (
     HEAD,
     INPUT_AXES,
-    Format,
+    QuantFormat,
     abstract_leaf,
     format_of,
-    matrices,
     quantise_leaf,
+    quantised_paths,
 )
 from qwen_jax.progress import Progress
 
@@ -48,7 +48,7 @@ def load_params(
     cfg: ModelConfig,
     abstract: Mapping[str, Any],
     *,
-    quantise: Format | None = None,
+    quantise: QuantFormat | None = None,
 ) -> dict[str, Any]:
     """Loads a folder of safetensors as the parameters of `cfg`, each leaf where it is to live.
 
@@ -97,7 +97,7 @@ def load_from(
     abstract: Mapping[str, Any],
     *,
     packing: gptq.Packing | None = None,
-    quantise: Format | None = None,
+    quantise: QuantFormat | None = None,
 ) -> dict[str, Any]:
     """`load_params` from tensors already opened and checked; `files.bytes_read` counts the bytes.
 
@@ -114,7 +114,7 @@ def load_from(
     table = mapping.slots(cfg)
     assert len(jax.tree.leaves(abstract)) == len(table), "the tree has leaves without HF names"
     readers = {}
-    wanted = {} if quantise is None else matrices(abstract, quantise)
+    wanted = {} if quantise is None else quantised_paths(abstract, quantise)
     leaves = {}
     for slot in table:
         leaf = mapping.leaf_of(abstract, slot.path)
@@ -191,7 +191,7 @@ def _packed_leaf(files, slot: mapping.Slot, leaf, packing: gptq.Packing):
     return target, gptq.layer_reader(files, slot, packing, type(target))
 
 
-def _quantising_reader(files, slot: mapping.Slot, fmt: Format, inputs: int):
+def _quantising_reader(files, slot: mapping.Slot, fmt: QuantFormat, inputs: int):
     """Reads one layer of a dense leaf and quantises it."""
 
     def read(layer: int):

@@ -23,7 +23,7 @@ from qwen_jax.interop import gptq, hf_config, mapping, safetensors_io
 from qwen_jax.interop.safetensors_io import TensorFiles
 from qwen_jax.interop.save import plan_files, prepare_folder, write_json
 from qwen_jax.model.config import ModelConfig
-from qwen_jax.model.quantised import Format, check_group, quantise_matrix
+from qwen_jax.model.quantised import QuantFormat, check_group, quantise_matrix
 from qwen_jax.progress import Progress
 
 Stored = dict[str, tuple[tuple[int, ...], np.dtype]]
@@ -33,7 +33,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".index.jso
 def quantise_folder(
     src: str | pathlib.Path,
     out: str | pathlib.Path,
-    fmt: Format,
+    fmt: QuantFormat,
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> ModelConfig:
@@ -143,7 +143,7 @@ def _blocks(source: TensorFiles, names, packing, cfg: ModelConfig) -> Iterator[n
         source.release()
 
 
-def _pack(weight: np.ndarray, fmt: Format, base: str) -> dict[str, np.ndarray]:
+def _pack(weight: np.ndarray, fmt: QuantFormat, base: str) -> dict[str, np.ndarray]:
     """A Linear's weight [out, in] as the four tensors of its packed form."""
     outputs, inputs = weight.shape
     codes, scales = map(
@@ -180,7 +180,7 @@ def folder_bytes(folder: str | pathlib.Path) -> int:
 def bits_per_weight(folder: str | pathlib.Path) -> float:
     """Bits a number of the quantised (or plain) matrices takes, scales and zeros included."""
     cfg = hf_config.config_from_hf(hf_folder.read_config_json(folder))
-    packing = hf_folder.read_packing(folder) or gptq.Packing(Format())
+    packing = hf_folder.read_packing(folder) or gptq.Packing(QuantFormat())
     infos: dict[str, Any] = hf_folder.scan(folder)
     bits = numbers = 0
     for name, tensor in mapping.hf_tensors(cfg).items():

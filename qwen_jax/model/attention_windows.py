@@ -1,4 +1,4 @@
-"""Layer-wise window attention of the report's §2.5: which layer sees how far back."""
+"""Layer-wise sliding windows of the report's §2.5: window sizes by layer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ def layer_windows(
     layers_per_window: int = 4,
     longest: int | None = None,
 ) -> tuple[int | None, ...]:
-    """Sliding window of each layer, for `ModelConfig.windows`: lower layers see less far back.
+    """Returns the sliding window of each layer for `ModelConfig.windows`, smaller in lower layers.
 
-    The report gives no sizes. This is the assignment its authors describe for a model trained at
-    2,048 tokens (github.com/QwenLM/Qwen, issue 422): 2,048 in the first four layers, 4,096 in the
-    next four, 8,192 above, and so on; here the doubling goes on to the top. Released configurations
-    have no windows. A window of w lets a token see itself and the w − 1 before it.
+    The report gives no sizes. These are what its authors describe for a model trained at 2,048
+    tokens (github.com/QwenLM/Qwen, issue 422): 2,048 in the first four layers, 4,096 in the next
+    four, 8,192 above, and so on; here the doubling continues to the top layer. Released
+    configurations have no windows. With a window of w, a token attends to itself and the w − 1
+    tokens before it.
 
     Args:
       n_layers: layers of the model.
-      trained_length: S, the window of the lowest layers: there no distance is met that training did
-        not show.
-      layers_per_window: layers after which the window doubles.
-      longest: longest sequence to be run; a window of as much is a full layer, None. Without it,
-        every layer has a window.
+      trained_length: S, the window of the lowest layers, in which no distance exceeds those of the
+        training.
+      layers_per_window: number of layers after which the window doubles.
+      longest: longest sequence to be run, in tokens; a layer whose window covers it becomes a full
+        layer (None). Without it, every layer has a window.
 
     Raises:
       UserError: a number below 1.

@@ -1,7 +1,7 @@
-"""What a Qwen network is: one frozen description for every released dense family.
+"""Architecture configuration of a Qwen network, for every released dense family.
 
-Nothing about *how* it runs is here (dtypes, remat, kernels, meshes): see `model/options.py`.
-Released sizes are in `model/presets.py`.
+How a network runs (dtype, remat, attention) is in `model/options.py`, released sizes in
+`model/presets.py`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Family = Literal["qwen", "qwen2", "qwen3"]
 
 @dataclasses.dataclass(frozen=True)
 class Yarn:
-    """YaRN rotary scaling (arXiv:2309.00071), which Qwen2.5 and 3 use past their trained length.
+    """YaRN rotary scaling (arXiv:2309.00071), used by Qwen2.5 and 3 past their trained length.
 
     Attributes:
       factor: context multiple, target length / `original_length`.
-      original_length: length the model was trained at.
-      beta_fast, beta_slow: rotations over `original_length` above / below which a frequency is
-        kept / interpolated.
-      attention_factor: multiplies both cos and sin; None means 0.1·ln(factor) + 1.
+      original_length: context length of the training, in tokens.
+      beta_fast: rotations over `original_length` above which a frequency is kept.
+      beta_slow: rotations over `original_length` below which a frequency is interpolated.
+      attention_factor: factor on both cosines and sines; None means 0.1·ln(factor) + 1.
     """
 
     factor: float
@@ -47,24 +47,32 @@ class ModelConfig:
     """Architecture of a dense Qwen (report §2.3; released configs of v1, 1.5, 2, 2.5 and 3).
 
     Attributes:
-      family: which released family the weights are named and laid out after.
+      family: released family whose weight names and layout are used.
       vocab_size: embedding rows V, padding included (151,936 or 152,064 in the releases).
-      d_model, n_layers, n_heads, n_kv_heads, head_dim, d_ff: D, L, N, K, H, F. `d_ff` is the actual
-        width of the SwiGLU (the v1 config's `intermediate_size` is twice that).
-      max_length: longest sequence the release claims, `max_position_embeddings`.
+      d_model: hidden size D.
+      n_layers: number of layers L.
+      n_heads: query heads N.
+      n_kv_heads: key and value heads K.
+      head_dim: head size H.
+      d_ff: width F of the SwiGLU (the v1 config's `intermediate_size` is twice that).
+      max_length: longest supported sequence in tokens, `max_position_embeddings`.
       tie_embeddings: the output projection is the transposed embedding table.
       qkv_bias: biases on the q, k, v projections (all families but Qwen3).
       qk_norm: RMSNorm over H on q and k before RoPE (Qwen3).
       norm_eps: epsilon of every RMSNorm.
-      rope_theta: RoPE base. rope_fraction: share of H that is rotated (`rotary_pct`).
+      rope_theta: RoPE base.
+      rope_fraction: fraction of H that is rotated (`rotary_pct`).
       yarn: static YaRN scaling or None.
       trained_length: `seq_length` of Qwen v1, the threshold of dynamic NTK and LogN.
-      dynamic_ntk, logn: the release turns them on at inference (never in training).
+      dynamic_ntk: whether inference uses dynamic NTK (never in training).
+      logn: whether inference scales queries by LogN (never in training).
       windows: sliding window of each layer in tokens, None for a full layer; () means all full.
-        With `dynamic_ntk`, the factor of a layer follows from what its window lets it see.
-      init_std: standard deviation of every weight matrix at the start; the output projections of
-        attention and FFN get init_std/√(2L).
-      embed_dropout, attn_dropout, residual_dropout: rates, used only with a dropout key.
+        With `dynamic_ntk`, the factor of a layer is computed from its window.
+      init_std: standard deviation of initial weight matrices; the output projections of attention
+        and FFN use init_std/√(2L).
+      embed_dropout: dropout rate after the embedding; rates apply only with a dropout key.
+      attn_dropout: dropout rate on attention weights.
+      residual_dropout: dropout rate on the outputs of attention and FFN.
     """
 
     family: Family
@@ -130,17 +138,17 @@ class ModelConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Rotated channels of each head."""
+        """Number of rotated channels of each head."""
         return int(self.head_dim * self.rope_fraction)
 
     @property
     def distinct_windows(self) -> tuple[int | None, ...]:
-        """The windows that occur, narrowest first, None (a full layer) last; W of them."""
+        """The W distinct windows of the layers, narrowest first, None (a full layer) last."""
         found = set(self.windows) or {None}
         return tuple(sorted(found, key=lambda w: math.inf if w is None else w))
 
     @property
     def window_of_layer(self) -> tuple[int, ...]:
-        """Index into `distinct_windows` of each layer."""
+        """Index of each layer's window in `distinct_windows`."""
         windows = self.windows or (None,) * self.n_layers
         return tuple(self.distinct_windows.index(w) for w in windows)

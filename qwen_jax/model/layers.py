@@ -2,10 +2,14 @@
 
 Modules are used functionally: `Block(...).apply({"params": p}, x, …)`; stacking, scanning and remat
 are plain JAX in `model/transformer.py`.
+
+Letters in shapes: B batch, T tokens, D hidden size, F FFN width, N query heads, K kv heads, H head
+size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -17,57 +21,69 @@ from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen_jax.kernels.cpu_matmul import einsum
+from qwen_jax.model.attend import Attend, LayerContext
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.options import ForwardOptions
-from qwen_jax.model.quantised import is_quantised, quantised_product
+from qwen_jax.model.quantised import is_quantised, quantised_einsum
 from qwen_jax.model.rope import apply_rope
 from qwen_jax.parallel import gather_weight, reshard, spec
+
+Axes = tuple[str | None, ...]
+"""Logical axis names of an array's dimensions (`parallel/rules.py`); None is unsharded."""
+
+Initializer = Callable[[jax.Array, tuple[int, ...], Axes], jax.Array]
+"""(PRNG key, shape, logical axes) -> float32 array with the sharding of those axes."""
 
 
 @flax.struct.dataclass
 class Weight(meta.AxisMetadata[Any]):
-    """A weight and what is declared about it: logical axes, and whether weight decay applies.
+    """A weight together with its declaration.
 
-    From this one declaration follow abstract shapes, shardings, decay masks, parameter counts and
-    the Hugging Face mapping's checks.
+    Abstract shapes, shardings, decay masks, parameter counts and the checks of the Hugging Face
+    mapping are derived from this one declaration.
+
+    Attributes:
+      value: the array, or a `ShapeDtypeStruct`.
+      axes: logical axis name of each dimension.
+      decay: whether weight decay applies.
     """
 
     value: Any
-    axes: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+    axes: Axes = flax.struct.field(pytree_node=False)
     decay: bool = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
-        """The bare array."""
+        """Returns the array without its declaration."""
         return self.value
 
     def replace_boxed(self, val: Any) -> Weight:
-        """The same declaration around another value."""
-        return self.replace(value=val)
+        """Returns the same declaration around another value."""
+        return dataclasses.replace(self, value=val)
 
     def add_axis(self, index: int, params: dict[Any, Any]) -> Weight:
-        """Declares a new stacked axis, as `jax.vmap` over an initialiser makes one."""
+        """Declares an additional axis `params["name"]` at `index`, as stacking layers adds one."""
         axes = list(self.axes)
         axes.insert(index, params["name"])
-        return self.replace(axes=tuple(axes))
+        return dataclasses.replace(self, axes=tuple(axes))
 
     def remove_axis(self, index: int, params: dict[Any, Any]) -> Weight:
-        """Undoes `add_axis`."""
-        return self.replace(axes=self.axes[:index] + self.axes[index + 1 :])
+        """Removes the axis at `index` from the declaration."""
+        return dataclasses.replace(self, axes=self.axes[:index] + self.axes[index + 1 :])
 
 
-def normal(stddev: float):
-    """Initialiser N(0, stddev²), float32, born with its sharding."""
+def normal(stddev: float) -> Initializer:
+    """Returns an initialiser that samples float32 N(0, stddev²), initialised sharded."""
 
-    def init(key, shape, axes):
+    def init(key: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
         return stddev * jax.random.normal(key, shape, jnp.float32, out_sharding=spec(*axes))
 
     return init
 
 
-def constant(value: float):
-    """Initialiser of a constant, float32."""
+def constant(value: float) -> Initializer:
+    """Returns an initialiser that fills a float32 array with `value`, initialised sharded."""
 
-    def init(key, shape, axes):
+    def init(key: jax.Array, shape: tuple[int, ...], axes: Axes) -> jax.Array:
         del key
         return jnp.full(shape, value, jnp.float32, out_sharding=spec(*axes))
 
@@ -75,33 +91,76 @@ def constant(value: float):
 
 
 class Layer(nn.Module):
-    """Base of all layers: knows the model, how it runs, and how to declare a weight."""
+    """Base class of all layers: model and run options, and the declaration of weights.
+
+    Attributes:
+      config: the model.
+      options: dtype, remat and attention implementation.
+    """
 
     config: ModelConfig
     options: ForwardOptions
 
-    def weight(self, name, shape, axes, init, *, decay=True) -> jax.Array:
-        """Declares the float32 weight `name`, and returns it ready for use.
+    def weight(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        axes: Axes,
+        init: Initializer,
+        *,
+        decay: bool = True,
+    ) -> jax.Array:
+        """Declares the float32 weight `name` and returns it in the compute dtype.
 
-        Ready means: in the compute dtype, and whole along `fsdp`.
+        The result is gathered along the `fsdp` mesh axis.
+
+        Args:
+          name: key of the weight in the layer's parameters.
+          shape: its shape.
+          axes: logical axis name of each dimension.
+          init: its initialiser.
+          decay: whether weight decay applies.
         """
-        value = self.param(name, lambda key: Weight(init(key, shape, axes), axes, decay))
+        value: Any = self.param(name, lambda key: Weight(init(key, shape, axes), axes, decay))
         return gather_weight(value, axes, self.options.compute_dtype)
 
-    def product(self, name, equation, x, shape, axes, init, *, out=None) -> jax.Array:
-        """The product `equation` of x and the weight `name`; `out` names the result's axes.
+    def product(
+        self,
+        name: str,
+        equation: str,
+        x: jax.Array,
+        shape: tuple[int, ...],
+        axes: Axes,
+        init: Initializer,
+        *,
+        out: Axes | None = None,
+    ) -> jax.Array:
+        """Declares the weight `name` and returns einsum(equation, x, weight).
 
-        The only place where matrices meet activations, so quantised ones are recognised here.
+        The only place where matrices are multiplied with activations, so quantised weights are
+        handled here.
+
+        Args:
+          name: key of the weight in the layer's parameters.
+          equation: einsum equation of x and the weight.
+          x: activations.
+          shape: shape of the weight.
+          axes: logical axes of the weight.
+          init: its initialiser.
+          out: logical axes of the result, where they don't follow from those of x and the weight.
         """
-        stored = self.get_variable("params", name)
+        stored: Any = self.get_variable("params", name)
         if is_quantised(stored):
-            return quantised_product(equation, x, stored, shape, axes, out)
+            return quantised_einsum(equation, x, stored, shape, axes, out)
         w = self.weight(name, shape, axes, init)
         return einsum(equation, x, w, out_sharding=None if out is None else spec(*out))
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Inverted dropout; the identity without a key. The mask does not depend on the mesh."""
+    """Applies inverted dropout to x; the identity without a key.
+
+    The mask does not depend on the mesh.
+    """
     if key is None or not rate:
         return x
     sharding = jax.typeof(x).sharding.spec if spec() is not None else None
@@ -109,72 +168,87 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
-# The TPU compiler likes to compute what is elementwise inside the products that read it, once per
-# tile of each: an activation that several products read is then made several times, and the matrix
-# unit waits for it. These two say that it is made once.
+# The TPU compiler tends to fuse elementwise operations into the matmuls that read their result,
+# once per tile of each: an activation with several readers is then computed several times while the
+# matrix unit waits. The next two functions make the compiler store it once.
 
 
 @jax.custom_vjp
-def whole(x: jax.Array) -> jax.Array:
-    """The identity; what reads it waits until it is in memory."""
+def materialize(x: jax.Array) -> jax.Array:
+    """Returns x, stored in memory before anything reads it; the gradient is unaffected."""
     return jax.lax.optimization_barrier(x)
 
 
-whole.defvjp(lambda x: (whole(x), None), lambda _, d: (d,))
+materialize.defvjp(lambda x: (materialize(x), None), lambda _, d: (d,))
 
 
 @jax.custom_vjp
-def whole_gradient(x: jax.Array) -> jax.Array:
-    """The identity; what reads its gradient waits until that is in memory."""
+def materialize_gradient(x: jax.Array) -> jax.Array:
+    """Returns x; its gradient is stored in memory before anything reads it."""
     return x
 
 
-whole_gradient.defvjp(lambda x: (x, None), lambda _, d: (jax.lax.optimization_barrier(d),))
+materialize_gradient.defvjp(lambda x: (x, None), lambda _, d: (jax.lax.optimization_barrier(d),))
 
 
 def mean_square(x: jax.Array) -> jax.Array:
-    """Mean of squares over the last axis, float32 [..., 1]."""
+    """Returns the mean of squares over the last axis, float32 [..., 1]."""
     return jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
 
 
 @jax.custom_vjp
-def known_as(x: jax.Array, value: jax.Array) -> jax.Array:
-    """`value`, differentiated as `x`, which it equals: x is then computed for nothing, so not."""
+def precomputed(x: jax.Array, value: jax.Array) -> jax.Array:
+    """Returns `value`, which must equal x, but differentiates as x.
+
+    The compiler then removes the computation of x.
+    """
     del x
     return value
 
 
-known_as.defvjp(lambda x, value: (value, None), lambda _, d: (d, jnp.zeros_like(d)))
+precomputed.defvjp(lambda x, value: (value, None), lambda _, d: (d, jnp.zeros_like(d)))
 
 
 class RMSNorm(Layer):
-    """x / rms(x) over the last axis: statistics in float32, scaled in x's dtype (as released)."""
+    """Root-mean-square norm over the last axis, with a learned scale.
+
+    Statistics are float32; the scale is applied in the dtype of the input, as released.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array, variance: jax.Array | None = None) -> jax.Array:
-        """x [..., C] -> the same shape and dtype. variance: `mean_square(x)` if it is known."""
+        """Normalises x [..., C] over its last axis; same shape and dtype.
+
+        Args:
+          x: activations with C channels.
+          variance: `mean_square(x)`, float32 [..., 1], if it is known already.
+        """
         scale = self.weight("scale", (x.shape[-1],), ("norm",), constant(1.0), decay=False)
         wide = x.astype(jnp.float32)
         own = mean_square(x)
-        variance = own if variance is None else known_as(own, variance)
+        variance = own if variance is None else precomputed(own, variance)
         return (wide * jax.lax.rsqrt(variance + self.config.norm_eps)).astype(x.dtype) * scale
 
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Any]]
-"""(q [B,T,N,H], k, v [B,T,K,H], PRNG key or None) -> (out [B,T,N,H], what is kept of k and v).
-
-How a layer attends is its caller's: to the tokens at hand, or to those of a cache too."""
-
-
 class Attention(Layer):
-    """Grouped-query attention with RoPE, optional q/k/v biases (v1–2.5) or q/k norms (v3)."""
+    """Grouped-query attention with RoPE: q/k/v biases (v1 to 2.5) or q/k norms (v3)."""
 
     @nn.compact
-    def __call__(self, x, rope, logn, attend: Attend, dropout_key):
-        """x [B,T,D] -> ([B,T,D], what `attend` keeps); see `Block` for the arguments."""
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        logn: jax.Array | None,
+        attend: Attend,
+        layer: LayerContext,
+    ) -> tuple[jax.Array, Any]:
+        """Maps normed activations x [B, T, D] to (output [B, T, D], what `attend` keeps).
+
+        The other arguments are those of `Block`.
+        """
         c = self.config
         heads, kv_heads, width = c.n_heads, c.n_kv_heads, c.head_dim
-        x = whole(x)
+        x = materialize(x)
         q = self._project(x, "q", heads, "heads")
         k = self._project(x, "k", kv_heads, "kv_heads")
         v = self._project(x, "v", kv_heads, "kv_heads")
@@ -185,9 +259,11 @@ class Attention(Layer):
         if logn is not None:
             q = q * logn[:, :, None, None].astype(q.dtype)
         q, k, v = (checkpoint_name(t, n) for t, n in ((q, "query"), (k, "key"), (v, "value")))
-        out, kept = attend(q, k, v, dropout_key)
+        out, kept = attend(q, k, v, layer)
         out = self.product(
-            *("o", "BTNH,NHD->BTD", out),
+            "o",
+            "BTNH,NHD->BTD",
+            out,
             (heads, width, c.d_model),
             ("heads", "head_dim", "embed"),
             normal(c.init_std / (2 * c.n_layers) ** 0.5),
@@ -195,7 +271,8 @@ class Attention(Layer):
         )
         return out, kept
 
-    def _project(self, x, name, heads, axis):
+    def _project(self, x: jax.Array, name: str, heads: int, axis: str) -> jax.Array:
+        """Projects x [B, T, D] to `heads` heads, [B, T, heads, H], with the model's bias."""
         c = self.config
         shape, axes = (c.d_model, heads, c.head_dim), ("embed", axis, "head_dim")
         y = self.product(name, "BTD,DNH->BTNH", x, shape, axes, normal(c.init_std))
@@ -206,19 +283,24 @@ class Attention(Layer):
 
 
 class MLP(Layer):
-    """SwiGLU: down(silu(gate(x)) · up(x)); v1 calls the gate w2 and the up projection w1."""
+    """SwiGLU feed-forward layer: down(silu(gate(x)) · up(x)).
+
+    Qwen v1 calls the gate projection w2 and the up projection w1.
+    """
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B,T,D] -> [B,T,D]."""
+        """Maps normed activations [B, T, D] to [B, T, D]."""
         c = self.config
-        inward = ((c.d_model, c.d_ff), ("embed", "ffn"), normal(c.init_std))
-        x = whole(x)
-        gate = whole_gradient(self.product("gate", "BTD,DF->BTF", x, *inward))
-        up = whole_gradient(self.product("up", "BTD,DF->BTF", x, *inward))
+        shape, axes, init = (c.d_model, c.d_ff), ("embed", "ffn"), normal(c.init_std)
+        x = materialize(x)
+        gate = materialize_gradient(self.product("gate", "BTD,DF->BTF", x, shape, axes, init))
+        up = materialize_gradient(self.product("up", "BTD,DF->BTF", x, shape, axes, init))
         gate, up = checkpoint_name(gate, "gate"), checkpoint_name(up, "up")
         return self.product(
-            *("down", "BTF,FD->BTD", checkpoint_name(whole(jax.nn.silu(gate) * up), "ffn")),
+            "down",
+            "BTF,FD->BTD",
+            checkpoint_name(materialize(jax.nn.silu(gate) * up), "ffn"),
             (c.d_ff, c.d_model),
             ("ffn", "embed"),
             normal(c.init_std / (2 * c.n_layers) ** 0.5),
@@ -227,28 +309,42 @@ class MLP(Layer):
 
 
 class Block(Layer):
-    """Pre-norm block: h = x + Attention(norm(x)); y = h + MLP(norm(h))."""
+    """Pre-norm transformer block: h = x + Attention(norm(x)); y = h + MLP(norm(h)).
+
+    A layer whose token mixer is not attention, or whose MLP is a mixture of experts, differs from
+    this class only in the two modules it calls; callers pass the same arguments.
+    """
 
     @nn.compact
-    def __call__(self, x, rope, logn, attend: Attend, dropout_key, variance=None):
-        """One layer.
+    def __call__(
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        logn: jax.Array | None,
+        attend: Attend,
+        layer: LayerContext,
+        variance: jax.Array | None = None,
+    ) -> tuple[jax.Array, Any]:
+        """Applies the block.
 
         Args:
-          x: residual stream [B,T,D].
-          rope: (cos, signed sin) [B,T,H].
-          logn: float32 [B,T] or None.
-          attend: attention proper, on rotated queries and keys.
-          dropout_key: PRNG key or None for no dropout.
-          variance: `mean_square(x)`, float32 [B,T,1], where whoever made x has it already.
+          x: residual stream [B, T, D].
+          rope: cosines and signed sines of the positions, float32 [B, T, H] each.
+          logn: LogN factors of the queries, float32 [B, T], or None.
+          attend: the caller's attention, applied to rotated queries and keys.
+          layer: context of this layer; its dropout key, if any, serves the whole block.
+          variance: `mean_square(x)`, float32 [B, T, 1], if it is known already.
 
         Returns:
-          ([B,T,D], what `attend` keeps).
+          (the residual stream after the block [B, T, D], what `attend` keeps).
         """
         c, o = self.config, self.options
-        keys = [None] * 3 if dropout_key is None else list(jax.random.split(dropout_key, 3))
+        key = layer.dropout_key
+        keys = [None] * 3 if key is None else list(jax.random.split(key, 3))
         with jax.named_scope("attention"):
             normed = RMSNorm(c, o, name="attn_norm")(x, variance)
-            out, kept = Attention(c, o, name="attn")(normed, rope, logn, attend, keys[0])
+            attention = Attention(c, o, name="attn")
+            out, kept = attention(normed, rope, logn, attend, layer._replace(dropout_key=keys[0]))
             x = checkpoint_name(x + dropout(out, c.residual_dropout, keys[1]), "residual_mid")
         with jax.named_scope("mlp"):
             out = MLP(c, o, name="mlp")(RMSNorm(c, o, name="mlp_norm")(x))
@@ -257,21 +353,18 @@ class Block(Layer):
 
 
 class Embed(Layer):
-    """The input embedding table."""
+    """Input embedding table, sharded along channels over fsdp and tensor."""
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, dropout_key=None) -> jax.Array:
-        """tokens int32 [B,T] -> [B,T,D] in the compute dtype."""
+    def __call__(self, tokens: jax.Array, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Looks up tokens int32 [B, T]; returns [B, T, D] in the compute dtype."""
         c = self.config
-        axes = ("table_rows", "table_channels")
-        table = self.param(
-            "table",
-            lambda key: Weight(
-                normal(c.init_std)(key, (c.vocab_size, c.d_model), axes), axes, True
-            ),
-        )
-        # Tokens of the whole fsdp group are looked up in each device's channels, then channels are
-        # traded for rows of the batch.
+        axes: Axes = ("table_rows", "table_channels")
+        shape = (c.vocab_size, c.d_model)
+        init = normal(c.init_std)
+        table: Any = self.param("table", lambda key: Weight(init(key, shape, axes), axes, True))
+        # Each device looks up the tokens of its whole fsdp group in its channels; then channels are
+        # exchanged for rows of the batch.
         tokens = reshard(tokens, "table_batch", "sequence")
         rows = table.at[tokens].get(out_sharding=spec("table_batch", "sequence", "table_channels"))
         rows = rows.astype(self.options.compute_dtype)
@@ -281,14 +374,14 @@ class Embed(Layer):
 
 
 class Head(Layer):
-    """Output projection, D -> V, kept apart from the embedding unless the model ties them."""
+    """Output projection from hidden states to vocabulary logits, unless the embedding is tied."""
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        """The kernel, float32 [D,V], sharded as at rest."""
+        """Returns the kernel, float32 [D, V], sharded as stored."""
         c = self.config
-        axes = ("embed", "vocab")
+        axes: Axes = ("embed", "vocab")
+        shape = (c.d_model, c.vocab_size)
         init = normal(c.init_std)
-        return self.param(
-            "kernel", lambda key: Weight(init(key, (c.d_model, c.vocab_size), axes), axes, True)
-        )
+        kernel: Any = self.param("kernel", lambda key: Weight(init(key, shape, axes), axes, True))
+        return kernel

@@ -1,19 +1,28 @@
-"""Every released dense Qwen as a `ModelConfig`, by name: `preset("qwen-7b")`.
+"""Configurations of every released dense Qwen, by name: `preset("qwen-7b")`.
 
 Sources: report Table 1 and the releases' config.json (Qwen v1); config.json of the hub repositories
 (1.5, 2, 2.5, 3). Head dim is 128 unless given. Base models; where an Instruct release differs (a
-norm epsilon, a shorter `max_length`), its own config.json, read by `interop`, is what counts.
+norm epsilon, a shorter `max_length`), use its own config.json, read by `interop`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.model.config import ModelConfig
 
 
-def _qwen(d_model, n_layers, heads, d_ff, vocab_size, **kwargs) -> ModelConfig:
-    """Qwen v1: multi-head attention, RoPE base 1e4 unless given, biases on q, k, v, untied."""
-    defaults = {"max_length": 8192, "trained_length": 8192, "dynamic_ntk": True, "logn": True}
+def _qwen(
+    d_model: int, n_layers: int, heads: int, d_ff: int, vocab_size: int, **kwargs: Any
+) -> ModelConfig:
+    """Returns a Qwen v1 configuration: multi-head attention, q/k/v biases, untied head."""
+    defaults: dict[str, Any] = {
+        "max_length": 8192,
+        "trained_length": 8192,
+        "dynamic_ntk": True,
+        "logn": True,
+    }
     return ModelConfig(
         family="qwen",
         vocab_size=vocab_size,
@@ -27,9 +36,22 @@ def _qwen(d_model, n_layers, heads, d_ff, vocab_size, **kwargs) -> ModelConfig:
     )
 
 
-def _qwen2(d_model, n_layers, heads, kv_heads, d_ff, vocab_size, **kwargs) -> ModelConfig:
-    """Qwen1.5, 2 and 2.5: RoPE base 1e6, no NTK or LogN, grouped queries."""
-    defaults = {"head_dim": 128, "max_length": 32768, "rope_theta": 1e6, "trained_length": 32768}
+def _qwen2(
+    d_model: int,
+    n_layers: int,
+    heads: int,
+    kv_heads: int,
+    d_ff: int,
+    vocab_size: int,
+    **kwargs: Any,
+) -> ModelConfig:
+    """Returns a Qwen1.5, 2 or 2.5 configuration: RoPE base 1e6, no NTK or LogN, grouped queries."""
+    defaults: dict[str, Any] = {
+        "head_dim": 128,
+        "max_length": 32768,
+        "rope_theta": 1e6,
+        "trained_length": 32768,
+    }
     return ModelConfig(
         family="qwen2",
         vocab_size=vocab_size,
@@ -42,8 +64,8 @@ def _qwen2(d_model, n_layers, heads, kv_heads, d_ff, vocab_size, **kwargs) -> Mo
     )
 
 
-def _qwen3(d_model, n_layers, heads, d_ff, **kwargs) -> ModelConfig:
-    """Qwen3 dense: 8 kv heads, q/k norms, no biases; 32,768 positions in the base models."""
+def _qwen3(d_model: int, n_layers: int, heads: int, d_ff: int, **kwargs: Any) -> ModelConfig:
+    """Returns a dense Qwen3 configuration: 8 kv heads, q/k norms, no biases, 32,768 positions."""
     return ModelConfig(
         family="qwen3",
         vocab_size=151_936,

@@ -1,15 +1,15 @@
-"""Quantised parameters: what one is, how a tree is quantised, how layers multiply by one.
+"""Quantised parameters: their leaf types, quantisation of parameter trees, and matmuls with them.
 
-The seven matrices of a layer are quantised, nothing else unless asked (the output head, to int8);
-embedding, norms and biases keep their dtype. Two kinds of leaf stand in for a matrix:
+The seven matrices of a layer are quantised and, on request, the output head (to int8); embedding,
+norms and biases keep their dtype. Two leaf types replace a matrix:
 
-- `ChannelWeight`: int8 or int4 numbers, one scale an output. The product is a plain einsum of the
-  numbers, scaled afterwards; compilers read the numbers as they are and need no kernel of ours.
-- `GroupWeight` (`kernels.quantised`): packed 4 or 8 bits with a scale for each group of inputs, as
-  GPTQ folders have them.
+- `ChannelWeight`: int8 or int4 integers with one scale per output. The matmul is an einsum of the
+  integers, scaled afterwards; compilers read the integers directly and need no custom kernel.
+- `GroupWeight` (`kernels.quantised`): packed 4 or 8 bit integers with a scale per group of inputs,
+  as in GPTQ folders.
 
-Both are for inference: they have no gradient. Quantisation is round to nearest, symmetric, each
-scale the one of a few candidates with the least squared error.
+Both are for inference and have no gradient. Quantisation rounds to nearest, symmetrically; each
+scale is the one of a few candidates with the least squared error. Letters in shapes: L layers.
 """
 
 from __future__ import annotations
@@ -33,19 +33,20 @@ INPUT_AXES = {
     ("attn", "o"): 2,
     **{("mlp", name): 1 for name in ("gate", "up", "down")},
 }
-"""Matrices of a layer that are quantised, and how many of their leading axes are inputs."""
+"""Quantised matrices of a layer, and how many of their leading axes are inputs."""
 
 HEAD = ("head", "kernel")
+"""Path of the output head in the parameter tree."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Format:
-    """How weights are quantised.
+class QuantFormat:
+    """Format of quantised weights.
 
     Attributes:
-      bits: 4 or 8.
-      group: inputs that share a scale, or None for all of them (a scale per output channel).
-      head: whether the output head is quantised too, to int8 per output channel.
+      bits: bits per weight, 4 or 8.
+      group: number of inputs that share a scale; None for all of them (one scale per output).
+      head: whether the output head is quantised too, to int8 with one scale per output.
     """
 
     bits: int = 4
@@ -63,17 +64,17 @@ class Format:
 
     @property
     def name(self) -> str:
-        """Such as "int4-g128" or "int8"."""
+        """Name of the format, such as "int4-g128" or "int8"."""
         return f"int{self.bits}" + (f"-g{self.group}" if self.group else "")
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ChannelWeight:
-    """A matrix, or L of them, with one scale for each output.
+    """A quantised matrix, or a stack of L of them, with one scale per output.
 
     Attributes:
-      codes: int8 or int4 in the shape of the dense leaf, [(L,) *inputs, *outputs].
+      codes: int8 or int4 integers in the shape of the dense leaf, [(L,) *inputs, *outputs].
       scales: float32 [(L,) *outputs].
     """
 
@@ -82,7 +83,7 @@ class ChannelWeight:
 
     @property
     def bits(self) -> int:
-        """4 or 8."""
+        """Bits per weight, 4 or 8."""
         return 4 if self.codes.dtype == jnp.int4 else 8
 
 
@@ -90,35 +91,35 @@ QuantisedWeight = ChannelWeight | GroupWeight
 
 
 def is_quantised(x: Any) -> bool:
-    """Whether a leaf of a parameter tree is a quantised weight."""
+    """Returns whether a leaf of a parameter tree is a quantised weight."""
     return isinstance(x, QuantisedWeight)
 
 
-# --- quantising ---------------------------------------------------------------------------------
+# --- quantisation -------------------------------------------------------------------------------
 
 _CLIPS = tuple(1 - 0.05 * i for i in range(13))
-"""Shares of the largest weight that a scale may be made for; what is beyond is clipped. Below 0.4
-none wins on normal weights, and 13 candidates come within 1.5 % of the error that 50 reach."""
+"""Candidate clipping points as fractions of the largest weight. On normal weights none below 0.4 is
+best, and 13 candidates come within 1.5 % of the error of 50."""
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "group"))
 def quantise_matrix(
     w: jax.Array, *, bits: int, group: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Rounds a matrix to the nearest whole numbers of a scale, symmetric.
+    """Rounds a matrix to the nearest integer multiples of a scale per group and output.
 
-    The largest weight of a group is 2^(bits−1) − ½ scales long, so numbers use all of −2^(bits−1) …
-    2^(bits−1) − 1 (AutoGPTQ's symmetric grid), or a share of that, whichever share in `_CLIPS`
-    leaves the least squared error. Scales are rounded to float16 first, which is how folders keep
-    them: what is written and read back is the same.
+    The largest weight of a group is 2^(bits−1) − ½ scales, so that integers use all of −2^(bits−1)
+    … 2^(bits−1) − 1 (AutoGPTQ's symmetric grid), or it is clipped to the fraction in `_CLIPS` with
+    the least squared error. Scales are rounded to float16 first, as folders store them, so that a
+    saved and reloaded weight is identical.
 
     Args:
-      w: [K, O], any float dtype.
+      w: [K, O] (inputs, outputs), any float dtype.
       bits: 4 or 8.
-      group: inputs a group, a divisor of K; None for K.
+      group: inputs per group, a divisor of K; None for K.
 
     Returns:
-      (numbers int8 [K, O], scales float32 [G, O]).
+      (integers int8 [K, O], scales float32 [K / group, O]).
     """
     inputs, outputs = w.shape
     w = w.astype(jnp.float32).reshape(-1, group or inputs, outputs)
@@ -143,8 +144,8 @@ def quantise_matrix(
     return numbers(scale).astype(jnp.int8).reshape(inputs, outputs), scale[:, 0]
 
 
-def quantise_leaf(w: jax.Array, fmt: Format, inputs: int) -> QuantisedWeight:
-    """One matrix [*inputs, *outputs] of a layer, whose first `inputs` axes are inputs.
+def quantise_leaf(w: jax.Array, fmt: QuantFormat, inputs: int) -> QuantisedWeight:
+    """Quantises one matrix [*inputs, *outputs], whose first `inputs` axes are inputs.
 
     Raises:
       UserError: the group does not divide the inputs.
@@ -156,21 +157,21 @@ def quantise_leaf(w: jax.Array, fmt: Format, inputs: int) -> QuantisedWeight:
         dtype = jnp.int4 if fmt.bits == 4 else jnp.int8
         return ChannelWeight(codes.reshape(w.shape).astype(dtype), scales.reshape(out))
     middle = 2 ** (fmt.bits - 1)
-    return GroupWeight(pack(codes.astype(jnp.int32) + middle, fmt.bits), scales[:, None],
-                       bits=fmt.bits)  # fmt: skip
+    packed = pack(codes.astype(jnp.int32) + middle, fmt.bits)
+    return GroupWeight(packed, scales[:, None], bits=fmt.bits)
 
 
 @functools.partial(jax.jit, static_argnames=("fmt", "inputs"))
-def _quantise_stack(w: jax.Array, fmt: Format, inputs: int) -> QuantisedWeight:
-    """[L, *inputs, *outputs], one layer at a time, so that float32 copies are of one."""
+def _quantise_stack(w: jax.Array, fmt: QuantFormat, inputs: int) -> QuantisedWeight:
+    """Quantises a stack [L, *inputs, *outputs] one layer at a time, to bound float32 copies."""
     return jax.lax.map(lambda layer: quantise_leaf(layer, fmt, inputs), w)
 
 
-def check_group(fmt: Format, inputs: int, shards: int = 1) -> None:
-    """Refuses groups that do not divide a matrix's inputs on each of `shards` devices.
+def check_group(fmt: QuantFormat, inputs: int, shards: int = 1) -> None:
+    """Checks that the format's groups divide a matrix's inputs on each of `shards` devices.
 
     Raises:
-      UserError: they don't.
+      UserError: otherwise.
     """
     if fmt.group and inputs % (fmt.group * shards):
         split = f", split over {shards} devices," if shards > 1 else ""
@@ -181,13 +182,17 @@ def check_group(fmt: Format, inputs: int, shards: int = 1) -> None:
         )
 
 
-def matrices(params: Mapping[str, Any], fmt: Format) -> dict[tuple[str, ...], int]:
-    """Paths of the leaves that `fmt` quantises, each with its number of input axes after L.
+def quantised_paths(params: Mapping[str, Any], fmt: QuantFormat) -> dict[tuple[str, ...], int]:
+    """Returns the paths of the leaves that `fmt` quantises, and their number of input axes.
+
+    A leading layer axis is not counted.
 
     Raises:
-      UserError: the head is wanted in int8 and the model ties it to its embedding.
+      UserError: the head is to be quantised and the model ties it to its embedding.
     """
-    found = {("layers", *path): inputs for path, inputs in INPUT_AXES.items()}
+    found: dict[tuple[str, ...], int] = {
+        ("layers", *path): inputs for path, inputs in INPUT_AXES.items()
+    }
     if fmt.head:
         if "head" not in params:
             raise UserError(
@@ -199,23 +204,23 @@ def matrices(params: Mapping[str, Any], fmt: Format) -> dict[tuple[str, ...], in
 
 
 def quantise_params(
-    params: Mapping[str, Any], fmt: Format, *, consume: bool = False
+    params: Mapping[str, Any], fmt: QuantFormat, *, consume: bool = False
 ) -> dict[str, Any]:
-    """Quantises a parameter tree leaf by leaf; `consume` frees each dense leaf as it goes.
+    """Quantises a parameter tree leaf by leaf.
 
     Args:
-      params: as `init_params` makes it, of any float dtype, on one device or on a mesh with nothing
-        split (quantise while loading to split it: `interop.load_params`).
-      fmt: how.
-      consume: delete the dense matrices (their arrays can't be used any more).
+      params: tree as `init_params` makes it, of any float dtype, on one device or replicated on a
+        mesh (to shard it, quantise while loading: `interop.load_params`).
+      fmt: format of the quantised weights.
+      consume: whether to delete each dense matrix once it is quantised, to save memory.
 
     Returns:
-      The same tree with quantised weights where `fmt` says so.
+      The tree with quantised weights in place of the matrices that `fmt` covers.
 
     Raises:
-      UserError: as `matrices` and `quantise_leaf`.
+      UserError: as `quantised_paths` and `quantise_leaf`.
     """
-    wanted = matrices(params, fmt)
+    wanted = quantised_paths(params, fmt)
 
     def leaf(path, x):
         path = tuple(key.key for key in path)
@@ -232,15 +237,19 @@ def quantise_params(
     return jax.tree_util.tree_map_with_path(leaf, dict(params))
 
 
-def format_of(path: tuple[str, ...], fmt: Format) -> Format:
-    """How the leaf at `path` is quantised under `fmt`: the head always to int8 per channel."""
-    return Format(8, None) if path == HEAD else fmt
+def format_of(path: tuple[str, ...], fmt: QuantFormat) -> QuantFormat:
+    """Returns the format of the leaf at `path` under `fmt`: the head is always int8 per output."""
+    return QuantFormat(8, None) if path == HEAD else fmt
 
 
 def dequantise_params(params: Mapping[str, Any], abstract: Mapping[str, Any]) -> dict[str, Any]:
-    """The dense float32 weights that a tree's quantised ones stand for; for small trees and tests.
+    """Returns the tree with quantised weights replaced by the dense float32 ones they represent.
 
-    abstract: `abstract_params` of the same network, for the shapes. Other leaves stay as they are.
+    For small trees and tests.
+
+    Args:
+      params: a parameter tree; leaves that are not quantised stay unchanged.
+      abstract: `abstract_params` of the same network, for the shapes.
     """
     shapes = {path: x.shape for path, x in jax.tree_util.tree_leaves_with_path(dict(abstract))}
 
@@ -256,19 +265,19 @@ def dequantise_params(params: Mapping[str, Any], abstract: Mapping[str, Any]) ->
     return jax.tree_util.tree_map_with_path(leaf, dict(params), is_leaf=is_quantised)
 
 
-# --- what a tree of them looks like -------------------------------------------------------------
+# --- shapes and shardings -----------------------------------------------------------------------
 
 
-def abstract_quantised(abstract: Mapping[str, Any], fmt: Format) -> dict[str, Any]:
-    """The tree of `abstract_params` with quantised weights in place of dense ones, shardings too.
+def abstract_quantised(abstract: Mapping[str, Any], fmt: QuantFormat) -> dict[str, Any]:
+    """Returns the tree of `abstract_params` with quantised weights in place of dense ones.
 
-    Outputs of q, k, v, gate and up are split over `tensor`, inputs of o and down; along `fsdp`
-    quantised weights are whole.
+    Outputs of q, k, v, gate and up are sharded over `tensor`, and inputs of o and down; along
+    `fsdp` quantised weights are replicated.
 
     Raises:
-      UserError: as `matrices`; a group that does not divide what a device holds.
+      UserError: as `quantised_paths`; a group that does not divide what a device holds.
     """
-    wanted = matrices(abstract, fmt)
+    wanted = quantised_paths(abstract, fmt)
 
     def leaf(path, x):
         path = tuple(key.key for key in path)
@@ -280,15 +289,17 @@ def abstract_quantised(abstract: Mapping[str, Any], fmt: Format) -> dict[str, An
     return jax.tree_util.tree_map_with_path(leaf, dict(abstract))
 
 
-def abstract_leaf(x, fmt: Format, lead: int, inputs: int, *, zeros=False) -> QuantisedWeight:
-    """x, an abstract dense leaf, as a quantised weight of `ShapeDtypeStruct`s.
+def abstract_leaf(
+    x: jax.ShapeDtypeStruct, fmt: QuantFormat, lead: int, inputs: int, *, zeros: bool = False
+) -> QuantisedWeight:
+    """Returns an abstract dense leaf as a quantised weight of `ShapeDtypeStruct`s.
 
     Args:
-      x: `ShapeDtypeStruct` [(L,) *inputs, *outputs], its sharding followed.
-      fmt: how it is quantised.
+      x: `ShapeDtypeStruct` [(L,) *inputs, *outputs]; the result is sharded like it, but for `fsdp`.
+      fmt: format of the quantised weight.
       lead: 1 with a layer axis, else 0.
-      inputs: number of input axes after it.
-      zeros: whether groups have zeros of their own.
+      inputs: number of input axes after the layer axis.
+      zeros: whether groups have zero points of their own.
 
     Raises:
       UserError: a group that does not divide what a device holds.
@@ -331,7 +342,7 @@ def abstract_leaf(x, fmt: Format, lead: int, inputs: int, *, zeros=False) -> Qua
 
 
 def weight_bytes(params: Mapping[str, Any]) -> int:
-    """Bytes of a parameter tree as stored; int4 counts half a byte."""
+    """Returns the bytes of a parameter tree as stored; int4 counts half a byte."""
 
     def size(x) -> int:
         bits = 4 if x.dtype == jnp.int4 else 8 * x.dtype.itemsize
@@ -340,30 +351,37 @@ def weight_bytes(params: Mapping[str, Any]) -> int:
     return sum(map(size, jax.tree.leaves(params)))
 
 
-# --- multiplying --------------------------------------------------------------------------------
+# --- matmuls ------------------------------------------------------------------------------------
 
 
 def scannable(layers: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """What a scan over layers may slice, and how the body completes a slice.
+    """Splits stacked layers into what a scan slices and a function that completes a slice.
 
-    Group-quantised stacks stay whole and are told their layer instead: their kernel reads its
-    blocks out of the stack, where a slice would first be copied.
+    Group-quantised stacks are not sliced but receive the layer's index: their kernel reads its
+    blocks out of the stack, where a slice would be copied first.
+
+    Args:
+      layers: parameters of all layers, leaves [L, …].
+
+    Returns:
+      (tree to scan over, function from one slice of it to the parameters of that layer).
     """
+    tree: Any
     leaves, tree = jax.tree.flatten(layers, is_leaf=lambda x: isinstance(x, GroupWeight))
-    whole = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, GroupWeight)}
-    for i, leaf in whole.items():
+    stacks = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, GroupWeight)}
+    for i, leaf in stacks.items():
         leaves[i] = jnp.arange(leaf.codes.shape[0], dtype=jnp.int32)
 
     def complete(sliced):
         parts = tree.flatten_up_to(sliced)
-        for i, leaf in whole.items():
+        for i, leaf in stacks.items():
             parts[i] = dataclasses.replace(leaf, layer=parts[i])
         return jax.tree.unflatten(tree, parts)
 
     return jax.tree.unflatten(tree, leaves), complete
 
 
-def quantised_product(
+def quantised_einsum(
     equation: str,
     x: jax.Array,
     weight: QuantisedWeight,
@@ -371,21 +389,22 @@ def quantised_product(
     axes: tuple[str | None, ...],
     out: tuple[str | None, ...] | None = None,
 ) -> jax.Array:
-    """`einsum(equation, x, w)` for a quantised w, in x's dtype, accumulated in float32.
+    """Computes einsum(equation, x, w) for a quantised w, in x's dtype, accumulated in float32.
 
     Args:
-      equation: x's last axes are w's first, the inputs; the outputs come last ("BTD,DNH->BTNH").
+      equation: einsum equation in which x's last axes are w's first ones, the inputs, and the
+        outputs are last ("BTD,DNH->BTNH").
       x: activations.
-      weight: one layer's.
-      shape: of the dense weight.
-      axes: its logical axes.
-      out: logical axes of the result where they don't follow from those of x and w.
+      weight: the weight of one layer.
+      shape: shape of the dense weight.
+      axes: logical axes of the dense weight.
+      out: logical axes of the result, where they don't follow from those of x and w.
     """
     sharding = None if out is None else spec(*out)
     letters = equation.replace("->", ",").split(",")
     inputs = len(set(letters[0]) & set(letters[1]))
     if isinstance(weight, ChannelWeight):
-        y = _channel_product(equation, x, weight.codes, inputs, sharding)
+        y = _channel_einsum(equation, x, weight.codes, inputs, sharding)
         return (y * weight.scales).astype(x.dtype)
     lead, outputs = x.ndim - inputs, shape[inputs:]
 
@@ -399,30 +418,60 @@ def quantised_product(
 
 
 def quantised_logits(hidden: jax.Array, kernel: ChannelWeight) -> jax.Array:
-    """hidden [B,T,D] · an int8 head [D,V] -> logits float32 [B,T,V]."""
-    return _channel_product("BTD,DV->BTV", hidden, kernel.codes, 1) * kernel.scales
+    """Multiplies hidden states [B, T, D] by an int8 head [D, V]; logits float32 [B, T, V]."""
+    return _channel_einsum("BTD,DV->BTV", hidden, kernel.codes, 1) * kernel.scales
 
 
-def _channel_product(equation, x, codes, inputs: int, sharding=None) -> jax.Array:
-    """einsum(equation, x, codes) in float32; the first `inputs` axes of codes are contracted."""
+def _channel_einsum(
+    equation: str, x: jax.Array, codes: jax.Array, inputs: int, sharding: Any = None
+) -> jax.Array:
+    """Computes einsum(equation, x, codes) in float32, before scaling.
+
+    Args:
+      equation: einsum equation, as in `quantised_einsum`.
+      x: activations.
+      codes: int8 or int4, unscaled weights.
+      inputs: number of leading axes of codes that are contracted.
+      sharding: sharding of the result, or None.
+    """
     if on_mesh() or platform()[0] != "cpu":
         codes = codes.astype(x.dtype)
-        how = {"out_sharding": sharding, "preferred_element_type": jnp.float32}
-        return jnp.einsum(equation, x, codes, **how)
+        return jnp.einsum(
+            equation, x, codes, out_sharding=sharding, preferred_element_type=jnp.float32
+        )
     lead, out = x.shape[: x.ndim - inputs], codes.shape[inputs:]
     into = math.prod(codes.shape[:inputs])
     y = integer_matmul(x.reshape(math.prod(lead), into), codes.reshape(into, math.prod(out)))
     return y.reshape(*lead, *out)
 
 
-def _on_mesh(local, x, weight: GroupWeight, lead: int, inputs: int, axes, sharding):
-    """`local` on each device's part; parts of the inputs are summed."""
+def _on_mesh(
+    local: Callable[[jax.Array, GroupWeight], jax.Array],
+    x: jax.Array,
+    weight: GroupWeight,
+    lead: int,
+    inputs: int,
+    axes: tuple[str | None, ...],
+    sharding: Any,
+) -> jax.Array:
+    """Runs a group matmul on each device's shards and sums over sharded inputs.
+
+    Args:
+      local: matmul of device-local activations and weight.
+      x: activations, `lead` leading axes before the inputs.
+      weight: the weight of one layer.
+      lead: number of leading axes of x.
+      inputs: number of input axes of x and of the dense weight.
+      axes: logical axes of the dense weight.
+      sharding: sharding of the result, or None to keep what follows.
+    """
     x_axes = jax.typeof(x).sharding.spec
     x_axes = (*x_axes, *(None,) * (x.ndim - len(x_axes)))
     fsdp = RULES["embed"]
     into, out = (None if RULES[a] == fsdp else RULES[a] for a in (axes[0], axes[inputs]))
     stack = () if weight.layer is None else (None,)
-    of_weight = GroupWeight(
+    group: Any = GroupWeight  # a tree of partition specs in the place of arrays
+    of_weight = group(
         jax.P(*stack, into, out),
         jax.P(*stack, into, None, out),
         None if weight.zeros is None else jax.P(*stack, into, None, out),

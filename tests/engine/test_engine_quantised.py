@@ -9,7 +9,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.options import EngineOptions
 from qwen_jax.engine.request import Request, SamplingParams
 from qwen_jax.model import ForwardOptions, ModelConfig, forward, init_params
-from qwen_jax.model.quantised import Format, quantise_params
+from qwen_jax.model.quantised import QuantFormat, quantise_params
 
 CONFIG = ModelConfig(
     family="qwen2", vocab_size=96, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8,
@@ -21,7 +21,7 @@ OPTIONS = ForwardOptions(dtype="float32")
 @pytest.mark.slow
 def test_output_of_quantised_weights_equals_the_forward_pass():
     """Groups in the layers and an int8 head."""
-    fmt = Format(4, 16, head=True)
+    fmt = QuantFormat(4, 16, head=True)
     dense = jax.jit(lambda key: init_params(CONFIG, key))(jax.random.key(0))
     params = quantise_params(dense, fmt)
     prompts = [np.arange(5) + 3, (np.arange(17) * 7) % 90]

@@ -10,7 +10,7 @@ import pytest
 from qwen_jax.corpus import stdlib
 from qwen_jax.corpus.documents import Document
 from qwen_jax.errors import UserError
-from qwen_jax.evaluate.baselines import SEES, compute_baselines
+from qwen_jax.evaluate.baselines import CONTEXT_OF, compute_baselines
 from qwen_jax.evaluate.ngram import train_ngram
 
 TEXTS = [b"the cat sat on the mat. the cat ate.\n" * 3, b"a bat sat, and that was that\n", b"z"]
@@ -129,7 +129,7 @@ def test_baselines_on_the_standard_library_are_ordered_as_expected():
     assert 1 < found.ngram < found.gzip
     assert 300_000 < found.primed_bytes < 700_000
     assert "byte 8-gram" in found.table()
-    assert set(SEES) == {"gzip", "xz", "xz_primed", "ngram"} <= set(vars(found))
+    assert set(CONTEXT_OF) == {"gzip", "xz", "xz_primed", "ngram"} <= set(vars(found))
 
 
 def test_more_training_text_helps():

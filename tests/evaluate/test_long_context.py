@@ -12,9 +12,9 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate import long_context
-from qwen_jax.evaluate.long_context import MODES, Plan, Table, measure, switched
-from qwen_jax.evaluate.long_context_report import as_json, as_text, picture
-from qwen_jax.evaluate.perplexity import Perplexity, cut, perplexity
+from qwen_jax.evaluate.long_context import MODES, PerplexityTable, TablePlan, measure, mode_config
+from qwen_jax.evaluate.long_context_report import as_json, as_text, plot_png
+from qwen_jax.evaluate.perplexity import Perplexity, perplexity, split_windows
 from qwen_jax.model import abstract_params
 from qwen_jax.parallel import MeshConfig, make_mesh
 from tests import multiprocess
@@ -23,7 +23,7 @@ from tests.model.families import FLOAT32, params
 
 CONFIG = dataclasses.replace(naive.CONFIG, windows=())
 WEIGHTS = functools.partial(params, naive.CONFIG)  # those of any windows
-PLAN = Plan(CONFIG, FLOAT32, lengths=(8, 32), layers_per_window=1)
+PLAN = TablePlan(CONFIG, FLOAT32, lengths=(8, 32), layers_per_window=1)
 BYTES = np.arange(CONFIG.vocab_size, dtype=np.int32) % 5
 
 
@@ -60,9 +60,9 @@ def test_what_a_mode_runs():
     """Only what changes something is on, so that equal computations are done once."""
     for mode in MODES:
         for length in (1, naive.S):
-            run = switched(CONFIG, mode, length, 1)
+            run = mode_config(CONFIG, mode, length, 1)
             assert (run.dynamic_ntk, run.logn, run.windows) == (False, False, ())
-    runs = {mode: switched(CONFIG, mode, 32, 1) for mode in (*MODES, "window", "logn")}
+    runs = {mode: mode_config(CONFIG, mode, 32, 1) for mode in (*MODES, "window", "logn")}
     assert {m: (r.dynamic_ntk, r.logn, r.windows) for m, r in runs.items()} == {
         "none": (False, False, ()),
         "ntk": (True, False, ()),
@@ -71,22 +71,22 @@ def test_what_a_mode_runs():
         "window": (False, False, (8, 16, None, None)),
         "logn": (False, True, ()),
     }
-    assert switched(CONFIG, "window", 33, 2).windows == (8, 8, 16, 16)
+    assert mode_config(CONFIG, "window", 33, 2).windows == (8, 8, 16, 16)
     own = dataclasses.replace(CONFIG, windows=(8, None, 16, None))
-    assert switched(own, "ntk", 16, 1).windows == (8, None, None, None)
-    assert switched(own, "ntk", 8, 1).windows == ()
+    assert mode_config(own, "ntk", 16, 1).windows == (8, None, None, None)
+    assert mode_config(own, "ntk", 8, 1).windows == ()
 
 
 def test_cells_are_the_perplexities_of_the_same_tokens(table):
     assert table.documents == 2 and table.tokens == 32 + 64
     assert set(table.cells) == {(mode, n) for mode in MODES for n in PLAN.lengths}
     kept = [d for d in documents() if len(d) > 32]
-    targets = cut(kept, 32)[:, 1:]
+    targets = split_windows(kept, 32)[:, 1:]
     assert table.n_bytes == BYTES[targets].sum()
     with jax.default_matmul_precision("highest"):
         for mode, length in ((MODES[3], 32), ("none", 8)):
-            config = switched(CONFIG, mode, length, 1)
-            alone = perplexity(WEIGHTS(), cut(kept, length, 32), config, FLOAT32)
+            config = mode_config(CONFIG, mode, length, 1)
+            alone = perplexity(WEIGHTS(), split_windows(kept, length, 32), config, FLOAT32)
             np.testing.assert_allclose(table.cells[mode, length].nll, alone.nll, rtol=1e-5)
     for length in PLAN.lengths:
         found = {table.cells[mode, length].nll for mode in MODES}
@@ -156,11 +156,11 @@ def test_picture(table, worst):
     """Any range of values, an infinite perplexity too, draws without a warning."""
     cells = dict(table.cells)
     cells["none", 32] = Perplexity((96 * worst,), (96,))
-    shown = Table(PLAN, cells, table.documents, table.n_bytes)
-    image = matplotlib.image.imread(io.BytesIO(picture(shown)), format="png")
+    shown = PerplexityTable(PLAN, cells, table.documents, table.n_bytes)
+    image = matplotlib.image.imread(io.BytesIO(plot_png(shown)), format="png")
     assert image.shape[0] > 300 and image.shape[1] > 900
     assert np.unique(image[..., :3].reshape(-1, 3), axis=0).shape[0] > 20
-    assert picture(shown) == picture(shown)
+    assert plot_png(shown) == plot_png(shown)
     assert ("inf" in as_text(shown)) == (worst == 800.0)
 
 

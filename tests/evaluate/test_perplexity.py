@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
-from qwen_jax.evaluate.perplexity import Perplexity, cut, perplexity, window_nll
+from qwen_jax.evaluate.perplexity import Perplexity, perplexity, split_windows, window_nll
 from qwen_jax.model import ForwardOptions, abstract_params, forward, ntk_alphas
 from tests import toy
 from tests.model.families import FLOAT32, params
@@ -109,12 +109,12 @@ def test_all_lengths_score_the_same_tokens(documents, exponent):
     longest, length = 16, 2**exponent
     if max(documents, default=0) <= longest:
         with pytest.raises(UserError, match="no document has the 17 tokens"):
-            cut(texts, length, longest)
+            split_windows(texts, length, longest)
         return
-    made = cut(texts, length, longest)
+    made = split_windows(texts, length, longest)
     assert made.dtype == np.int32 and made.shape[1] == length + 1
     np.testing.assert_array_equal(np.diff(made), 1)
-    np.testing.assert_array_equal(made[:, 1:].ravel(), cut(texts, longest)[:, 1:].ravel())
+    np.testing.assert_array_equal(made[:, 1:].ravel(), split_windows(texts, longest)[:, 1:].ravel())
     targets = [t for text in texts for t in text[1 : (len(text) - 1) // longest * longest + 1]]
     assert made[:, 1:].ravel().tolist() == targets
 
@@ -133,7 +133,7 @@ def test_refusals():
         with pytest.raises(UserError, match=message):
             perplexity(weights, bad, CONFIG, FLOAT32, **options)
     with pytest.raises(UserError, match="a length of 3 does not divide the longest, 8"):
-        cut([range(20)], 3, 8)
+        split_windows([range(20)], 3, 8)
     broken = weights | {"final_norm": {"scale": jnp.full(32, jnp.nan)}}
     with pytest.raises(UserError, match="loss of windows 0 to 1 is not a number in float32"):
         perplexity(broken, rows[:3], CONFIG, FLOAT32, batch=2)

@@ -22,14 +22,14 @@ from qwen_jax.model import (
     ntk_alphas,
     transformer,
 )
-from qwen_jax.model.quantised import Format, dequantise_params, quantise_params
+from qwen_jax.model.quantised import QuantFormat, dequantise_params, quantise_params
 from qwen_jax.tokenizer import Tokenizer
 
 CONFIG = ModelConfig(
     family="qwen", vocab_size=300, d_model=64, n_layers=2, n_heads=4, n_kv_heads=4, head_dim=16,
     d_ff=128, max_length=64, trained_length=16, dynamic_ntk=True, logn=True, init_std=0.15,
 )  # fmt: skip
-FORMATS = (Format(8, None, head=True), Format(4, 32), Format(4, 48))
+FORMATS = (QuantFormat(8, None, head=True), QuantFormat(4, 32), QuantFormat(4, 48))
 EXACT = ForwardOptions(dtype="float32")
 
 
@@ -88,7 +88,7 @@ def test_the_cache_row_rounds_keys_and_values(params, windows, rows, monkeypatch
 
 @pytest.mark.slow
 def test_program_prints_and_returns_the_table(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(quantisation, "FORMATS", (Format(4, 64), Format(4, 128)))
+    monkeypatch.setattr(quantisation, "FORMATS", (QuantFormat(4, 64), QuantFormat(4, 128)))
     vocabulary = Tokenizer(tuple(bytes([i]) for i in range(256)))
     config = dataclasses.replace(CONFIG, vocab_size=vocabulary.vocab_size, n_layers=1)
     tree = jax.jit(lambda key: init_params(config, key))(jax.random.key(0))

@@ -213,10 +213,10 @@ def test_groups_that_devices_cannot_share_are_refused(tmp_path):
 
 
 def test_packed_weights_are_not_quantised_again(tmp_path):
-    from qwen_jax.model.quantised import Format
+    from qwen_jax.model.quantised import QuantFormat
 
     stored, _ = gptq_tensors(V2, 4, 16)
     write(tmp_path, V2, stored, quantisation(4, 16))
     with pytest.raises(UserError, match="already quantised to int4-g16"):
-        load_params(tmp_path, V2, abstract_params(V2), quantise=Format(8, None))
+        load_params(tmp_path, V2, abstract_params(V2), quantise=QuantFormat(8, None))
     assert len(load_file(tmp_path / "model.safetensors")) == len(stored)

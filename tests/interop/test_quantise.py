@@ -16,16 +16,16 @@ from qwen_jax.interop import load_params, read_config
 from qwen_jax.interop.quantise import bits_per_weight, folder_bytes, quantise_folder
 from qwen_jax.kernels.quantised import dequantise
 from qwen_jax.model import abstract_params
-from qwen_jax.model.quantised import Format, quantise_params
+from qwen_jax.model.quantised import QuantFormat, quantise_params
 from tests.interop.folders import random_tensors, toy_mesh, write
 from tests.interop.test_gptq import V1, V2, gptq_tensors, quantisation
 from tests.interop.test_gptq import write as write_packed
 
 FORMATS = {
-    "v1 int4 in groups": (V1, Format(4, 32)),
-    "v2 int8 in groups, head": (V2, Format(8, 16, head=True)),
-    "v2 int4": (V2, Format(4, None)),
-    "v1 int8, head": (V1, Format(8, None, head=True)),
+    "v1 int4 in groups": (V1, QuantFormat(4, 32)),
+    "v2 int8 in groups, head": (V2, QuantFormat(8, 16, head=True)),
+    "v2 int4": (V2, QuantFormat(4, None)),
+    "v1 int8, head": (V1, QuantFormat(8, None, head=True)),
 }
 
 
@@ -55,7 +55,7 @@ def test_written_loaded_and_quantised_in_memory_are_one(tmp_path, name):
     assert bits_per_weight(tmp_path / "out") == pytest.approx(fmt.bits + scale_bits, abs=0.6)
 
 
-@pytest.mark.parametrize("fmt", [Format(4, 16), Format(8, None, head=True)])
+@pytest.mark.parametrize("fmt", [QuantFormat(4, 16), QuantFormat(8, None, head=True)])
 def test_quantised_while_loading_onto_a_mesh(tmp_path, fmt):
     src = write(tmp_path, V2, random_tensors(V2))
     expected = load_params(src, V2, abstract_params(V2), quantise=fmt)
@@ -69,7 +69,7 @@ def test_quantised_while_loading_onto_a_mesh(tmp_path, fmt):
 def test_the_folder_follows_the_documented_layout(tmp_path):
     """Each matrix dequantised with plain torch, by the formula other engines use."""
     src = write(tmp_path / "src", V2, random_tensors(V2))
-    quantise_folder(src, tmp_path / "out", Format(4, 16))
+    quantise_folder(src, tmp_path / "out", QuantFormat(4, 16))
     stored, plain = load_file(tmp_path / "out" / "model.safetensors"), random_tensors(V2)
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config == json.loads((tmp_path / "out" / "quantize_config.json").read_text())
@@ -112,15 +112,15 @@ def test_program_writes_and_refuses(tmp_path):
 def test_refusals(tmp_path):
     src = write(tmp_path / "src", V2, random_tensors(V2))
     with pytest.raises(UserError, match=r"64 inputs.*groups of 40"):
-        quantise_folder(src, tmp_path / "out", Format(4, 40))
+        quantise_folder(src, tmp_path / "out", QuantFormat(4, 40))
     stored, _ = gptq_tensors(V2, 4, 16)
     packed = write_packed(tmp_path / "packed", V2, stored, quantisation(4, 16))
     with pytest.raises(UserError, match="already quantised, to int4-g16"):
-        quantise_folder(packed, tmp_path / "out", Format(4, 16))
+        quantise_folder(packed, tmp_path / "out", QuantFormat(4, 16))
     bad = random_tensors(V2)
     bad["model.layers.1.mlp.up_proj.weight"][3, 4] = float("inf")
     write(tmp_path / "bad", V2, bad)
     with pytest.raises(UserError, match=r"up_proj.weight has values that are not finite"):
-        quantise_folder(tmp_path / "bad", tmp_path / "out", Format(4, 16))
+        quantise_folder(tmp_path / "bad", tmp_path / "out", QuantFormat(4, 16))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad", "packed", "src"]
     assert jnp.isinf(bad["model.layers.1.mlp.up_proj.weight"].numpy()).sum() == 1

@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from qwen_jax.model import ForwardOptions, abstract_params, hidden_states
 from qwen_jax.model.presets import preset
-from qwen_jax.model.quantised import Format, abstract_quantised, weight_bytes
+from qwen_jax.model.quantised import QuantFormat, abstract_quantised, weight_bytes
 from qwen_jax.parallel import named_sharding
 
 LAYERS = 4
@@ -51,12 +51,12 @@ def main(topology: str) -> None:
     jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     results = [
-        compile_one(devices, 1, Format(4, 128), 8),
-        compile_one(devices, 4, Format(4, 128), 64),
-        compile_one(devices, 1, Format(4, 128), 128),
-        compile_one(devices, 1, Format(8, 128), 8),
-        compile_one(devices, 1, Format(8, None), 8),
-        compile_one(devices, 1, Format(4, None), 8),
+        compile_one(devices, 1, QuantFormat(4, 128), 8),
+        compile_one(devices, 4, QuantFormat(4, 128), 64),
+        compile_one(devices, 1, QuantFormat(4, 128), 128),
+        compile_one(devices, 1, QuantFormat(8, 128), 8),
+        compile_one(devices, 1, QuantFormat(8, None), 8),
+        compile_one(devices, 1, QuantFormat(4, None), 8),
     ]
     print(json.dumps(results))
 

@@ -146,8 +146,9 @@ def test_packed_prompts_have_their_own_factors():
     positions = np.stack([np.concatenate([np.arange(m) for m in n]) for n in lengths])
     alpha = np.stack([np.repeat(alphas(n), n, axis=0) for n in lengths])
 
-    def attend(q, k, v, window, of_layer, key):
-        return attention(q, k, v, window=window, q_segments=segments, k_segments=segments), None
+    def attend(q, k, v, layer):
+        out = attention(q, k, v, window=layer.window, q_segments=segments, k_segments=segments)
+        return out, None
 
     @jax.jit
     def run(weights):

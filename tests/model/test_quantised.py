@@ -15,7 +15,7 @@ from qwen_jax.model import ForwardOptions, ModelConfig, abstract_params, forward
 from qwen_jax.model.dense_cache import init_cache
 from qwen_jax.model.quantised import (
     ChannelWeight,
-    Format,
+    QuantFormat,
     abstract_quantised,
     dequantise_params,
     quantise_leaf,
@@ -31,10 +31,10 @@ CONFIG = ModelConfig(
     d_ff=128, max_length=64, trained_length=64,
 )  # fmt: skip
 FORMATS = {
-    "int8 and its head": Format(8, None, head=True),
-    "int4": Format(4, None),
-    "int4 in groups": Format(4, 16),
-    "int8 in groups": Format(8, 32, head=True),
+    "int8 and its head": QuantFormat(8, None, head=True),
+    "int4": QuantFormat(4, None),
+    "int4 in groups": QuantFormat(4, 16),
+    "int8 in groups": QuantFormat(8, 32, head=True),
 }
 OPTIONS = ForwardOptions(dtype="float32")
 
@@ -105,7 +105,7 @@ def test_what_can_be_held_exactly_is():
 def test_searching_for_the_scale_helps_four_bits():
     """On normal weights the squared error falls by more than a tenth."""
     w = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 64)), jnp.float32)
-    weight = quantise_leaf(w, Format(4, 128), 1)
+    weight = quantise_leaf(w, QuantFormat(4, 128), 1)
     error = float(jnp.square(dequantise(weight) - w).mean())
     grouped = w.reshape(8, 128, 64)
     plain = jnp.abs(grouped).max(axis=1, keepdims=True) / 7.5
@@ -145,7 +145,7 @@ def test_on_a_mesh_it_is_the_same(params, tokens, name):
 
 
 def test_decoding_beside_a_cache_is_the_whole_prompt(params, tokens):
-    quantised = quantise_params(params, Format(4, 16))
+    quantised = quantise_params(params, QuantFormat(4, 16))
     expected = run(quantised, tokens)
     cache = init_cache(CONFIG, 4, 12, jnp.float32)
 
@@ -163,7 +163,7 @@ def test_decoding_beside_a_cache_is_the_whole_prompt(params, tokens):
 
 def test_consumed_weights_are_freed_and_bfloat16_ones_taken(params):
     copy = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    quantised = quantise_params(copy, Format(8, None), consume=True)
+    quantised = quantise_params(copy, QuantFormat(8, None), consume=True)
     assert copy["layers"]["mlp"]["up"].is_deleted()
     assert not copy["embed"]["table"].is_deleted()
     assert quantised["embed"]["table"] is copy["embed"]["table"]
@@ -175,15 +175,15 @@ def test_consumed_weights_are_freed_and_bfloat16_ones_taken(params):
 
 def test_refusals(params):
     with pytest.raises(UserError, match="3 bits"):
-        Format(3, 128)
+        QuantFormat(3, 128)
     with pytest.raises(UserError, match="group of 12"):
-        Format(4, 12)
+        QuantFormat(4, 12)
     with pytest.raises(UserError, match=r"64 inputs.*groups of 48"):
-        quantise_params(params, Format(4, 48))
+        quantise_params(params, QuantFormat(4, 48))
     tied = dataclasses.replace(CONFIG, tie_embeddings=True)
     with pytest.raises(UserError, match="tied"):
-        abstract_quantised(abstract_params(tied), Format(8, None, head=True))
+        abstract_quantised(abstract_params(tied), QuantFormat(8, None, head=True))
     with pytest.raises(UserError, match=r"64 inputs, split over 2 devices.*fewer devices"):
-        abstract_quantised(abstract_params(CONFIG, toy_mesh()), Format(4, 64))
-    weight = quantise_params(params, Format(4, 16))["layers"]["mlp"]["up"]
+        abstract_quantised(abstract_params(CONFIG, toy_mesh()), QuantFormat(4, 64))
+    weight = quantise_params(params, QuantFormat(4, 16))["layers"]["mlp"]["up"]
     assert isinstance(weight, GroupWeight) and weight.group == 16
