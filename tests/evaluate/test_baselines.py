@@ -67,7 +67,7 @@ def naive_kneser_ney(texts, order):
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8])
-def test_equals_the_published_recursion(order):
+def test_probabilities_equal_the_published_recursion(order):
     model, reference = train_ngram(TEXTS, order), naive_kneser_ney(TEXTS, order)
     for context in (b"", b"the ", b"th", b"q", b"at that"):
         found = model.probabilities([context])[0]
@@ -92,7 +92,7 @@ def test_closed_forms():
     np.testing.assert_allclose(p[ord("a")], 0.5 * unigram, rtol=1e-12)
 
 
-def test_finds_the_entropy_of_a_source():
+def test_bits_converge_to_the_entropy_of_a_source():
     """A Markov chain's entropy rate is approached from above, and noise costs 8 bits."""
     rng = np.random.default_rng(0)
     # From each of 4 letters: 1/2, 1/4, 1/8, 1/8, rotated: 1.75 bits per byte.
@@ -106,7 +106,7 @@ def test_finds_the_entropy_of_a_source():
     assert 8 <= found[0] < 8.01 and found[1] >= 8
 
 
-def test_documents_do_not_see_each_other():
+def test_documents_are_independent():
     model = train_ngram(TEXTS)
     together = model.bits([b"the cat", b" sat on"])
     np.testing.assert_allclose(together, [model.bits([b"the cat"])[0], model.bits([b" sat on"])[0]])
@@ -132,7 +132,7 @@ def test_baselines_on_the_standard_library_are_ordered_as_expected():
     assert set(CONTEXT_OF) == {"gzip", "xz", "xz_primed", "ngram"} <= set(vars(found))
 
 
-def test_more_training_text_helps():
+def test_more_training_text_lowers_the_bits():
     corpus = stdlib.load(max_bytes=2_000_000, heldout=0.1)
     texts = [document.text.encode() for document in corpus.train]
     held = [document.text.encode() for document in corpus.heldout]

@@ -56,7 +56,7 @@ def table(tmp_path_factory):
         return fill(tmp_path_factory.mktemp("table") / "cells")
 
 
-def test_what_a_mode_runs():
+def test_mode_sets_the_switches_of_the_network():
     """Only what changes something is on, so that equal computations are done once."""
     for mode in MODES:
         for length in (1, naive.S):
@@ -77,7 +77,7 @@ def test_what_a_mode_runs():
     assert mode_config(own, "ntk", 8, 1).windows == ()
 
 
-def test_cells_are_the_perplexities_of_the_same_tokens(table):
+def test_all_cells_score_the_same_tokens(table):
     assert table.documents == 2 and table.tokens == 32 + 64
     assert set(table.cells) == {(mode, n) for mode in MODES for n in PLAN.lengths}
     kept = [d for d in documents() if len(d) > 32]
@@ -93,10 +93,10 @@ def test_cells_are_the_perplexities_of_the_same_tokens(table):
         assert len(found) == (1 if length <= naive.S else 4)
 
 
-def test_killed_anywhere_it_goes_on(tmp_path, table, monkeypatch):
+def test_interrupted_anywhere_a_rerun_completes_the_table(tmp_path, table, monkeypatch):
     """Whichever cell is cut short, those before it are not computed again."""
     computed = []
-    cell = long_context._cell
+    cell = long_context._compute_cell
 
     def dies(*args):
         if len(computed) == 4:
@@ -105,10 +105,10 @@ def test_killed_anywhere_it_goes_on(tmp_path, table, monkeypatch):
         return cell(*args)
 
     with jax.default_matmul_precision("highest"):
-        monkeypatch.setattr(long_context, "_cell", dies)
+        monkeypatch.setattr(long_context, "_compute_cell", dies)
         with pytest.raises(KeyboardInterrupt):
             fill(tmp_path)
-        monkeypatch.setattr(long_context, "_cell", cell)
+        monkeypatch.setattr(long_context, "_compute_cell", cell)
         again, stamps = Weights(), {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
         assert len(stamps) == 4
         assert fill(tmp_path, weights=again).cells == table.cells
@@ -119,7 +119,7 @@ def test_killed_anywhere_it_goes_on(tmp_path, table, monkeypatch):
         assert done.loads == 0  # the weights of a finished table are not even read
 
 
-def test_other_weights_text_or_switches_are_computed_anew(tmp_path, table):
+def test_changed_weights_text_or_switches_are_recomputed(tmp_path, table):
     plan = dataclasses.replace(PLAN, lengths=(32,), modes=("none", "ntk+logn+window"))
     with jax.default_matmul_precision("highest"):
         first = Weights()
@@ -134,7 +134,7 @@ def test_other_weights_text_or_switches_are_computed_anew(tmp_path, table):
             assert other.loads == 1, change
 
 
-def test_shown_as_text_and_json(table):
+def test_text_and_json_state_the_same_numbers(table):
     text = as_text(table)
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.split("\n") if "|" in line]
     assert lines[0] == ["perplexity", "8", "32"]
@@ -152,7 +152,7 @@ def test_shown_as_text_and_json(table):
 
 
 @pytest.mark.parametrize("worst", [2.0, 6.0, 800.0])
-def test_picture(table, worst):
+def test_png_is_reproducible_and_has_every_line(table, worst):
     """Any range of values, an infinite perplexity too, draws without a warning."""
     cells = dict(table.cells)
     cells["none", 32] = Perplexity((96 * worst,), (96,))
@@ -173,7 +173,7 @@ def test_picture(table, worst):
         ({"lengths": (16, 16)}, "lengths has an entry twice: 16, 16"),
         ({"modes": ("ntk", "ntk")}, "modes has an entry twice"),
         ({"modes": ("ntk+lognn",)}, r"has 'lognn' \(did you mean 'logn'\?\)"),
-        ({"spread": 8}, "lengths has 8, which is no multiple of twice context=8"),
+        ({"context": 8}, "lengths has 8, which is no multiple of twice context=8"),
         ({"batch_tokens": -1}, "batch_tokens=-1 must be at least 0"),
         ({"layers_per_window": 0}, "layers_per_window=0 at least 1"),
     ],

@@ -43,7 +43,7 @@ def plain(config) -> np.ndarray:
 
 
 @pytest.mark.parametrize("switches", ["as released", "none"])
-def test_is_that_of_all_the_logits(switches):
+def test_perplexity_equals_that_of_all_logits(switches):
     """A last batch that is not full, parts of the window, and a chunk that does not divide them."""
     off = {"dynamic_ntk": False, "logn": False, "windows": ()}
     config = dataclasses.replace(CONFIG, **(off if switches == "none" else {}))
@@ -64,14 +64,14 @@ def test_is_that_of_all_the_logits(switches):
 
 
 @pytest.mark.parametrize("batch", [1, ROWS, 64])
-def test_batch_does_not_matter(batch):
+def test_perplexity_does_not_depend_on_the_batch(batch):
     rows = windows()
     a = perplexity(params(CONFIG), rows, CONFIG, FLOAT32, batch=batch)
     np.testing.assert_allclose(a.nll, plain(CONFIG).sum(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["4 fsdp × 2 tensor", "2 × 2 × 2 fsdp, context, tensor"])
-def test_mesh_does_not_matter(name):
+def test_perplexity_does_not_depend_on_the_mesh(name):
     rows = windows()
     expected = plain(CONFIG).reshape(ROWS, 8, T // 8).sum((0, 2))
     with toy.use(name) as mesh:
@@ -84,7 +84,7 @@ def test_mesh_does_not_matter(name):
         np.testing.assert_allclose(whole.nll, expected.sum(), rtol=1e-5)
 
 
-def test_logits_never_exist():
+def test_logits_of_all_tokens_are_never_stored():
     """The compiled program's temporaries are a few chunks of logits, not all 16 of them."""
     config = dataclasses.replace(CONFIG, vocab_size=65_536)
     inputs, chunk = jnp.zeros((4, 256), jnp.int32), 64
@@ -139,7 +139,7 @@ def test_refusals():
         perplexity(broken, rows[:3], CONFIG, FLOAT32, batch=2)
 
 
-def test_bfloat16_is_near():
+def test_bfloat16_perplexity_is_close_to_float32():
     exact, half = (
         perplexity(params(CONFIG), windows(), CONFIG, ForwardOptions(dtype=d)).loss
         for d in ("float32", "bfloat16")
@@ -147,5 +147,5 @@ def test_bfloat16_is_near():
     assert 0 < abs(exact - half) < 0.03 * exact
 
 
-def test_a_hopeless_model_has_infinite_perplexity():
+def test_overflowing_loss_gives_infinite_perplexity():
     assert Perplexity((1e6,), (10,)).perplexity == float("inf")

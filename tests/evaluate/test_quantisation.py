@@ -49,7 +49,7 @@ def rows(params, windows):
     return {row.name: row for row in found}
 
 
-def test_every_row_is_the_perplexity_of_its_weights(params, windows, rows):
+def test_every_row_equals_the_perplexity_of_its_weights(params, windows, rows):
     """Groups of 48 don't divide 64 inputs, so that format has no row."""
     assert list(rows) == ["float32", "bfloat16", "float32, 8-bit KV cache", "int8, head int8",
                           "int4-g32"]  # fmt: skip

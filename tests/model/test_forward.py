@@ -51,7 +51,7 @@ def decode(params, config, cache, tokens, **kwargs):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_ragged_prompts_then_decoding_is_each_row_alone_at_once(name):
+def test_prefill_and_decode_of_ragged_rows_equal_each_row_alone(name):
     """Prompts of 12, 7 and 1 tokens, right-padded, then five tokens through the cache.
 
     NTK's factor differs from row to row and stays that of the prompt.
@@ -94,7 +94,7 @@ def test_ragged_prompts_then_decoding_is_each_row_alone_at_once(name):
 
 
 @pytest.mark.parametrize("name", ["p40_n20", "p90_n30"])
-def test_decoding_is_that_of_the_released_code(released, qwen1_small, name):
+def test_decoding_equals_the_released_code(released, qwen1_small, name):
     """The factor of NTK stays what it was at prefill, though the text grows past a doubling."""
     weights, config = released
     reference = np.load(qwen1_small / "decode.npz")
@@ -112,7 +112,7 @@ def test_decoding_is_that_of_the_released_code(released, qwen1_small, name):
 
 
 @pytest.mark.parametrize("length", ["short", "long"])
-def test_left_padded_rows_are_each_row_alone(released, qwen1_small, length):
+def test_left_padded_rows_equal_each_row_alone(released, qwen1_small, length):
     """What the released code gives for each row without padding; its own padded LogN differs."""
     weights, config = released
     reference = np.load(qwen1_small / "batch_leftpad.npz")
@@ -137,7 +137,7 @@ def test_left_padded_rows_are_each_row_alone(released, qwen1_small, length):
         np.testing.assert_allclose(logits[row, -1], alone, atol=5e-4, rtol=1e-4)
 
 
-def test_rotations_are_float32_whatever_the_compute_dtype():
+def test_rotations_are_float32_in_every_compute_dtype():
     """Positions 256 to 4095 against float64; in bfloat16 neighbours there are the same number."""
     config = MODELS["2: windows"]
     positions = np.arange(256, 4096)
@@ -168,7 +168,7 @@ def test_norm_statistics_are_float32_in_bfloat16_models():
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8)
 
 
-def test_a_norm_given_the_mean_square_has_the_same_gradients():
+def test_norm_with_precomputed_mean_square_has_the_same_gradients():
     """It uses the given number, and differentiates as if it had taken it itself."""
     rng = np.random.default_rng(2)
     x, scale, d = (rng.normal(size=s).astype(np.float32) for s in ((4, 96), (96,), (4, 96)))
@@ -187,7 +187,7 @@ def test_a_norm_given_the_mean_square_has_the_same_gradients():
     np.testing.assert_allclose(doubled, own / 2, rtol=1e-5)
 
 
-def test_bfloat16_forward_is_near_float32():
+def test_bfloat16_forward_is_close_to_float32():
     config = MODELS["3: q and k norms, one window"]
     tokens = np.random.default_rng(1).integers(0, 300, (2, 24)).astype(np.int32)
     small = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
@@ -200,7 +200,7 @@ def test_bfloat16_forward_is_near_float32():
     assert 1e-5 < error < 2e-2
 
 
-def test_initial_weights_are_those_of_the_release():
+def test_initial_weights_follow_the_release():
     """Qwen-7B modeling_qwen.py: N(0, 0.02²), the two output projections 0.02/√(2L)."""
     config = ModelConfig(
         family="qwen", vocab_size=512, d_model=128, n_layers=3, n_heads=4, n_kv_heads=4,
@@ -225,7 +225,7 @@ def test_initial_weights_are_those_of_the_release():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dim", [8, 6])
-def test_halves_exchanged_by_a_product_are_the_same(dim, dtype, monkeypatch):
+def test_exchanging_halves_by_matmul_equals_slicing(dim, dtype, monkeypatch):
     """What TPUs run instead of cutting heads apart, also where only some channels rotate."""
     rng = np.random.default_rng(dim)
     x = jnp.asarray(rng.normal(size=(2, 5, 3, 8)), dtype)

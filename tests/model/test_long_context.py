@@ -53,7 +53,7 @@ def alphas(lengths):
 # --- windows with a factor of NTK for each layer --------------------------------------------------
 
 
-def test_factor_of_each_window():
+def test_ntk_factor_follows_each_window():
     """A layer interpolates for what it sees: S at most is 1, then 3, 7, 15 for each doubling."""
     assert CONFIG.windows == (8, 16, 32, None)
     assert alphas((8, 9, 16, 17, 33, 64, 65)).tolist() == [
@@ -65,7 +65,7 @@ def test_factor_of_each_window():
 
 
 @pytest.mark.parametrize("length", [9, T])
-def test_whole_prompts(length):
+def test_windows_and_ntk_equal_the_naive_network(length):
     """One prompt without padding, and that a factor for each layer and LogN matter to it."""
     tokens = texts(1, length)
     of_all = jnp.full((1, 4), ntk_alpha(length, S))
@@ -85,7 +85,7 @@ def test_whole_prompts(length):
 
 
 @pytest.mark.parametrize("mesh", ["none", "2 × 2 × 2 fsdp, context, tensor", "4 fsdp × 2 tensor"])
-def test_ragged_prompts_at_every_border(mesh):
+def test_ragged_prompts_at_every_boundary_equal_the_naive_network(mesh):
     """Prompts on either side of S and of each window in one padded batch, each as it is alone."""
     rows, lengths = texts(12), np.resize(LENGTHS, 12)
     segments = (np.arange(T) < lengths[:, None]).astype(np.int32)
@@ -107,7 +107,7 @@ def test_ragged_prompts_at_every_border(mesh):
         close(logits_[:length], naive(row[:length]))
 
 
-def test_decoding_past_every_border():
+def test_decoding_past_every_boundary_equals_the_naive_network():
     """20 tokens after ragged prompts, through the cache: factors stay those of the prompt."""
     lengths, new = np.array([7, 8, 9, 16, 17, 33]), 20
     width = lengths.max()
@@ -138,7 +138,7 @@ def test_decoding_past_every_border():
     assert np.abs(regrown[lengths[0] + new - 1] - later[-1, 0]).max() > 1e-2
 
 
-def test_packed_prompts_have_their_own_factors():
+def test_packed_prompts_use_their_own_ntk_factors():
     """Prompts one after the other in a row, each token with its prompt's factors [B,T,W]."""
     lengths = [(7, 33), (9, 17, 14), (40,)]
     rows = texts(len(lengths))
@@ -166,7 +166,7 @@ def test_packed_prompts_have_their_own_factors():
 # --- which windows --------------------------------------------------------------------------------
 
 
-def test_windows_of_the_maintainers_description():
+def test_windows_follow_the_maintainers_description():
     """2,048 in four layers, 4,096 in four, 8,192 above; wider than the text is full."""
     windows = layer_windows(32, 2048, longest=16384)
     assert windows == (2048,) * 4 + (4096,) * 4 + (8192,) * 4 + (None,) * 20
@@ -195,7 +195,7 @@ def released(qwen1_small):
     return load_params(qwen1_small, config, abstract_params(config)), config
 
 
-def test_released_prefill_in_pieces(released, qwen1_small):
+def test_chunked_prefill_equals_the_released_code(released, qwen1_small):
     """Prompts at every boundary in one batch, 64 tokens at a time through the cache.
 
     The factor of the whole prompt acts from the first piece on.
@@ -235,7 +235,7 @@ def test_released_prefill_in_pieces(released, qwen1_small):
 
 
 @pytest.mark.parametrize("name", ["p40_n20", "p90_n30"])
-def test_released_answer_read_again_as_a_prompt(released, qwen1_small, name):
+def test_released_answer_prefilled_as_a_prompt_gets_new_ntk_factors(released, qwen1_small, name):
     """The next turn of a chat prefills the whole text with its own factor; decoding had another."""
     weights, config = released
     with np.load(qwen1_small / "decode.npz") as stored:

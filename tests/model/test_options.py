@@ -24,7 +24,7 @@ def kept_bytes(remat: str) -> int:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(backward))
 
 
-def test_stages_keep_what_their_layers_keep():
+def test_remat_stages_save_what_their_policies_name():
     full = kept_bytes("full")
     # The result of attention, float32, for each head and token.
     per_layer = TOKENS.size * MODEL.n_heads * MODEL.head_dim * 4
@@ -38,19 +38,19 @@ def test_stages_keep_what_their_layers_keep():
     [
         ("ful", "options.remat is 'ful' (did you mean 'full'?)"),
         ("full:1,oot", "options.remat is 'oot'"),
-        ("full,out", "options.remat='full,out' doesn't say for how many layers 'full' holds"),
-        ("full:0,out", "doesn't say for how many layers 'full' holds"),
+        ("full,out", "options.remat='full,out' gives no number of layers for 'full'"),
+        ("full:0,out", "gives no number of layers for 'full'"),
         ("full:two,out", "write NAME:LAYERS for all but the last"),
     ],
 )
-def test_what_no_stage_can_be_is_refused(remat, sentence):
+def test_invalid_remat_stages_are_refused(remat, sentence):
     with pytest.raises(UserError) as refused:
         ForwardOptions(remat=remat)
     assert sentence in str(refused.value)
 
 
 @pytest.mark.parametrize("first", [4, 5])
-def test_stages_of_more_layers_than_there_are_are_refused(first):
+def test_remat_stages_of_too_many_layers_are_refused(first):
     with pytest.raises(UserError) as refused:
         kept_bytes(f"full:{first},out")
     assert f"'full:{first},out' leaves no layer of 4 for" in str(refused.value)

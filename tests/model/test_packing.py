@@ -28,7 +28,7 @@ def rows(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_with_masks_is_each_document_alone(rows, name):
+def test_masked_packing_equals_each_document_alone(rows, name):
     config = MODELS[name]
     batch = rows["masked"]
     # Every piece of a document, from its first token in the row, alone and right-padded.

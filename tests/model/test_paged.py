@@ -52,8 +52,8 @@ class Paged:
         pad = [0] * (past - len(past_pages))
         hidden, self.cache = self._prefill(
             *(self.weights, tokens, positions, segments, self.cache, new_pages),
-            past_pages=np.array(pad + past_pages, np.int32),
-            past_segments=np.array(pad + past_segments, np.int32),
+            cached_pages=np.array(pad + past_pages, np.int32),
+            cached_segments=np.array(pad + past_segments, np.int32),
             ntk_alpha=self.alphas[owner],
         )
         out = np.asarray(logits(self.weights, hidden[None], self.config)[0])
@@ -96,7 +96,7 @@ def one_by_one(model, ids):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_chunks_side_by_side_then_decoding_is_the_whole_text_at_once(name):
+def test_packed_prefill_and_decode_equal_one_forward_pass(name):
     config = MODELS[name]
     weights, ids = params(config), texts(config)
     for r, got in enumerate(one_by_one(Paged(config, weights), ids)):
@@ -104,7 +104,7 @@ def test_chunks_side_by_side_then_decoding_is_the_whole_text_at_once(name):
         np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_a_layers_factor_of_ntk_follows_its_window():
+def test_ntk_factor_of_a_layer_follows_its_window():
     """Layers with windows of 8 and everything at a trained length of 8: factors 1 and 7."""
     config = dataclasses.replace(MODELS["v1: NTK, LogN"], windows=(8, None))
     weights, ids = params(config), texts(config)
@@ -115,7 +115,7 @@ def test_a_layers_factor_of_ntk_follows_its_window():
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16])
-def test_new_tokens_are_seen_as_they_will_be_read(dtype):
+def test_new_tokens_are_attended_to_as_the_cache_stores_them(dtype):
     """What attention gets before the write is bit for bit what it gets after, so that the place
     where a prompt is cut changes rounding only."""
     rng = np.random.default_rng(0)
@@ -131,7 +131,7 @@ def test_new_tokens_are_seen_as_they_will_be_read(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16])
-def test_a_coarse_cache_shows_and_not_much(dtype):
+def test_low_precision_cache_changes_logits_slightly(dtype):
     config = MODELS["2.5: grouped, tied, YaRN"]
     weights, ids = params(config), texts(config)
     for r, got in enumerate(one_by_one(Paged(config, weights, dtype), ids)):

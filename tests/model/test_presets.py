@@ -31,7 +31,7 @@ RELEASED = {
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_parameter_count_of_the_release(name):
+def test_parameter_count_equals_the_release(name):
     assert count_params(preset(name)) == RELEASED[name]
 
 
@@ -45,10 +45,10 @@ def closed_form(c):
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_every_preset_matches_the_closed_form(name):
+def test_parameter_count_of_every_preset_matches_the_closed_form(name):
     assert count_params(PRESETS[name]) == closed_form(PRESETS[name])
 
 
-def test_unknown_name_is_answered_with_the_nearest():
+def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match=r"did you mean 'qwen2.5-7b'"):
         preset("qwen2.5-7B")

@@ -67,7 +67,7 @@ def matrix(seed, inputs=64, outputs=6):
     size=st.floats(-3, 3),
 )
 @settings(max_examples=40, deadline=None)
-def test_every_number_is_the_nearest_and_no_plain_scale_is_better(seed, bits, group, size):
+def test_integers_are_nearest_and_the_scale_beats_no_clipping(seed, bits, group, size):
     """Codes are within half a step or clipped; the search never loses to the largest weight."""
     w = matrix(seed) * 10**size
     codes, scales = map(np.asarray, quantise_matrix(jnp.asarray(w), bits=bits, group=group))
@@ -87,7 +87,7 @@ def test_every_number_is_the_nearest_and_no_plain_scale_is_better(seed, bits, gr
     assert (worse <= 1e-5 * np.square(grouped).sum(axis=1)).all()
 
 
-def test_what_can_be_held_exactly_is():
+def test_representable_weights_are_quantised_exactly():
     """Whole multiples of a scale, a group of zeros, the largest numbers of either sign."""
     codes = np.random.default_rng(0).integers(-8, 8, (32, 5))
     codes[0], codes[16] = -8, -8
@@ -102,7 +102,7 @@ def test_what_can_be_held_exactly_is():
         assert not back[:16, 2].any() and np.isfinite(back).all()
 
 
-def test_searching_for_the_scale_helps_four_bits():
+def test_scale_search_reduces_the_error_of_four_bits():
     """On normal weights the squared error falls by more than a tenth."""
     w = jnp.asarray(np.random.default_rng(0).standard_normal((1024, 64)), jnp.float32)
     weight = quantise_leaf(w, QuantFormat(4, 128), 1)
@@ -114,7 +114,7 @@ def test_searching_for_the_scale_helps_four_bits():
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_the_network_is_that_of_the_dequantised_weights(params, tokens, name):
+def test_quantised_network_equals_the_dequantised_one(params, tokens, name):
     fmt = FORMATS[name]
     quantised = quantise_params(params, fmt)
     abstract = abstract_quantised(abstract_params(CONFIG), fmt)
@@ -131,7 +131,7 @@ def test_the_network_is_that_of_the_dequantised_weights(params, tokens, name):
 
 
 @pytest.mark.parametrize("name", ["int8 and its head", "int4 in groups"])
-def test_on_a_mesh_it_is_the_same(params, tokens, name):
+def test_quantised_network_on_a_mesh_equals_one_device(params, tokens, name):
     fmt = FORMATS[name]
     quantised = quantise_params(params, fmt)
     expected = run(quantised, tokens)
@@ -144,7 +144,7 @@ def test_on_a_mesh_it_is_the_same(params, tokens, name):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_decoding_beside_a_cache_is_the_whole_prompt(params, tokens):
+def test_decoding_with_quantised_weights_equals_one_forward_pass(params, tokens):
     quantised = quantise_params(params, QuantFormat(4, 16))
     expected = run(quantised, tokens)
     cache = init_cache(CONFIG, 4, 12, jnp.float32)
@@ -161,7 +161,7 @@ def test_decoding_beside_a_cache_is_the_whole_prompt(params, tokens):
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), expected, atol=2e-5)
 
 
-def test_consumed_weights_are_freed_and_bfloat16_ones_taken(params):
+def test_consumed_weights_are_freed_and_bfloat16_weights_accepted(params):
     copy = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     quantised = quantise_params(copy, QuantFormat(8, None), consume=True)
     assert copy["layers"]["mlp"]["up"].is_deleted()
