@@ -32,7 +32,7 @@ _MARKERS = ("x", "s", "^", "o", "D", "v")
 
 
 def as_text(table: PerplexityTable) -> str:
-    """Returns two Markdown tables, perplexity and bits per byte, and a sentence on what was scored."""
+    """Returns Markdown tables of perplexity and bits per byte, and what was scored."""
     plan = table.plan
     parts = [
         _markdown(table, "perplexity", lambda cell: _format(cell.perplexity)),
@@ -102,7 +102,7 @@ def as_json(table: PerplexityTable) -> dict[str, Any]:
 
 
 def plot_png(table: PerplexityTable) -> bytes:
-    """Returns a PNG of perplexity by length (left) and by position in the longest window (right)."""
+    """Returns a PNG of perplexity by length and by position in the longest window."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9.6, 3.9), layout="constrained", dpi=110)
         by_length, by_position = figure.subplots(1, 2, sharey=True)

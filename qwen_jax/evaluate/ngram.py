@@ -55,7 +55,7 @@ class ByteNgram:
     orders: tuple[_OrderCounts, ...]
 
     def bits(self, texts: Sequence[bytes]) -> np.ndarray:
-        """Returns −log2 of each text's probability, float64 [len(texts)]; ends are not predicted."""
+        """Returns −log2 of each text's probability, float64 [len(texts)], without its end."""
         codes, owner = _codes(texts)
         cost = -np.log2(self._probability(codes))
         return np.bincount(owner, weights=cost, minlength=len(texts))
@@ -141,7 +141,7 @@ def _mask(n: int) -> np.uint64:
 
 
 def _find(table: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (index, found) of each code in a sorted table; an absent code gets any valid index."""
+    """Returns (index, found) of each code in a sorted table; absent codes get any index."""
     index = np.minimum(np.searchsorted(table, codes), len(table) - 1)
     return index, table[index] == codes
 

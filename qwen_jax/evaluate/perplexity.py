@@ -72,7 +72,7 @@ class Perplexity:
         return tuple(nll / max(tokens, 1) for nll, tokens in parts)
 
     def bits_per_byte(self, n_bytes: int) -> float:
-        """Returns bits per UTF-8 byte, given that the scored tokens encode `n_bytes` bytes of text."""
+        """Returns bits per byte, where the scored tokens encode `n_bytes` bytes of text."""
         return self.nll / math.log(2) / n_bytes
 
 
