@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.cpu_matmul import accumulated
+from qwen_jax.kernels.cpu_matmul import matmul_f32
 from qwen_jax.kernels.flash import FlashKernel
 from qwen_jax.kernels.mask import MASKED, Mask, key_bounds, visible
 
@@ -74,7 +74,7 @@ class _Blocks:
     def scores(self, i, j, scale) -> tuple[jax.Array, jax.Array]:
         """(scores float32 [B,N,chunk_q,chunk_k], mask)."""
         q, k = self.queries(self.q, i), self.keys(self.k, j)
-        s = accumulated("BNTH,BNSH->BNTS", q, k) * scale
+        s = matmul_f32("BNTH,BNSH->BNTS", q, k) * scale
         return s, self.seen(i, j)
 
 
@@ -90,7 +90,7 @@ def _forward(q, k, v, mask: Mask, scale: float, chunk: int):
             p = jnp.where(seen, jnp.exp(s - new[..., None]), 0.0)
             keep = jnp.exp(highest - new)
             v_block = blocks.keys(blocks.v, j)
-            product = accumulated("BNTS,BNSH->BNTH", p.astype(v.dtype), v_block)
+            product = matmul_f32("BNTS,BNSH->BNTH", p.astype(v.dtype), v_block)
             return out * keep[..., None] + product, new, total * keep + p.sum(axis=-1)
 
         rows = (batch, heads, blocks.chunk_q)
@@ -123,11 +123,11 @@ def _backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype, chunk: int):
             dq_i, dk, dv = carry
             s, seen = blocks.scores(i, j, scale)
             p = jnp.where(seen, jnp.exp(s - lse_i), 0.0)
-            dp = accumulated("BNTH,BNSH->BNTS", d_out_i, blocks.keys(blocks.v, j))
+            dp = matmul_f32("BNTH,BNSH->BNTS", d_out_i, blocks.keys(blocks.v, j))
             ds = (p * (dp - delta_i) * scale).astype(q.dtype)
-            dq_i += accumulated("BNTS,BNSH->BNTH", ds, blocks.keys(blocks.k, j))
-            dk = _add(dk, accumulated("BNTS,BNTH->BNSH", ds, q_i), j * blocks.chunk_k)
-            dv_j = accumulated("BNTS,BNTH->BNSH", p.astype(q.dtype), d_out_i)
+            dq_i += matmul_f32("BNTS,BNSH->BNTH", ds, blocks.keys(blocks.k, j))
+            dk = _add(dk, matmul_f32("BNTS,BNTH->BNSH", ds, q_i), j * blocks.chunk_k)
+            dv_j = matmul_f32("BNTS,BNTH->BNSH", p.astype(q.dtype), d_out_i)
             return dq_i, dk, _add(dv, dv_j, j * blocks.chunk_k)
 
         dq, dk, dv = carry

@@ -39,7 +39,7 @@ _float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _rounded(equation, out_sharding, a, b):
-    return accumulated(equation, a, b, out_sharding=out_sharding).astype(a.dtype)
+    return matmul_f32(equation, a, b, out_sharding=out_sharding).astype(a.dtype)
 
 
 def _forward(equation, out_sharding, a, b):
@@ -49,15 +49,15 @@ def _forward(equation, out_sharding, a, b):
 def _backward(equation, out_sharding, operands, d):
     del out_sharding  # the gradient of an operand lies as the operand does
     (left, right, out), (a, b) = _terms(equation), operands
-    d_a = accumulated(f"{out},{right}->{left}", d, b, out_sharding=_sharding(a))
-    d_b = accumulated(f"{left},{out}->{right}", a, d, out_sharding=_sharding(b))
+    d_a = matmul_f32(f"{out},{right}->{left}", d, b, out_sharding=_sharding(a))
+    d_b = matmul_f32(f"{left},{out}->{right}", a, d, out_sharding=_sharding(b))
     return d_a.astype(a.dtype), d_b.astype(b.dtype)
 
 
 _rounded.defvjp(_forward, _backward)
 
 
-def accumulated(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None) -> jax.Array:
+def matmul_f32(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None) -> jax.Array:
     """The product in float32; on CPUs operands are brought into the order the kernel reads.
 
     Args:
@@ -74,7 +74,7 @@ def accumulated(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None)
     rows = "".join(c for c in out if c in left and c not in right)
     columns = "".join(c for c in out if c not in left)
     if rows and columns and out.endswith(columns + rows):
-        return accumulated(f"{right},{left}->{out}", b, a, out_sharding=out_sharding)
+        return matmul_f32(f"{right},{left}->{out}", b, a, out_sharding=out_sharding)
     if out != batch + rows + columns:
         raise ValueError(f"{equation}: the result's axes must be {batch}, {rows}, {columns}")
     inner = "".join(c for c in right if c in left and c not in out)
@@ -82,11 +82,11 @@ def accumulated(equation: str, a: jax.Array, b: jax.Array, *, out_sharding=None)
     # [columns, inner] is read as well, where each is one axis.
     if right == batch + columns + inner and len(columns) == len(inner) == 1:
         b_order = right
-    a, b = laid_out(a, left, a_order), laid_out(b, right, b_order)
+    a, b = transpose_in_memory(a, left, a_order), transpose_in_memory(b, right, b_order)
     return _float32(f"{a_order},{b_order}->{out}", a, b, out_sharding=out_sharding)
 
 
-def laid_out(x: jax.Array, axes: str, order: str) -> jax.Array:
+def transpose_in_memory(x: jax.Array, axes: str, order: str) -> jax.Array:
     """`x` with its `axes` in this `order`, in memory too.
 
     A bare transposition would be folded into the product that reads it. The barrier keeps it apart,

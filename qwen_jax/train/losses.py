@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qwen_jax.kernels.cpu_matmul import accumulated
+from qwen_jax.kernels.cpu_matmul import matmul_f32
 from qwen_jax.parallel import RULES, current_mesh, on_mesh, spec
 from qwen_jax.train.vocab_split import VocabSplit, vocab_split
 
@@ -293,8 +293,8 @@ def _device_loss(hidden, kernel, targets, weights, *, z_loss, chunk, split, shar
         # Computed once and read by two products: fused into both, XLA would recompute the
         # exponentials for every tile.
         d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
-        d_h = accumulated("CV,DV->CD", d_logits, kernel)
-        d_kernel += accumulated("CD,CV->DV", h, d_logits)
+        d_h = matmul_f32("CV,DV->CD", d_logits, kernel)
+        d_kernel += matmul_f32("CD,CV->DV", h, d_logits)
         return (total, d_kernel), split.scatter_tokens(d_h).astype(dtype)
 
     zero = jnp.zeros((), jnp.float32)
@@ -396,7 +396,7 @@ def _chunk_softmax(
     """
     first, real = split.first_column()
     columns = jnp.arange(kernel.shape[-1], dtype=jnp.int32)
-    logits = accumulated("CD,DV->CV", hidden, kernel)
+    logits = matmul_f32("CD,DV->CV", hidden, kernel)
     if split.padding:
         logits = jnp.where(columns < real, logits, _PADDING_LOGIT)
     own = jnp.where(targets - first < real, targets - first, -1)

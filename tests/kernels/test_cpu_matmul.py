@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.kernels import attention
-from qwen_jax.kernels.cpu_matmul import accumulated, einsum
+from qwen_jax.kernels.cpu_matmul import einsum, matmul_f32
 from qwen_jax.parallel import named_sharding, spec
 from tests import toy
 
@@ -36,7 +36,7 @@ def wide(*arrays):
 def test_accumulates_in_float32_whatever_the_order(equation, dtype):
     a, b = operands(equation, dtype)
     with jax.default_matmul_precision("highest"):
-        product = jax.jit(lambda a, b: accumulated(equation, a, b))(a, b)
+        product = jax.jit(lambda a, b: matmul_f32(equation, a, b))(a, b)
     assert product.dtype == jnp.float32
     np.testing.assert_allclose(product, np.einsum(equation, *wide(a, b)), rtol=1e-5, atol=1e-4)
 
@@ -97,7 +97,7 @@ def test_the_compiled_step_multiplies_bfloat16_natively(equation):
 def test_another_order_of_the_result_is_refused():
     """XLA would transpose the product, fold that into it, and fail when it runs."""
     with pytest.raises(ValueError, match="the result's axes must be"):
-        accumulated("BTD,DF->BFT", operand("BTD", 0), operand("DF", 1))
+        matmul_f32("BTD,DF->BFT", operand("BTD", 0), operand("DF", 1))
 
 
 @pytest.mark.parametrize("length", [64, 100, 128, 257])
