@@ -1,7 +1,7 @@
-"""Hugging Face weights in and out: Qwen v1, Qwen1.5, Qwen2, Qwen2.5 and dense Qwen3.
+"""Reads and writes Hugging Face model folders of Qwen v1, Qwen1.5, 2, 2.5 and dense Qwen3.
 
-`read_config` and `load_params` bring a downloaded folder straight into sharded arrays; `save_hf`
-writes one back. What is where in the files is one table, `mapping.slots`.
+`read_config` and `load_params` load a downloaded folder directly into sharded arrays; `save_hf`
+writes one. `mapping.leaf_mappings` is the table of which tensor stores which parameter.
 """
 
 from qwen_jax.interop.hf_config import config_from_hf

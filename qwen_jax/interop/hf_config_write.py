@@ -1,6 +1,7 @@
-"""`ModelConfig` → Hugging Face `config.json`: the other half of `hf_config`.
+"""Converts a `ModelConfig` into a Hugging Face `config.json` object; the inverse of `hf_config`.
 
-Written in the hub's spelling (transformers 4) plus `layer_types`, which transformers 5 reads too.
+The result has the keys of transformers 4, as on the hub, plus `layer_types`, so that transformers 4
+and 5 both read it.
 """
 
 from __future__ import annotations
@@ -15,20 +16,24 @@ from qwen_jax.model.config import ModelConfig
 def config_to_hf(
     cfg: ModelConfig, *, dtype: str = "bfloat16", extra: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Writes the `config.json` object of `cfg`; `config_from_hf` of it gives `cfg` back.
+    """Returns the `config.json` object of a network; `config_from_hf` of it gives `cfg` back.
 
-    Dropout rates the released class has no key for (`residual_dropout`; `embed_dropout` after v1)
-    are left out: they exist in training only.
+    Dropout rates without a key in the released class (`residual_dropout`, and `embed_dropout` after
+    v1) are left out: they only matter in training.
 
     Args:
       cfg: the network.
-      dtype: what `torch_dtype` says: "bfloat16", "float16" or "float32".
-      extra: further keys, such as `eos_token_id`; they may not change the ones written here.
+      dtype: value of `torch_dtype`: "bfloat16", "float16" or "float32".
+      extra: further keys, such as `eos_token_id`.
+
+    Returns:
+      The JSON object.
 
     Raises:
-      UserError: `cfg` has something its family's released class cannot express.
+      UserError: `cfg` has a setting that the released class of its family cannot express, or
+        `extra` would change a key of the network.
     """
-    _refuse_inexpressible(cfg)
+    _check_expressible(cfg)
     out = _to_v1(cfg, dtype) if cfg.family == "qwen" else _to_v2_v3(cfg, dtype)
     for key, value in (extra or {}).items():
         if out.setdefault(key, value) != value:
@@ -39,8 +44,12 @@ def config_to_hf(
     return out
 
 
-def _refuse_inexpressible(cfg: ModelConfig) -> None:
-    """Names the first setting of `cfg` that the family's released class has no word for."""
+def _check_expressible(cfg: ModelConfig) -> None:
+    """Checks that the released class of the config's family can express all its settings.
+
+    Raises:
+      UserError: it cannot; the message names the first such setting.
+    """
     v1 = cfg.family == "qwen"
     wanted: dict[str, Any] = {
         "qkv_bias": cfg.family != "qwen3",
@@ -74,9 +83,10 @@ def _refuse_inexpressible(cfg: ModelConfig) -> None:
 
 
 def _to_v1(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Returns the `config.json` object of a Qwen v1 network; `dtype` is that of the weights."""
     return {
         "architectures": ["QWenLMHeadModel"],
-        # transformers has no class of its own for v1; this is where the released code is published.
+        # transformers has no class for v1; the released code is published there.
         "auto_map": {
             "AutoConfig": "Qwen/Qwen-7B--configuration_qwen.QWenConfig",
             "AutoModelForCausalLM": "Qwen/Qwen-7B--modeling_qwen.QWenLMHeadModel",
@@ -110,8 +120,9 @@ def _to_v1(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def _to_v2_v3(cfg: ModelConfig, dtype: str) -> dict[str, Any]:
+    """Returns the `config.json` object of a Qwen2 or Qwen3 network; `dtype` is the weights'."""
     window = next((w for w in cfg.windows if w is not None), None)
-    out = {
+    out: dict[str, Any] = {
         "architectures": ["Qwen2ForCausalLM" if cfg.family == "qwen2" else "Qwen3ForCausalLM"],
         "model_type": cfg.family,
         "vocab_size": cfg.vocab_size,

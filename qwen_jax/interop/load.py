@@ -1,4 +1,4 @@
-"""Hugging Face weights straight into sharded arrays: every process reads only its own bytes."""
+"""Loads Hugging Face weights into sharded arrays; each process reads only its devices' slices."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 import concurrent.futures
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from qwen_jax.model.quantised import (
     HEAD,
     INPUT_AXES,
     QuantFormat,
+    QuantisedWeight,
     abstract_leaf,
     format_of,
     quantise_leaf,
@@ -30,15 +31,20 @@ from qwen_jax.model.quantised import (
 )
 from qwen_jax.progress import Progress
 
-_READERS = min(8, os.cpu_count() or 1)
-_TILE = 256  # Columns of a transposed copy done at a time: 2.5x faster than row by row (measured).
+_NUM_READERS = min(8, os.cpu_count() or 1)  # Threads that read layers of a leaf.
+_TILE = 256  # Columns of a transposed copy at a time: 2.5x faster than row by row (measured).
+
+Bounds = tuple[tuple[int, int], ...]
+"""A slice of an array: (start, stop) along each axis."""
+LayerReader = Callable[[int], QuantisedWeight]
+"""Function from a layer index to that layer of a quantised leaf, as numpy arrays."""
 
 
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
-    """The network that a Hugging Face model folder's `config.json` describes.
+    """Returns the config of the network in a Hugging Face model folder, from its `config.json`.
 
     Raises:
-      UserError: no such folder or file, or a network this code does not implement.
+      UserError: the folder or file does not exist, or the network is not supported.
     """
     return hf_config.config_from_hf(hf_folder.read_config_json(folder))
 
@@ -50,164 +56,224 @@ def load_params(
     *,
     quantise: QuantFormat | None = None,
 ) -> dict[str, Any]:
-    """Loads a folder of safetensors as the parameters of `cfg`, each leaf where it is to live.
+    """Loads the weights of a Hugging Face model folder as sharded native parameters.
 
-    Every distinct slice that this process's devices hold is read once, cast, and put on its
-    devices before the next one is read: host memory above the parameters themselves is one
-    device's slice of one leaf. Everything is checked (names, shapes, file sizes) before the first
-    byte of data is read.
+    Names, shapes and file sizes are checked before any tensor data is read. Each distinct slice
+    that this process's devices hold is read once, cast, and copied to its devices before the next
+    one is read, so host memory beyond the parameters is one device's slice of one leaf.
 
-    A GPTQ folder gives quantised weights where it holds packed ones (`model.quantised`), and
-    `quantise` makes them of plain ones, a layer at a time; of such a leaf this host's part is in
-    its memory as a whole while it is read.
+    A GPTQ folder gives quantised weights (`model.quantised`) for its packed matrices; `quantise`
+    makes them from plain weights, one layer at a time. This host's part of a quantised leaf is in
+    host memory as a whole while it is read.
 
     Args:
-      folder: a Hugging Face model folder, one `model.safetensors` or shards with an index.
+      folder: Hugging Face model folder, with one `model.safetensors` or shards with an index.
       cfg: the network; see `read_config`.
-      abstract: `model.abstract_params(cfg)`: the tree of `jax.ShapeDtypeStruct`. Leaves are cast
+      abstract: tree of `jax.ShapeDtypeStruct` from `model.abstract_params(cfg)`. Leaves are cast
         to its dtypes and placed by its `.sharding`; a leaf without one goes to the first local
-        device. Quantised leaves follow the sharding of the dense leaf they stand for, except that
-        they are whole along `fsdp`.
-      quantise: how to quantise plain weights; None leaves them as they are.
+        device. Quantised leaves are sharded like the dense leaf they replace, except that they are
+        replicated along `fsdp`.
+      quantise: format to quantise plain weights to; None leaves them as they are.
 
     Returns:
-      The parameter tree of `jax.Array`, in the structure of `abstract` but for quantised leaves.
+      The parameter tree of `jax.Array`, with the structure of `abstract` except for quantised
+      leaves.
 
     Raises:
-      UserError: the folder is incomplete, damaged, pickled, or of another shape; it is packed in a
-        way that is not read, or `quantise` is given for packed weights; groups that the devices
-        can't be given whole.
+      UserError: the folder is incomplete, damaged, pickled, or does not match `cfg`; its
+        quantisation is not supported; `quantise` is given for packed weights; or a group of inputs
+        would be split over devices.
     """
-    infos, packing = hf_folder.scan(folder), hf_folder.read_packing(folder)
-    hf_folder.check(infos, cfg, folder, packing)
-    if packing is not None and quantise is not None:
+    infos, gptq_config = hf_folder.list_tensors(folder), hf_folder.read_gptq_config(folder)
+    hf_folder.check_tensors(infos, cfg, folder, gptq_config)
+    if gptq_config is not None and quantise is not None:
         raise UserError(
-            f"{folder} holds weights already quantised to {packing.format.name}; load it without "
-            "quantising again, or give the unquantised release"
+            f"{folder} contains weights already quantised to {gptq_config.format.name}; load it "
+            "without quantising again, or give the unquantised release"
         )
     with TensorFiles(infos) as files:
-        if packing is not None:
-            gptq.check_values(files, cfg, packing)
-        return load_from(files, cfg, abstract, packing=packing, quantise=quantise)
+        if gptq_config is not None:
+            gptq.check_small_tensors(files, cfg, gptq_config)
+        return load_from_files(files, cfg, abstract, gptq_config=gptq_config, quantise=quantise)
 
 
-def load_from(
+def load_from_files(
     files: TensorFiles,
     cfg: ModelConfig,
     abstract: Mapping[str, Any],
     *,
-    packing: gptq.Packing | None = None,
+    gptq_config: gptq.GptqConfig | None = None,
     quantise: QuantFormat | None = None,
 ) -> dict[str, Any]:
-    """`load_params` from tensors already opened and checked; `files.bytes_read` counts the bytes.
+    """Loads sharded native parameters from open and checked safetensors files.
+
+    The bytes read are added to `files.bytes_read`.
 
     Args:
       files: the open tensors.
       cfg: the network.
-      abstract, quantise: as in `load_params`.
-      packing: how the files' weights are packed, None for plain ones.
+      abstract: target shapes, dtypes and shardings, as in `load_params`.
+      gptq_config: how the files' weights are quantised; None for plain weights.
+      quantise: format to quantise plain weights to, as in `load_params`.
 
     Returns:
-      The parameter tree.
+      The parameter tree of `jax.Array`.
     """
     params: dict[str, Any] = {}
-    table = mapping.slots(cfg)
-    assert len(jax.tree.leaves(abstract)) == len(table), "the tree has leaves without HF names"
-    readers = {}
-    wanted = {} if quantise is None else quantised_paths(abstract, quantise)
-    leaves = {}
-    for slot in table:
-        leaf = mapping.leaf_of(abstract, slot.path)
-        assert tuple(leaf.shape) == slot.shape, (slot.path, leaf.shape, slot.shape)
-        if packing is not None and packing.of(slot) is not None:
-            leaf, readers[slot.path] = _packed_leaf(files, slot, leaf, packing)
-        elif slot.path in wanted:
-            fmt = format_of(slot.path, quantise)
-            readers[slot.path] = _quantising_reader(files, slot, fmt, wanted[slot.path])
-            leaf = abstract_leaf(leaf, fmt, int(slot.stacked), wanted[slot.path])
-        leaves[slot.path] = leaf
+    table = mapping.leaf_mappings(cfg)
+    assert len(jax.tree.leaves(abstract)) == len(table), "a leaf has no HF tensor"
+    paths = {} if quantise is None else quantised_paths(abstract, quantise)
+    readers: dict[tuple[str, ...], LayerReader] = {}  # Of the quantised leaves.
+    leaves: dict[tuple[str, ...], Any] = {}  # Abstract leaves: their targets.
+    for leaf_map in table:
+        path = leaf_map.path
+        leaf = mapping.get_leaf(abstract, path)
+        assert tuple(leaf.shape) == leaf_map.shape, (path, leaf.shape, leaf_map.shape)
+        if gptq_config is not None and gptq_config.format_of(leaf_map) is not None:
+            leaf, readers[path] = _packed_leaf(files, leaf_map, leaf, gptq_config)
+        elif quantise is not None and path in paths:
+            fmt = format_of(path, quantise)
+            readers[path] = _quantising_reader(files, leaf_map, fmt, paths[path])
+            leaf = abstract_leaf(leaf, fmt, int(leaf_map.stacked), paths[path])
+        leaves[path] = leaf
     total = sum(map(_local_bytes, jax.tree.leaves(leaves)))
     progress = Progress("load", total, "B", every=5.0)
-    with concurrent.futures.ThreadPoolExecutor(_READERS) as pool:
-        for slot in table:
-            leaf = leaves[slot.path]
-            if slot.path in readers:
-                layers = len(slot.names) if slot.stacked else None
-                loaded = _load_quantised(files, readers[slot.path], leaf, layers, progress)
+    with concurrent.futures.ThreadPoolExecutor(_NUM_READERS) as pool:
+        for leaf_map in table:
+            path, leaf = leaf_map.path, leaves[leaf_map.path]
+            loaded: Any
+            if path in readers:
+                layers = len(leaf_map.names) if leaf_map.stacked else None
+                loaded = _load_quantised(files, readers[path], leaf, layers, progress)
             else:
-                loaded = _load_leaf(files, slot, leaf, pool, progress)
-            mapping.set_leaf(params, slot.path, loaded)
+                loaded = _load_leaf(files, leaf_map, leaf, pool, progress)
+            mapping.set_leaf(params, path, loaded)
             files.release()
     logging.info("loaded %s (%.2f GB read)", cfg.family, files.bytes_read / 1e9)
     return params
 
 
-def _sharding(leaf) -> jax.sharding.Sharding:
+def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+    """Returns the sharding of an abstract leaf; the first local device if it has none."""
     return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _local_bytes(leaf) -> int:
-    """Bytes of `leaf` that this process's devices hold, replicas included."""
+def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of an abstract leaf on this process's devices, replicas included."""
     shards = len(_sharding(leaf).addressable_devices)
     shape = _sharding(leaf).shard_shape(tuple(leaf.shape))
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize * shards
 
 
-def distinct_slices(sharding, shape: tuple[int, ...]) -> dict[tuple, list[jax.Device]]:
-    """The different slices of a leaf that this process holds, each with its local devices.
+def distinct_slices(
+    sharding: jax.sharding.Sharding, shape: tuple[int, ...]
+) -> dict[Bounds, list[jax.Device]]:
+    """Returns the distinct slices of an array on this process's devices.
 
     Args:
-      sharding: where the leaf lives.
+      sharding: the array's sharding.
       shape: its global shape.
 
     Returns:
-      ((start, stop) of each axis) → devices that hold a copy of it.
+      Bounds of a slice → the local devices that hold a copy of it.
     """
     holders = collections.defaultdict(list)
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
         bounds = tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
         holders[bounds].append(device)
     return dict(holders)
 
 
-def _load_leaf(files, slot: mapping.Slot, leaf, pool, progress: Progress) -> jax.Array:
-    """One leaf: for each distinct slice, read once and put on every local device that holds it."""
+def _load_leaf(
+    files: TensorFiles,
+    leaf_map: mapping.LeafMapping,
+    leaf: jax.ShapeDtypeStruct,
+    pool: concurrent.futures.Executor,
+    progress: Progress,
+) -> jax.Array:
+    """Loads one dense leaf: reads each distinct slice once and copies it to its local devices.
+
+    Args:
+      files: the open tensors.
+      leaf_map: position of the leaf in them.
+      leaf: its target dtype and sharding.
+      pool: executor that reads layers in parallel.
+      progress: gets the bytes placed on local devices.
+    """
     sharding = _sharding(leaf)
     arrays = []
-    for bounds, devices in distinct_slices(sharding, slot.shape).items():
-        host = _read_slice(files, slot, bounds, np.dtype(leaf.dtype), pool)
-        # Wait, or transfers queue up and keep their host buffers alive.
+    for bounds, devices in distinct_slices(sharding, leaf_map.shape).items():
+        host = _read_slice(files, leaf_map, bounds, np.dtype(leaf.dtype), pool)
+        # Wait: queued transfers would keep their host buffers alive.
         arrays += jax.block_until_ready([jax.device_put(host, device) for device in devices])
         progress.add(host.nbytes * len(devices))
         del host
-    return jax.make_array_from_single_device_arrays(slot.shape, sharding, arrays)
+    return jax.make_array_from_single_device_arrays(leaf_map.shape, sharding, arrays)
 
 
-def _packed_leaf(files, slot: mapping.Slot, leaf, packing: gptq.Packing):
-    """(the abstract quantised leaf, the reader of its layers) of a packed leaf."""
-    inputs = 1 if slot.path == HEAD else INPUT_AXES[slot.path[1:]]
-    zeros = not gptq.symmetric(files, slot, packing)
-    target = abstract_leaf(leaf, packing.of(slot), int(slot.stacked), inputs, zeros=zeros)
-    return target, gptq.layer_reader(files, slot, packing, type(target))
+def _packed_leaf(
+    files: TensorFiles,
+    leaf_map: mapping.LeafMapping,
+    leaf: jax.ShapeDtypeStruct,
+    gptq_config: gptq.GptqConfig,
+) -> tuple[QuantisedWeight, LayerReader]:
+    """Returns the target and the layer reader of a leaf that the files store GPTQ-packed.
+
+    Args:
+      files: the open tensors.
+      leaf_map: position of the leaf in them.
+      leaf: abstract dense leaf whose sharding the quantised one follows.
+      gptq_config: the folder's quantisation settings.
+
+    Returns:
+      (quantised weight of `ShapeDtypeStruct`s, function from layer index to that layer in numpy).
+    """
+    fmt = gptq_config.format_of(leaf_map)
+    assert fmt is not None, f"{leaf_map.path} is not quantised"
+    inputs = 1 if leaf_map.path == HEAD else INPUT_AXES[leaf_map.path[1:]]
+    zeros = not gptq.is_symmetric(files, leaf_map, gptq_config)
+    target = abstract_leaf(leaf, fmt, int(leaf_map.stacked), inputs, zeros=zeros)
+    return target, gptq.layer_reader(files, leaf_map, gptq_config, type(target))
 
 
-def _quantising_reader(files, slot: mapping.Slot, fmt: QuantFormat, inputs: int):
-    """Reads one layer of a dense leaf and quantises it."""
+def _quantising_reader(
+    files: TensorFiles, leaf_map: mapping.LeafMapping, fmt: QuantFormat, inputs: int
+) -> LayerReader:
+    """Returns a function that reads one layer of a dense leaf by index and quantises it.
 
-    def read(layer: int):
-        source = slot.to_native(files.tensor(slot.names[layer]))
+    Args:
+      files: the open tensors.
+      leaf_map: position of the dense leaf in them.
+      fmt: format to quantise to.
+      inputs: number of leading axes of a layer that are inputs.
+    """
+
+    def read(layer: int) -> QuantisedWeight:
+        source = leaf_map.to_native(files.tensor(leaf_map.names[layer]))
         files.bytes_read += source.nbytes
         dense = np.empty(source.shape, source.dtype)
-        _copy(dense, source)
+        _copy_cast(dense, source)
         return jax.tree.map(np.asarray, quantise_leaf(jnp.asarray(dense), fmt, inputs))
 
     return read
 
 
-def _load_quantised(files, read, leaf, layers: int | None, progress: Progress):
-    """One quantised leaf: layer after layer into this host's slices, then onto the devices.
+def _load_quantised(
+    files: TensorFiles,
+    read: LayerReader,
+    leaf: QuantisedWeight,
+    layers: int | None,
+    progress: Progress,
+) -> QuantisedWeight:
+    """Loads one quantised leaf: layer by layer into host buffers, then onto the local devices.
 
-    read: layer → that layer as numpy arrays; layers: how many, None for a leaf without that axis.
+    Args:
+      files: the open tensors that `read` uses; their pages are released after each layer.
+      read: function from layer index to that layer as a quantised weight of numpy arrays.
+      leaf: target quantised weight of `ShapeDtypeStruct`s.
+      layers: number of layers; None for a leaf without a layer axis.
+      progress: gets the bytes placed on local devices.
     """
     targets, tree = jax.tree.flatten(leaf)
     slices = [distinct_slices(_sharding(t), tuple(t.shape)) for t in targets]
@@ -216,52 +282,69 @@ def _load_quantised(files, read, leaf, layers: int | None, progress: Progress):
         for t, parts in zip(targets, slices, strict=True)
     ]
     for layer in range(layers or 1):
-        for source, parts in zip(tree.flatten_up_to(read(layer)), buffers, strict=True):
-            for bounds, buffer in parts.items():
+        for source, own in zip(jax.tree.leaves(read(layer)), buffers, strict=True):
+            for bounds, buffer in own.items():
                 inner = bounds if layers is None else bounds[1:]
-                assert layers is None or bounds[0] == (0, layers), "layers are never split"
+                assert layers is None or bounds[0] == (0, layers), "layers are not sharded"
                 row = buffer if layers is None else buffer[layer]
                 row[...] = source[tuple(slice(*b) for b in inner)]
         files.release()
     out = []
-    for target, parts, held in zip(targets, slices, buffers, strict=True):
-        arrays = []
+    for target, parts, own in zip(targets, slices, buffers, strict=True):
+        shards = []
         for bounds, devices in parts.items():
-            arrays += jax.block_until_ready([jax.device_put(held[bounds], d) for d in devices])
+            shards += jax.block_until_ready([jax.device_put(own[bounds], d) for d in devices])
         out.append(
-            jax.make_array_from_single_device_arrays(tuple(target.shape), _sharding(target), arrays)
+            jax.make_array_from_single_device_arrays(tuple(target.shape), _sharding(target), shards)
         )
         progress.add(_local_bytes(target))
     return jax.tree.unflatten(tree, out)
 
 
-def _read_slice(files, slot: mapping.Slot, bounds, dtype: np.dtype, pool) -> np.ndarray:
-    """The slice `bounds` ((start, stop) per native axis) of a leaf, in `dtype`, from the files."""
+def _read_slice(
+    files: TensorFiles,
+    leaf_map: mapping.LeafMapping,
+    bounds: Bounds,
+    dtype: np.dtype,
+    pool: concurrent.futures.Executor,
+) -> np.ndarray:
+    """Reads one slice of a dense leaf from the files and casts it.
+
+    Args:
+      files: the open tensors; the bytes read are added to `files.bytes_read`.
+      leaf_map: position of the leaf in them.
+      bounds: the slice, along the axes of the native leaf.
+      dtype: dtype of the result.
+      pool: executor that reads layers in parallel.
+    """
     out = np.empty([stop - start for start, stop in bounds], dtype)
-    layers = range(*bounds[0]) if slot.stacked else [0]
-    inner = tuple(slice(*b) for b in (bounds[1:] if slot.stacked else bounds))
-    rows = out if slot.stacked else out[None]
+    layers = range(*bounds[0]) if leaf_map.stacked else [0]
+    inner = tuple(slice(*b) for b in (bounds[1:] if leaf_map.stacked else bounds))
+    rows = out if leaf_map.stacked else out[None]
 
     def read(row: int) -> int:
-        source = slot.to_native(files.tensor(slot.names[layers[row]]))[inner]
-        _copy(rows[row], source)
+        source = leaf_map.to_native(files.tensor(leaf_map.names[layers[row]]))[inner]
+        _copy_cast(rows[row], source)
         return source.size * source.dtype.itemsize
 
     files.bytes_read += sum(pool.map(read, range(len(layers))))
     return out
 
 
-def _copy(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source with a cast; transposed sources go in tiles that stay in cache."""
+def _copy_cast(target: np.ndarray, source: np.ndarray) -> None:
+    """Copies `source` into `target` of the same shape, casting; transposed ones tile by tile.
+
+    Tiles stay in the CPU's cache, which makes copying a transposed view several times faster.
+    """
     if source.flags.c_contiguous:
         np.copyto(target, source, casting="same_kind")
     elif source.ndim == 3:
-        # One head at a time is a plain transpose: heads are the axis that is neither contiguous
-        # in the file nor last here.
+        # One head at a time is a plain transpose. The head axis is the one that is neither
+        # contiguous in the file nor last in the native layout.
         heads = 1 if source.strides[0] < source.strides[1] else 0
-        for out, part in zip(np.moveaxis(target, heads, 0), np.moveaxis(source, heads, 0),
-                             strict=True):  # fmt: skip
-            _copy(out, part)
+        targets, sources = np.moveaxis(target, heads, 0), np.moveaxis(source, heads, 0)
+        for out, part in zip(targets, sources, strict=True):
+            _copy_cast(out, part)
     else:
         for start in range(0, source.shape[-1], _TILE):
             tile = (..., slice(start, start + _TILE))

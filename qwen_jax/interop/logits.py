@@ -1,6 +1,7 @@
-"""Logits of a Hugging Face folder on given token ids: how another implementation checks this one.
+"""Computes logits of a Hugging Face model folder on given token ids, to compare implementations.
 
-Files in, file out: ids as an `.npz` of integer arrays `ids_*`, logits as an `.npz` of `logits_*`.
+Token ids are read from an `.npz` of integer arrays `ids_*`; logits are written to an `.npz` of
+arrays `logits_*`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 import os
 import pathlib
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,24 +25,25 @@ from qwen_jax.interop.load import load_params, read_config
 from qwen_jax.model import ForwardOptions, ModelConfig, abstract_params, forward, ntk_alphas
 
 PRECISIONS = ("highest", "default")
+"""Matmul precisions: float32 products everywhere, or the accelerator's fast default."""
 
 
 def prompt_logits(
     params: dict[str, Any], ids: np.ndarray, cfg: ModelConfig, options: ForwardOptions
 ) -> jax.Array:
-    """Logits of whole prompts as the release computes them at inference.
+    """Computes the logits of complete prompts as the released code does at inference.
 
-    Qwen v1 turns on what its config names: dynamic NTK with the factor of the prompt's length, and
-    LogN past the trained length (modeling_qwen.py of Qwen/Qwen-7B).
+    For Qwen v1, dynamic NTK (with the factor of the prompt's length) and LogN attention (past the
+    trained length) are applied if its config has them (modeling_qwen.py of Qwen/Qwen-7B).
 
     Args:
       params: the parameters of `cfg`.
-      ids: integers [B,T] in [0, vocab_size); every row is a full prompt.
+      ids: integers [B, T] (batch, sequence) in [0, vocab_size); every row is a complete prompt.
       cfg: the network.
-      options: dtype and attention.
+      options: dtype and attention implementation.
 
     Returns:
-      float32 [B,T,V].
+      float32 [B, T, V] (V: vocabulary size).
     """
     alpha = None
     if cfg.dynamic_ntk:
@@ -49,9 +52,11 @@ def prompt_logits(
 
 
 @functools.lru_cache(maxsize=4)
-def _forward(cfg: ModelConfig, options: ForwardOptions):
+def _forward(cfg: ModelConfig, options: ForwardOptions) -> Callable[..., jax.Array]:
+    """Returns the jitted function (params, tokens, NTK factors or None) → logits of a network."""
+
     @jax.jit
-    def run(params, tokens, alpha):
+    def run(params: dict[str, Any], tokens: jax.Array, alpha: jax.Array | None) -> jax.Array:
         return forward(params, tokens, cfg, options, ntk_alpha=alpha, logn=cfg.logn)[0]
 
     return run
@@ -66,20 +71,23 @@ def write_logits(
     precision: str = "highest",
     tensor: int = 1,
 ) -> None:
-    """Loads `hf_dir` and writes `logits_X` float32 [..., V] for every `ids_X` ([T] or [B,T]).
+    """Computes the logits of the prompts in a file with a model folder and writes them to a file.
+
+    For each array `ids_X`, [T] or [B, T] (batch, sequence), `logits_X` float32 [..., V] (vocabulary
+    size) is written.
 
     Args:
-      hf_dir: folder with config.json and safetensors.
+      hf_dir: model folder with config.json and safetensors.
       ids_file: `.npz` with integer arrays whose names start with `ids_`; others are ignored.
-      out_file: `.npz` to write, whole or not at all.
-      dtype: of the weights and of the computation.
+      out_file: `.npz` to write; it appears only when complete.
+      dtype: dtype of the weights and of the computation.
       precision: matmul precision, "highest" (float32 products everywhere) or "default" (the
         accelerator's fast one).
-      tensor: devices the model is split over.
+      tensor: number of devices for tensor parallelism.
 
     Raises:
-      UserError: a bad folder, ids file, option, or ids outside the vocabulary or the longest
-        sequence of the model.
+      UserError: a bad folder, ids file or option; ids outside the vocabulary; or prompts longer
+        than the model's longest sequence.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
@@ -105,22 +113,25 @@ def write_logits(
 
 
 def longest_sequence(cfg: ModelConfig) -> int:
-    """Tokens the release claims to take: `max_length`, or what YaRN stretches it to."""
+    """Returns the longest sequence a model supports: `max_length`, or YaRN's extended length."""
     stretched = int(cfg.yarn.factor * cfg.yarn.original_length) if cfg.yarn else 0
     return max(cfg.max_length, stretched)
 
 
 def read_ids(file: str | pathlib.Path, cfg: ModelConfig) -> dict[str, np.ndarray]:
-    """The `ids_*` arrays of an `.npz`, checked against the network.
+    """Reads the `ids_*` arrays of an `.npz` and checks them against the network.
+
+    Returns:
+      Array name → integers [T] or [B, T] (batch, sequence).
 
     Raises:
-      UserError: no readable `.npz`, no such arrays, another dtype or rank, an id outside the
-        vocabulary, a prompt that is empty or too long.
+      UserError: the file is no readable `.npz`, has no such arrays, or one has another dtype or
+        rank, an id outside the vocabulary, or a prompt that is empty or too long.
     """
     try:
         stored = np.load(file, allow_pickle=False)
         if not isinstance(stored, np.lib.npyio.NpzFile):
-            raise ValueError("it holds one array, without a name")
+            raise ValueError("it contains a single array, without a name")
         with stored:
             prompts = {name: stored[name] for name in stored.files if name.startswith("ids_")}
             others = [name for name in stored.files if not name.startswith("ids_")]
@@ -152,25 +163,39 @@ def read_ids(file: str | pathlib.Path, cfg: ModelConfig) -> dict[str, np.ndarray
 
 
 def _mesh(cfg: ModelConfig, tensor: int) -> jax.sharding.Mesh | None:
-    """One tensor-parallel group of `tensor` devices; None for a single device."""
+    """Returns a mesh with tensor parallelism over `tensor` devices; None for a single device.
+
+    Raises:
+      UserError: `tensor` does not divide the network's dimensions, or there are fewer devices.
+    """
     if tensor == 1:
         return None
     devices = jax.devices()
-    for what, size in (("kv heads", cfg.n_kv_heads), ("FFN width", cfg.d_ff),
-                       ("vocabulary", cfg.vocab_size), ("channels", cfg.d_model)):  # fmt: skip
+    sizes = {
+        "kv heads": cfg.n_kv_heads,
+        "FFN width": cfg.d_ff,
+        "vocabulary": cfg.vocab_size,
+        "channels": cfg.d_model,
+    }
+    for name, size in sizes.items():
         if tensor < 1 or size % tensor:
-            raise UserError(f"tensor={tensor} must divide the model's {what} {size}; change it")
+            raise UserError(f"tensor={tensor} must divide the model's {name} {size}; change it")
     if tensor > len(devices):
-        raise UserError(f"tensor={tensor} needs that many devices, but {len(devices)} are there")
+        raise UserError(f"tensor={tensor} needs that many devices, but there are {len(devices)}")
     return parallel.make_mesh(parallel.MeshConfig(1, 1, 1, tensor), devices[:tensor])
 
 
 def _write_npz(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes named arrays to an `.npz`, replacing the file atomically; creates its folder.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     partial = file.with_name(file.name + ".partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as f:
-            np.savez(f, **arrays)
+            np.savez(f, **arrays)  # type: ignore[arg-type]  # The stub confuses **kwds and flags.
         os.replace(partial, file)
     except OSError as e:
         raise UserError(f"{file} cannot be written ({e.strerror}); choose another place") from e

@@ -1,9 +1,9 @@
-"""Reading and writing safetensors: headers checked first, then only the bytes that are wanted.
+"""Reads and writes safetensors files: validated headers, memory-mapped tensors, streamed writes.
 
 Format: 8-byte little-endian header length, JSON header {name: {dtype, shape, data_offsets}}, data
-without gaps (github.com/huggingface/safetensors). The public package's slices go through whole
-torch or numpy tensors and do not know bfloat16 in numpy; here a tensor is a memory-mapped view, so
-a strided slice of it touches only its own pages and costs no anonymous memory.
+without gaps (github.com/huggingface/safetensors). The public package slices through whole torch or
+numpy tensors and has no bfloat16 in numpy; here a tensor is a memory-mapped view, so a strided
+slice of it reads only its own pages of the file and uses no anonymous memory.
 """
 
 from __future__ import annotations
@@ -17,33 +17,49 @@ import os
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from qwen_jax.errors import UserError
 
-# dtypes weights may have. Others (fp8) are read as headers only.
 FLOAT_DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
+"""Safetensors name → numpy dtype of the dtypes that weights may have."""
 DTYPES = FLOAT_DTYPES | {"I32": np.dtype(np.int32)}
-"""dtypes that can be read and written: floats, and the words that weights are packed into."""
-_ITEM_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "I16": 16, "U16": 16,
-              "I32": 32, "U32": 32, "I64": 64, "U64": 64} | {
-    name: 8 * dtype.itemsize for name, dtype in FLOAT_DTYPES.items()
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_ROWS = 256  # Few enough that the columns they are taken from stay in cache.
-_MAX_HEADER = 100_000_000  # The public reader's own limit, in bytes.
+"""The dtypes that can be read and written: floats, and the int32 words of packed weights."""
+# Bits per item, for checking headers; data of dtypes outside DTYPES (such as fp8) is never read.
+_ITEM_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 8),
+    **dict.fromkeys(("I16", "U16"), 16),
+    **dict.fromkeys(("I32", "U32"), 32),
+    **dict.fromkeys(("I64", "U64"), 64),
+    **{name: 8 * dtype.itemsize for name, dtype in FLOAT_DTYPES.items()},
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ROWS = 256  # Rows of a transposed array copied at a time; few enough to stay in cache.
+_MAX_HEADER = 100_000_000  # Bytes; the limit of the public package.
+
+TensorSpecs = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+"""Tensor name → (shape, dtype); where order matters, it is that of the data in the file."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: file, safetensors dtype name, shape, and byte range in the file."""
+    """Location and type of one tensor in a safetensors file.
+
+    Attributes:
+      file: the safetensors file.
+      dtype: the format's name of the dtype, such as "BF16".
+      shape: shape of the tensor.
+      start: position of its first byte in the file.
+      nbytes: length of its data in bytes.
+    """
 
     file: pathlib.Path
     dtype: str
@@ -53,10 +69,11 @@ class TensorInfo:
 
 
 def read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
-    """Reads and checks the header of one safetensors file; no tensor data is read.
+    """Parses and validates the header of one safetensors file; reads no tensor data.
 
     Returns:
-      Tensor name → place, with byte ranges that lie in the file and fit shape and dtype.
+      Tensor name → `TensorInfo`, with byte ranges that are inside the file, without gaps, and
+      match shape and dtype.
 
     Raises:
       UserError: the file is missing, truncated, or its header is corrupt.
@@ -97,14 +114,29 @@ def read_header(file: pathlib.Path) -> dict[str, TensorInfo]:
     return infos
 
 
-def _no_duplicates(pairs):
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the (key, value) pairs of a JSON object as a dict (an `object_pairs_hook`).
+
+    Raises:
+      ValueError: a key appears twice.
+    """
     out = dict(pairs)
     if len(out) != len(pairs):
         raise ValueError("a name appears twice")
     return out
 
 
-def _parse_entry(file: pathlib.Path, entry: Mapping, data_start: int) -> TensorInfo:
+def _parse_entry(file: pathlib.Path, entry: Mapping[str, Any], data_start: int) -> TensorInfo:
+    """Converts one entry of a header into a `TensorInfo`.
+
+    Args:
+      file: the safetensors file.
+      entry: the JSON object {dtype, shape, data_offsets} of one tensor.
+      data_start: position in the file that `data_offsets` are relative to.
+
+    Raises:
+      ValueError, TypeError, KeyError: the entry is malformed.
+    """
     begin, end = entry["data_offsets"]
     shape = tuple(entry["shape"])
     numbers = (begin, end, *shape)
@@ -117,15 +149,17 @@ def _parse_entry(file: pathlib.Path, entry: Mapping, data_start: int) -> TensorI
 
 
 class TensorFiles:
-    """The tensors of several safetensors files, as read-only memory-mapped arrays.
+    """Read-only memory-mapped access to the tensors of several safetensors files.
 
-    Use as a context manager. `bytes_read` counts the bytes of the slices that were copied out.
+    A context manager; leaving it unmaps the files.
 
-    Args:
-      infos: tensor name → place, as `read_header` gives them.
+    Attributes:
+      infos: tensor name → location, as returned by `read_header`.
+      bytes_read: bytes copied out of the tensors; the code that copies adds to it.
     """
 
     def __init__(self, infos: Mapping[str, TensorInfo]):
+        """Prepares access to the tensors in `infos`; files are mapped on first use."""
         self.infos = dict(infos)
         self.bytes_read = 0
         self._maps: dict[pathlib.Path, mmap.mmap] = {}
@@ -134,14 +168,18 @@ class TensorFiles:
         return self
 
     def __exit__(self, *exc):
-        # A view still referenced by a traceback must not turn the error into a BufferError.
+        # Views may still be referenced by a traceback; the original error must not be replaced by
+        # a BufferError.
         for mapped in self._maps.values():
             with contextlib.suppress(BufferError):
                 mapped.close()
         self._maps.clear()
 
     def tensor(self, name: str) -> np.ndarray:
-        """Read-only view [shape] of a tensor in its stored dtype; nothing is read until used."""
+        """Returns a tensor as a read-only view in its stored shape and dtype.
+
+        The file is read only where the view is accessed, as long as the context is open.
+        """
         info = self.infos[name]
         if info.file not in self._maps:
             with info.file.open("rb") as f:
@@ -151,22 +189,26 @@ class TensorFiles:
         return flat.view(dtype).reshape(info.shape)
 
     def release(self) -> None:
-        """Lets the operating system drop the pages read so far from this process's memory."""
+        """Drops the pages of the files read so far from this process's resident memory."""
         for mapped in self._maps.values():
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def header_bytes(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> bytes:
-    """The header, length included, of a file that stores `tensors` in their order.
+def encode_header(tensors: TensorSpecs) -> bytes:
+    """Returns the header of a safetensors file, preceded by its length as the format has it.
 
     Args:
-      tensors: name → (shape, dtype, one of `DTYPES`' values).
+      tensors: specs of the file's tensors in the order of their data, with dtypes of `DTYPES`.
     """
-    header: dict = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (shape, dtype) in tensors.items():
         end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # Data starts at a multiple of 8 bytes.
@@ -174,29 +216,31 @@ def header_bytes(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> byt
 
 
 def write_file(
-    file: pathlib.Path,
-    tensors: Mapping[str, tuple[tuple[int, ...], np.dtype]],
-    blocks: Iterable[np.ndarray],
+    file: pathlib.Path, tensors: TensorSpecs, blocks: Iterable[np.ndarray]
 ) -> Iterator[int]:
-    """Writes one safetensors file from a stream of arrays; yields the bytes written by each.
+    """Writes one safetensors file from a stream of arrays and yields the bytes written by each.
 
     Args:
-      file: where to write; the caller makes it visible atomically.
-      tensors: name → (shape, dtype), in the order of the data.
-      blocks: the data of all tensors in that order, cut anywhere inside a tensor.
+      file: path to write, overwritten in place; atomic replacement is up to the caller.
+      tensors: specs of the file's tensors, in the order of their data.
+      blocks: arrays whose bytes, one after the other, are the data of all tensors in that order.
+        A tensor may be divided into several of them.
+
+    Yields:
+      The number of bytes of each array, once it is written.
     """
     dtypes = {dtype for _, dtype in tensors.values()}
     with file.open("wb") as f:
-        f.write(header_bytes(tensors))
+        f.write(encode_header(tensors))
         for block in blocks:
             assert block.dtype in dtypes, (block.dtype, dtypes)
             nbytes = block.nbytes
-            # A transposed block is straightened out a few rows at a time, never copied whole.
+            # A transposed block is made contiguous a few rows at a time, to bound the copy.
             rows = len(block) if block.flags.c_contiguous else _ROWS
             for start in range(0, len(block), rows):
                 piece = np.ascontiguousarray(block[start : start + rows])
                 f.write(piece.reshape(-1).view(np.uint8).data)
-            del block, piece  # Before the next one is made.
+            del block, piece  # Free them before the iterator makes the next one.
             yield nbytes
         f.flush()
         os.fsync(f.fileno())

@@ -28,7 +28,7 @@ from qwen_jax.kernels.quantised import GroupWeight, group_matmul, integer_matmul
 from qwen_jax.kernels.quantised import dequantise as dequantise_groups
 from qwen_jax.parallel import RULES, on_mesh, platform, spec
 
-INPUT_AXES = {
+INPUT_AXES: dict[tuple[str, ...], int] = {
     **{("attn", name): 1 for name in ("q", "k", "v")},
     ("attn", "o"): 2,
     **{("mlp", name): 1 for name in ("gate", "up", "down")},

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from qwen_jax.errors import UserError
 from qwen_jax.interop import load_params, read_config, save_hf, tree_from_hf, tree_to_hf
 from qwen_jax.interop import save as save_module
-from qwen_jax.interop.folder import scan
-from qwen_jax.interop.load import distinct_slices, load_from
-from qwen_jax.interop.mapping import hf_tensors, slots
+from qwen_jax.interop.folder import list_tensors
+from qwen_jax.interop.load import distinct_slices, load_from_files
+from qwen_jax.interop.mapping import hf_tensors, leaf_mappings
 from qwen_jax.interop.safetensors_io import TensorFiles
 from qwen_jax.model import abstract_params, count_params
 from qwen_jax.model.presets import preset
@@ -43,7 +43,7 @@ def test_the_table_has_exactly_the_parameters_of_the_network(name):
             tuple(k.key for k in path): leaf.shape
             for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(cfg))
         }
-        assert {s.path: s.shape for s in slots(cfg)} == declared
+        assert {s.path: s.shape for s in leaf_mappings(cfg)} == declared
         assert sum(t.size for t in hf_tensors(cfg).values()) == count_params(cfg)
 
 
@@ -68,9 +68,11 @@ def test_layers_are_cut_and_cast_on_an_accelerator_as_on_the_host():
     x = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
     for dtype in save_module.DTYPES.values():
         for layer in (0, 2):
-            cut = save_module._cut_on_device(jax.numpy.asarray(x), layer, whole=False, dtype=dtype)
+            cut = save_module._select_layer_jit(
+                jax.numpy.asarray(x), layer, whole=False, dtype=dtype
+            )
             np.testing.assert_array_equal(np.asarray(cut), x[layer].astype(dtype))
-        whole = save_module._cut_on_device(jax.numpy.asarray(x), 0, whole=True, dtype=dtype)
+        whole = save_module._select_layer_jit(jax.numpy.asarray(x), 0, whole=True, dtype=dtype)
         np.testing.assert_array_equal(np.asarray(whole), x.astype(dtype))
 
 
@@ -140,8 +142,8 @@ def test_any_mesh_gets_the_same_values_and_reads_each_byte_once(tmp_path, mesh):
     tensors = random_tensors(cfg, lambda name: dtypes.get(name, "bfloat16"))
     write(tmp_path, cfg, tensors, shards=2)
     abstract = abstract_params(cfg, toy_mesh(*mesh))
-    with TensorFiles(scan(tmp_path)) as files:
-        params = load_from(files, cfg, abstract)
+    with TensorFiles(list_tensors(tmp_path)) as files:
+        params = load_from_files(files, cfg, abstract)
         assert files.bytes_read == sum(t.nbytes for t in tensors.values())
     for leaf, want in zip(jax.tree.leaves(params), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding == want.sharding and leaf.dtype == np.float32
@@ -168,13 +170,13 @@ def test_a_process_reads_only_what_its_devices_hold(tmp_path):
             return {d: index for d, index in full.items() if d in mine}
 
     wanted = 0
-    for slot in slots(cfg):
+    for slot in leaf_mappings(cfg):
         leaf = abstract
         for key in slot.path:
             leaf = leaf[key]
         for bounds in distinct_slices(HalfOfTheDevices(leaf.sharding), slot.shape):
             wanted += 4 * int(np.prod([stop - start for start, stop in bounds]))
-    norms = 4 * sum(np.prod(s.shape) for s in slots(cfg) if "scale" in s.path)
+    norms = 4 * sum(np.prod(s.shape) for s in leaf_mappings(cfg) if "scale" in s.path)
     total = sum(t.nbytes for t in tensors.values())
     assert wanted == norms + (total - norms) // 2
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qwen_jax.errors import UserError
 from qwen_jax.interop import load, load_params, logits, read_config
-from qwen_jax.interop.folder import scan
+from qwen_jax.interop.folder import list_tensors
 from qwen_jax.interop.safetensors_io import TensorFiles, read_header
 from qwen_jax.model import abstract_params
 from tests.interop.folders import V1, V2, V3, random_tensors, write
@@ -81,7 +81,7 @@ def test_a_missing_head_of_an_untied_model_points_at_the_switch(tmp_path):
 )
 def test_extra_tensors_are_named(tmp_path, cfg, name, shape):
     write(tmp_path, cfg, random_tensors(cfg) | {name: torch.zeros(shape)})
-    refused(tmp_path, cfg, "holds 1 tensors", name)
+    refused(tmp_path, cfg, "contains 1 tensors", name)
 
 
 def test_wrong_shapes_give_found_and_wanted(tmp_path):
@@ -174,7 +174,9 @@ def test_index_problems(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())
     os.rename(tmp_path / "model-00002-of-00003.safetensors", tmp_path / "elsewhere")
-    refused(tmp_path, V2, "names 1 of 3 files", "model-00002-of-00003.safetensors")
+    refused(
+        tmp_path, V2, "lists 3 files, of which 1 do not exist", "model-00002-of-00003.safetensors"
+    )
     os.rename(tmp_path / "elsewhere", tmp_path / "model-00002-of-00003.safetensors")
     for bad in ({}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"a": 3}}):
         index.write_text(json.dumps(bad))
@@ -184,7 +186,7 @@ def test_index_problems(tmp_path):
         refused(tmp_path, V2, "not a file of this folder")
     promised = dict(good["weight_map"], **{"not.there": "model-00001-of-00003.safetensors"})
     index.write_text(json.dumps({"weight_map": promised}))
-    refused(tmp_path, V2, "promises 1 tensors", "not.there")
+    refused(tmp_path, V2, "lists 1 tensors", "not.there")
     index.write_text("{")
     refused(tmp_path, V2, "not readable JSON")
 
@@ -202,13 +204,13 @@ def test_tensors_the_index_does_not_list_are_not_overlooked(tmp_path):
 def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
     tensors = random_tensors(V2)
     write(tmp_path, V2, tensors, shards=2)
-    infos = scan(tmp_path)
+    infos = list_tensors(tmp_path)
     stale = {**tensors, "model.norm.weight": torch.full((32,), 7.0)}
     first = tmp_path / "model-00001-of-00002.safetensors"
     listed = {n: stale[n] for n, i in infos.items() if i.file == first}
     save_file(listed | {"model.norm.weight": stale["model.norm.weight"]}, first)
     where = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    assert scan(tmp_path)["model.norm.weight"].file.name == where["model.norm.weight"]
+    assert list_tensors(tmp_path)["model.norm.weight"].file.name == where["model.norm.weight"]
 
 
 @pytest.mark.parametrize(

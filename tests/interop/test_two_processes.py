@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 from qwen_jax import parallel
 from qwen_jax.interop import read_config, save_hf
-from qwen_jax.interop.folder import scan
-from qwen_jax.interop.load import load_from
-from qwen_jax.interop.mapping import slots
+from qwen_jax.interop.folder import list_tensors
+from qwen_jax.interop.load import load_from_files
+from qwen_jax.interop.mapping import leaf_mappings
 from qwen_jax.interop.safetensors_io import TensorFiles
 from qwen_jax.model import abstract_params
 from tests import multiprocess
@@ -19,8 +19,8 @@ from tests.interop.folders import V1, random_tensors, write
 def _load_and_save(folder: str, out: str) -> dict:
     cfg = read_config(folder)
     mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=4, tensor=2))
-    with TensorFiles(scan(folder)) as files:
-        params = load_from(files, cfg, abstract_params(cfg, mesh))
+    with TensorFiles(list_tensors(folder)) as files:
+        params = load_from_files(files, cfg, abstract_params(cfg, mesh))
         read = files.bytes_read
     save_hf(out, params, cfg, dtype="bfloat16", max_shard_bytes=30_000)
     digest = float(sum(abs(x).astype("float32").sum() for x in jax.tree.leaves(params)))
@@ -39,7 +39,7 @@ def test_each_host_reads_its_half_and_the_export_is_exact(tmp_path):
     )
     # Norms are on every device and so are read by both; biases are split over `tensor` only, of
     # which each host has both parts; everything else is split over hosts.
-    both = [s for s in slots(V1) if "scale" in s.path or s.path[-1].endswith("_bias")]
+    both = [s for s in leaf_mappings(V1) if "scale" in s.path or s.path[-1].endswith("_bias")]
     shared = 2 * sum(int(np.prod(s.shape)) for s in both)
     total = sum(t.nbytes for t in tensors.values())
     assert [r["read"] for r in results] == [shared + (total - shared) // 2] * 2
