@@ -57,7 +57,9 @@ def _no_tpu_kernel(request: Request) -> str | None:
         return f"it runs on TPUs and this is {request.device}"
     from qwen_jax.kernels.tpu import flash
 
-    return flash.why_not(head_dim=request.head_dim, dtype=request.dtype, device_kind=request.device)
+    return flash.unsupported_reason(
+        head_dim=request.head_dim, dtype=request.dtype, device_kind=request.device
+    )
 
 
 def _no_gpu_kernel(request: Request) -> str | None:
@@ -65,7 +67,9 @@ def _no_gpu_kernel(request: Request) -> str | None:
         return f"it runs on Hopper GPUs and this is {request.device}"
     from qwen_jax.kernels.gpu import flash
 
-    return flash.why_not(head_dim=request.head_dim, dtype=request.dtype, device_kind=request.device)
+    return flash.unsupported_reason(
+        head_dim=request.head_dim, dtype=request.dtype, device_kind=request.device
+    )
 
 
 def _no_library_kernel(request: Request, name: str, runs_on: str) -> str | None:
@@ -87,7 +91,7 @@ def _no_library_kernel(request: Request, name: str, runs_on: str) -> str | None:
     return None
 
 
-def why_not(name: str, request: Request) -> str | None:
+def unsupported_reason(name: str, request: Request) -> str | None:
     """Why an implementation can't serve a request, in one clause; None when it can."""
     if request.dropout and name != "reference":
         return "it has no dropout on attention weights (set model.attn_dropout to 0)"
@@ -109,7 +113,7 @@ def _automatic(request: Request) -> tuple[str, str]:
         return "reference", "few scores: all at once"
     reasons = []
     for name in ("pallas_tpu", "pallas_gpu", "cudnn"):
-        reason = why_not(name, request)
+        reason = unsupported_reason(name, request)
         if reason is None:
             return name, f"the kernel for {request.device}"
         if request.platform in ("tpu", "gpu"):
@@ -131,7 +135,7 @@ def choose_attention(requested: str, request: Request) -> str:
     if requested == "auto":
         chosen, why = _automatic(request)
     else:
-        reason = why_not(requested, request)
+        reason = unsupported_reason(requested, request)
         if reason is not None:
             raise UserError(
                 f"attention implementation {requested!r} can't serve this model here: {reason}; "

@@ -42,7 +42,7 @@ def choose_paged_attention(
     """
 
     def refusal(module):
-        return module.refusal(cache, q_len=q_len, heads=heads, entries=entries)
+        return module.unsupported_reason(cache, q_len=q_len, heads=heads, entries=entries)
 
     return choose("paged attention", requested, platform()[0], _MODULES, refusal)
 
@@ -145,7 +145,7 @@ def _local(q, cache, page_table, lengths, layer, window, k_new, v_new, *, scale,
     start = lengths if k_new is not None else lengths - q.shape[1]
     kernel = _reference
     if chosen != "reference":
-        kernel = importlib.import_module(_MODULES[chosen]).decode
+        kernel = importlib.import_module(_MODULES[chosen]).paged_decode
     with jax.named_scope("paged_attention"):
         operands = (q, cache.pages.reshape(flat), scales, table, lengths, start, window)
         out, lse = kernel(*operands, scale=scale)
@@ -295,8 +295,8 @@ def append(
     write = _scatter
     if platform()[0] == "tpu":
         kernel = importlib.import_module("qwen_jax.kernels.tpu.paged_append")
-        refusal = kernel.refusal(cache)
-        write = _scatter if refusal else kernel.write
+        refusal = kernel.unsupported_reason(cache)
+        write = _scatter if refusal else kernel.paged_append
         announce(
             "paged attention",
             "auto",

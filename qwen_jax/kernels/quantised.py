@@ -114,7 +114,7 @@ def choose_group_matmul(requested: str, weight: GroupWeight, rows: int, dtype) -
     """
 
     def refusal(module):
-        return module.refusal(weight, rows=rows, dtype=dtype)
+        return module.unsupported_reason(weight, rows=rows, dtype=dtype)
 
     return choose("group matmul", requested, platform()[0], _MODULES, refusal)
 
@@ -142,7 +142,7 @@ def group_matmul(x: jax.Array, weight: GroupWeight, *, implementation: str = "au
     chosen = choose_group_matmul(implementation, weight, rows, x.dtype)
     run = _reference
     if chosen != "reference":
-        run = importlib.import_module(_MODULES[chosen]).matmul
+        run = importlib.import_module(_MODULES[chosen]).quantised_matmul
     with jax.named_scope("group_matmul"):
         out = run(x.reshape(rows, weight.inputs), weight)
     return out.reshape(*x.shape[:-1], weight.outputs)

@@ -13,7 +13,7 @@ from tests.kernels.paged_cases import NO_WINDOW, check, make_case
 
 
 def operands(case, window=None):
-    """Returns the positional arguments of `decode` for a case whose queries end the cache."""
+    """Returns the positional arguments of `paged_decode` for a case whose queries end the cache."""
     start = jnp.asarray(case.lengths - case.q.shape[1])
     window = jnp.int32(NO_WINDOW if window is None else window)
     return (jnp.asarray(case.q), *case.flat(), start, window)
@@ -37,7 +37,7 @@ def test_lowers_for_hopper(name):
         jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")
     ]
     exported = jax.export.export(
-        jax.jit(lambda *x: gpu_decode.decode(*x, scale=0.1)),
+        jax.jit(lambda *x: gpu_decode.paged_decode(*x, scale=0.1)),
         platforms=["cuda"],
         disabled_checks=checks,
     )(*operands(case))
@@ -75,7 +75,9 @@ def test_interpreted_kernel_matches_float64(name, monkeypatch):
     case = make_case(sizes.pop("lengths"), page=64, kv_heads=kv_heads, **sizes)
     window = options.pop("window", None)
     with gpu_interpret.force_gpu_interpret_mode(gpu_interpret.InterpretGPUParams()):
-        got = gpu_decode.decode(*operands(case, window), scale=case.q.shape[-1] ** -0.5, **options)
+        got = gpu_decode.paged_decode(
+            *operands(case, window), scale=case.q.shape[-1] ** -0.5, **options
+        )
     check(got, case.expected(window=window), 1e-2)
 
 

@@ -13,7 +13,7 @@ import pytest
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import flash_attention
 from qwen_jax.kernels.gpu import flash_forward
-from qwen_jax.kernels.gpu.flash import KERNEL, why_not
+from qwen_jax.kernels.gpu.flash import KERNEL, unsupported_reason
 from qwen_jax.kernels.gpu.flash_pipeline import PipelineConfig
 from qwen_jax.kernels.mask import make_mask
 
@@ -139,12 +139,15 @@ def test_exceeding_shared_memory_is_an_error(monkeypatch):
 
 def test_why_not_names_the_unsupported_property():
     good = {"head_dim": 128, "dtype": jnp.bfloat16, "device_kind": "NVIDIA H200"}
-    assert why_not(**good) is None
-    assert why_not(**good | {"dtype": "float16", "device_kind": "NVIDIA H100 80GB HBM3"}) is None
-    assert "not 80" in why_not(**good | {"head_dim": 80})
-    assert "not float32" in why_not(**good | {"dtype": jnp.float32})
-    assert "'cpu'" in why_not(**good | {"device_kind": "cpu"})
-    assert "A100" in why_not(**good | {"device_kind": "NVIDIA A100-SXM4-80GB"})
+    assert unsupported_reason(**good) is None
+    assert (
+        unsupported_reason(**good | {"dtype": "float16", "device_kind": "NVIDIA H100 80GB HBM3"})
+        is None
+    )
+    assert "not 80" in unsupported_reason(**good | {"head_dim": 80})
+    assert "not float32" in unsupported_reason(**good | {"dtype": jnp.float32})
+    assert "'cpu'" in unsupported_reason(**good | {"device_kind": "cpu"})
+    assert "A100" in unsupported_reason(**good | {"device_kind": "NVIDIA A100-SXM4-80GB"})
 
 
 def test_unsupported_operands_are_refused():

@@ -32,7 +32,7 @@ def test_lowers_for_hopper(name):
         jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu", "mosaic_gpu_v2")
     ]
     exported = jax.export.export(
-        jax.jit(lambda x, weight: gpu_quantised.matmul(x, weight, **options)),
+        jax.jit(lambda x, weight: gpu_quantised.quantised_matmul(x, weight, **options)),
         platforms=["cuda"],
         disabled_checks=checks,
     )(case.x, case.weight)
@@ -51,14 +51,14 @@ def test_interpreted_kernel_matches_float64(name, monkeypatch):
     sizes, case_options, options = CASES[name]
     case = make_case(*sizes, **case_options)
     with gpu_interpret.force_gpu_interpret_mode(gpu_interpret.InterpretGPUParams()):
-        got = gpu_quantised.matmul(case.x, case.weight, **options)
+        got = gpu_quantised.quantised_matmul(case.x, case.weight, **options)
     assert error(got, case) < 2e-3
 
 
 def test_many_rows_are_multiplied_by_dequantised_weights():
     case = make_case(300, 256, 128, layers=2)
     # Here weights are rounded to bf16: by 2⁻⁹ each, which averages out over the sum.
-    assert error(gpu_quantised.matmul(case.x, case.weight), case) < 5e-3
+    assert error(gpu_quantised.quantised_matmul(case.x, case.weight), case) < 5e-3
 
 
 def test_splits_occupy_the_gpu():
@@ -82,8 +82,8 @@ def test_auto_selects_the_kernel_on_hopper_and_refusals_name_the_reason(monkeypa
     assert choose("auto", weight, 2, jnp.bfloat16) == "pallas_gpu"
     small_groups = make_case(2, 256, 128, group=32).weight
     odd_outputs = make_case(2, 256, 200).weight
-    refusal = gpu_quantised.refusal
-    assert "float32" in refusal(weight, rows=2, dtype=jnp.float32)
-    assert "groups of 32" in refusal(small_groups, rows=2, dtype=jnp.bfloat16)
-    assert "200 outputs" in refusal(odd_outputs, rows=2, dtype=jnp.bfloat16)
+    reason = gpu_quantised.unsupported_reason
+    assert "float32" in reason(weight, rows=2, dtype=jnp.float32)
+    assert "groups of 32" in reason(small_groups, rows=2, dtype=jnp.bfloat16)
+    assert "200 outputs" in reason(odd_outputs, rows=2, dtype=jnp.bfloat16)
     assert np.isfinite(np.asarray(case.x, np.float32)).all()

@@ -90,7 +90,7 @@ def test_interpreted_tpu_kernel_is_the_product(name):
     sizes, how = CASES[name]
     case = make_case(*sizes, **how)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        got = tpu_quantised.matmul(case.x, case.weight, columns=128)
+        got = tpu_quantised.quantised_matmul(case.x, case.weight, columns=128)
     assert error(got, case) < tolerance(case)
 
 
@@ -100,7 +100,7 @@ def test_two_cores_share_the_outputs(rows, monkeypatch):
     monkeypatch.setattr(tpu_quantised, "_cores", lambda: 2)
     case = make_case(rows, 256, 300)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        got = tpu_quantised.matmul(case.x, case.weight, columns=128)
+        got = tpu_quantised.quantised_matmul(case.x, case.weight, columns=128)
     assert error(got, case) < tolerance(case)
 
 

@@ -52,7 +52,7 @@ def interpreted(case, *, window=None, head_blocks=1, races=False):
         uninitialized_memory="nan",
     )
     with pltpu.force_tpu_interpret_mode(params):
-        return tpu_decode.decode(
+        return tpu_decode.paged_decode(
             *(jnp.asarray(case.q), *case.flat(), start, window),
             scale=case.q.shape[-1] ** -0.5,
             head_blocks=head_blocks,

@@ -21,7 +21,7 @@ from qwen_jax.kernels.flash import FlashKernel, flash_attention
 from qwen_jax.kernels.mask import MASKED, Mask, full_blocks, visible
 from qwen_jax.kernels.tpu import flash_backward, flash_forward
 from qwen_jax.kernels.tpu.block_sizes import CHIPS, MIB, Chip, Tiles
-from qwen_jax.kernels.tpu.flash import KERNEL, tpu_kernel, why_not
+from qwen_jax.kernels.tpu.flash import KERNEL, tpu_kernel, unsupported_reason
 from qwen_jax.kernels.tpu.flash_blocks import make_layout
 from tests.tpu import needs_libtpu
 
@@ -38,8 +38,8 @@ def kernel(tiles=SMALL, interpret=True) -> FlashKernel:
     chip = Chip(tiles, tiles, 60 * MIB)
     return FlashKernel(
         "interpreted",
-        functools.partial(flash_forward.forward, chip=chip, interpret=interpret),
-        functools.partial(flash_backward.backward, chip=chip, interpret=interpret),
+        functools.partial(flash_forward.flash_forward, chip=chip, interpret=interpret),
+        functools.partial(flash_backward.flash_backward, chip=chip, interpret=interpret),
     )
 
 
@@ -339,7 +339,9 @@ def test_no_race_under_the_tpu_interpreter(case):
 
 
 def test_refuses_what_it_cannot_run():
-    assert "this device is 'cpu'" in why_not(head_dim=128, dtype=jnp.bfloat16, device_kind="cpu")
+    assert "this device is 'cpu'" in unsupported_reason(
+        head_dim=128, dtype=jnp.bfloat16, device_kind="cpu"
+    )
     q = jnp.zeros((1, 128, 1, 128), jnp.bfloat16)
     with pytest.raises(UserError, match=r"it runs on TPU v5e, v5p, v6e and this device is 'cpu'"):
         KERNEL.forward(q, q, q, Mask(), 1.0)

@@ -27,7 +27,7 @@ _L2_BYTES = 32 * 2**20
 """Bytes of operands that concurrent work items share: most of the 50 MiB L2 of an H100 or H200."""
 
 
-def why_not(*, head_dim: int, dtype: DTypeLike, device_kind: str) -> str | None:
+def unsupported_reason(*, head_dim: int, dtype: DTypeLike, device_kind: str) -> str | None:
     """Returns one clause saying why the kernel cannot serve a request, or None if it can.
 
     Args:
@@ -46,7 +46,7 @@ def why_not(*, head_dim: int, dtype: DTypeLike, device_kind: str) -> str | None:
 
 def _check_operands(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> None:
     """Checks dtypes, head dimension and scale, and raises UserError if the kernel cannot run."""
-    reason = why_not(head_dim=q.shape[-1], dtype=q.dtype, device_kind="H100")
+    reason = unsupported_reason(head_dim=q.shape[-1], dtype=q.dtype, device_kind="H100")
     if reason is None and (k.dtype != q.dtype or v.dtype != q.dtype):
         reason = f"it takes one dtype, not {q.dtype.name}, {k.dtype.name} and {v.dtype.name}"
     if reason is None and not scale > 0:
@@ -85,7 +85,7 @@ def _forward(
       (out [B, T, N, H] in q's dtype, lse float32 [B, N, T], natural logarithm).
 
     Raises:
-      UserError: the kernel cannot run on these operands (`why_not`).
+      UserError: the kernel cannot run on these operands (`unsupported_reason`).
     """
     _check_operands(q, k, v, scale)
     (batch, q_len, heads, head_dim), (k_len, kv_heads) = q.shape, k.shape[1:3]
@@ -110,7 +110,7 @@ def _forward(
         queue=queue,
     )
     table = ensure_one_step(table)
-    out, lse = flash_forward.forward(
+    out, lse = flash_forward.flash_forward(
         _pad(q, 1, q_padded),
         _pad(k, 1, k_padded),
         _pad(v, 1, k_padded),
@@ -179,7 +179,7 @@ def _backward(
       (dq [B, T, N, H], dk [B, S, K, H], dv [B, S, K, H]).
 
     Raises:
-      UserError: the kernel cannot run on these operands (`why_not`).
+      UserError: the kernel cannot run on these operands (`unsupported_reason`).
     """
     _check_operands(q, k, v, scale)
     lengths = q_len, k_len = q.shape[1], k.shape[1]
@@ -270,7 +270,7 @@ def _dk_dv(
         tiles_are_keys=True,
         queue=queue,
     )
-    dk, dv, dq = flash_backward.backward(
+    dk, dv, dq = flash_backward.flash_backward(
         **operands,
         row_mask=key_row_mask(mask, q_len, k_len, q_padded - q_len, k_padded - k_len),
         table=table,
@@ -330,7 +330,7 @@ def _dq(
         tiles_are_keys=False,
         queue=queue,
     )
-    return flash_backward_dq.backward_dq(
+    return flash_backward_dq.flash_backward_dq(
         **operands,
         row_mask=row_mask,
         table=table,

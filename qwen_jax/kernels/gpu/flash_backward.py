@@ -61,7 +61,7 @@ def sync_warpgroups(barrier: Ref) -> None:
     plgpu.barrier_wait(barrier)
 
 
-def backward(
+def flash_backward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -42,7 +42,7 @@ def dq_config(head_dim: int) -> PipelineConfig:
     return PipelineConfig(128, 2) if head_dim == 128 else PipelineConfig(128, 3)
 
 
-def backward_dq(
+def flash_backward_dq(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -45,7 +45,7 @@ def forward_config(head_dim: int) -> PipelineConfig:
     return PipelineConfig(128, 2) if head_dim == 128 else PipelineConfig(128, 4)
 
 
-def forward(
+def flash_forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,

@@ -27,7 +27,7 @@ from qwen_jax.parallel import current_mesh
 _MAX_SPLITS = 128
 
 
-def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str | None:
+def unsupported_reason(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str | None:
     """Returns one clause saying why this kernel cannot serve a cache, or None if it can.
 
     Args:
@@ -51,7 +51,7 @@ def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str |
     return None
 
 
-def decode(
+def paged_decode(
     q: jax.Array,
     pages: jax.Array,
     scales: jax.Array | None,

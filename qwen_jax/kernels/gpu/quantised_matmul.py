@@ -44,7 +44,7 @@ _MAX_ROWS = 256
 _MAX_SPLITS = 32
 
 
-def refusal(weight: GroupWeight, *, rows: int, dtype: DTypeLike) -> str | None:
+def unsupported_reason(weight: GroupWeight, *, rows: int, dtype: DTypeLike) -> str | None:
     """Returns one clause saying why this kernel cannot multiply by a weight, or None if it can.
 
     Args:
@@ -97,7 +97,7 @@ class _GpuMatmulShape:
         return 3 if self.bits == 4 else 2
 
 
-def matmul(x: jax.Array, weight: GroupWeight, *, splits: int | None = None) -> jax.Array:
+def quantised_matmul(x: jax.Array, weight: GroupWeight, *, splits: int | None = None) -> jax.Array:
     """Computes x · w for a weight quantised in groups of inputs.
 
     Args:

@@ -17,14 +17,14 @@ WIDEST = 256
 """Head width up to which the blocks fit into vector memory."""
 
 
-def why_not(*, head_dim: int, dtype, device_kind: str) -> str | None:
+def unsupported_reason(*, head_dim: int, dtype, device_kind: str) -> str | None:
     """One clause saying why this kernel can't serve a request on a device, or None when it can."""
     if chip_of(device_kind) is None:
         return f"it runs on TPU {', '.join(CHIPS)} and this device is {device_kind!r}"
-    return _why_not_shapes(head_dim, dtype)
+    return _unsupported_shapes(head_dim, dtype)
 
 
-def _why_not_shapes(head_dim: int, dtype) -> str | None:
+def _unsupported_shapes(head_dim: int, dtype) -> str | None:
     if jnp.dtype(dtype).name not in DTYPES:
         return f"it computes in {' or '.join(DTYPES)} and the operands are {jnp.dtype(dtype).name}"
     if head_dim > WIDEST:
@@ -35,9 +35,9 @@ def _why_not_shapes(head_dim: int, dtype) -> str | None:
 def _chip(chip: str | None, q) -> Chip:
     """The chip to compile for: as given, or that of the device."""
     chip = chip or chip_of(platform()[1])
-    reason = _why_not_shapes(q.shape[-1], q.dtype)
+    reason = _unsupported_shapes(q.shape[-1], q.dtype)
     if chip is None:
-        reason = why_not(head_dim=q.shape[-1], dtype=q.dtype, device_kind=platform()[1])
+        reason = unsupported_reason(head_dim=q.shape[-1], dtype=q.dtype, device_kind=platform()[1])
     if reason:
         raise UserError(
             f"attention kernel 'pallas_tpu' can't serve this request: {reason}; choose another "
@@ -53,15 +53,17 @@ def tpu_kernel(chip: str | None = None, interpret: bool = False) -> FlashKernel:
     interpret: run Pallas' interpreter (any platform, slow, for tests); needs `chip`. The same
     without this flag: name the chip and call under `pltpu.force_tpu_interpret_mode`.
 
-    Its functions raise UserError where the request can't be served (`why_not`).
+    Its functions raise UserError where the request can't be served (`unsupported_reason`).
     """
 
     def run_forward(q, k, v, mask, scale):
-        return flash_forward.forward(q, k, v, mask, scale, chip=_chip(chip, q), interpret=interpret)
+        return flash_forward.flash_forward(
+            q, k, v, mask, scale, chip=_chip(chip, q), interpret=interpret
+        )
 
     def run_backward(q, k, v, mask, scale, lse, d_out, delta, grad_dtype):
         operands = (q, k, v, mask, scale, lse, d_out, delta, grad_dtype)
-        return flash_backward.backward(*operands, chip=_chip(chip, q), interpret=interpret)
+        return flash_backward.flash_backward(*operands, chip=_chip(chip, q), interpret=interpret)
 
     return FlashKernel("pallas_tpu", run_forward, run_backward)
 

@@ -220,7 +220,7 @@ def _chunk(operands, prefetched, layout: Layout, scale, chunk, dq, dtypes, chip,
     )(*prefetched, *operands)
 
 
-def backward(
+def flash_backward(
     q, k, v, mask: Mask, scale: float, lse, d_out, delta, grad_dtype, *, chip: Chip, interpret=False
 ):
     """Contract: `flash.FlashKernel.backward`."""

@@ -231,7 +231,7 @@ def _scratch(layout: Layout, width: int, dtype):
     return [wide[0], *[pltpu.VMEM(lanes, jnp.float32)] * 2, wide[1], *ids]
 
 
-def forward(q, k, v, mask: Mask, scale: float, *, chip: Chip, interpret=False):
+def flash_forward(q, k, v, mask: Mask, scale: float, *, chip: Chip, interpret=False):
     """Contract: `flash.FlashKernel.forward`."""
     batch, q_len, heads, head_dim = q.shape
     k_len, kv_heads = k.shape[1:3]

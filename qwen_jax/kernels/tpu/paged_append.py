@@ -24,7 +24,7 @@ _LAYERS = 4
 """Layers a grid step, where that divides them: fewer, longer copies."""
 
 
-def refusal(cache: PagedCache) -> str | None:
+def unsupported_reason(cache: PagedCache) -> str | None:
     """Why these kernels can't write to a cache; None if they can."""
     page, width = cache.page_size, 2 * cache.head_dim
     tile = _LANES if cache.quantised else TILE[cache.pages.dtype.itemsize]
@@ -36,7 +36,7 @@ def refusal(cache: PagedCache) -> str | None:
     return None
 
 
-def write(cache: PagedCache, tokens, scales, page_table, lengths, counts) -> PagedCache:
+def paged_append(cache: PagedCache, tokens, scales, page_table, lengths, counts) -> PagedCache:
     """Puts tokens [L,R,T,K,2H] and, for 8-bit ones, scales float32 [L,R,T,K,4] into their slots.
 
     Token t of request r goes to slot lengths[r] + t if t < counts[r]. All arrays are device-local;

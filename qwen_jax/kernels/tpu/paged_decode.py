@@ -40,7 +40,7 @@ _ROWS = 512
 """Most rows of queries a kv head: beyond it, one page's scores outgrow the registers by far."""
 
 
-def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str | None:
+def unsupported_reason(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str | None:
     """Why this kernel can't serve a cache with `heads` query heads a kv head; None if it can."""
     if entries > _ENTRIES:
         return f"a page table of {entries} entries; the TPU kernel takes {_ENTRIES} on a device"
@@ -48,7 +48,7 @@ def refusal(cache: PagedCache, *, q_len: int, heads: int, entries: int) -> str |
         return f"heads of {cache.head_dim}; the TPU kernel takes 64 or a multiple of 128"
     if q_len * heads > _ROWS:
         return f"{q_len} query tokens by {heads} heads a kv head; the TPU kernel takes {_ROWS}"
-    return paged_append.refusal(cache)
+    return paged_append.unsupported_reason(cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Sizes:
         return self.block * self.page
 
 
-def decode(q, pages, scales, page_table, lengths, start, window, *, scale, head_blocks=None):
+def paged_decode(q, pages, scales, page_table, lengths, start, window, *, scale, head_blocks=None):
     """Contract: `kernels.paged._reference`.
 
     head_blocks: kv heads are split over so many independent grid rows; by default the chip's number

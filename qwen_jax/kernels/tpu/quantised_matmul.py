@@ -49,7 +49,7 @@ _MAGIC = 128
 """What bf16 numbers made of bits are too large by."""
 
 
-def refusal(weight: GroupWeight, *, rows: int, dtype) -> str | None:
+def unsupported_reason(weight: GroupWeight, *, rows: int, dtype) -> str | None:
     """Why this kernel can't multiply by a weight; None if it can."""
     del rows  # of any number
     if dtype not in (jnp.bfloat16, jnp.float32):
@@ -114,7 +114,7 @@ class _Sizes:
         return 32 // self.bits * word + shift
 
 
-def matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> jax.Array:
+def quantised_matmul(x: jax.Array, weight: GroupWeight, *, columns: int | None = None) -> jax.Array:
     """x [M,K] · w [K,O] -> [M,O] in x's dtype.
 
     columns: outputs a grid step, a multiple of 128; by default what `choose_columns` says.
