@@ -46,7 +46,7 @@ class GptqConfig:
     zero_bias: int = 1
 
     def format_of(self, leaf_map: mapping.LeafMapping) -> QuantFormat | None:
-        """Returns the format of one native leaf, None if it is not quantised."""
+        """Returns the format of the native leaf of a mapping entry, None if it is not quantised."""
         if leaf_map.path == HEAD:
             return QuantFormat(8, None) if self.format.head else None
         return self.format if leaf_map.path[1:] in INPUT_AXES else None
@@ -193,9 +193,9 @@ def check_small_tensors(files: TensorFiles, cfg: ModelConfig, gptq_config: GptqC
 
 
 def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
-    """Unpacks int32 words [W, O] into codes uint8 [W·32/bits, O] along the first axis.
+    """Unpacks int32 words [W, O] into codes uint8 [W·32/bits, O].
 
-    Each word contains 32/bits codes, lowest bits first.
+    The 32/bits codes of a word become consecutive along the first axis, lowest bits first.
     """
     shifts = np.arange(0, 32, bits, dtype=np.uint32)[:, None]
     codes = words.view(np.uint32)[:, None] >> shifts & np.uint32(2**bits - 1)
@@ -203,7 +203,10 @@ def unpack_rows(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Packs codes in 0 … 2^bits − 1, [K, O], into int32 words [K·bits/32, O]; see `unpack_rows`."""
+    """Packs codes [K, O] in 0 … 2^bits − 1 into int32 words [K·bits/32, O]; inverts `unpack_rows`.
+
+    The 32/bits codes of a word are consecutive along the first axis, lowest bits first.
+    """
     per_word = 32 // bits
     grouped = codes.reshape(-1, per_word, codes.shape[1]).astype(np.uint32)
     words = np.zeros((len(grouped), codes.shape[1]), np.uint32)
@@ -221,7 +224,10 @@ def read_zeros(files: TensorFiles, name: str, gptq_config: GptqConfig, bits: int
 def is_symmetric(
     files: TensorFiles, leaf_map: mapping.LeafMapping, gptq_config: GptqConfig
 ) -> bool:
-    """Returns whether all zero points of a quantised leaf are 2^(bits−1) and can be left out."""
+    """Returns whether every zero point of a GPTQ-packed leaf is the middle code, 2^(bits−1).
+
+    Such zero points need not be kept. They are read from `files`.
+    """
     bits, rows = _bits_of(leaf_map, gptq_config), slice(*leaf_map.rows)
     middle = 2 ** (bits - 1)
     return all(

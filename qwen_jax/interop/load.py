@@ -159,7 +159,7 @@ def _sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
 
 
 def _local_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    """Returns the bytes of an abstract leaf on this process's devices, replicas included."""
+    """Returns an abstract leaf's bytes on this process's devices, replicas included."""
     shards = len(_sharding(leaf).addressable_devices)
     shape = _sharding(leaf).shard_shape(tuple(leaf.shape))
     return int(np.prod(shape, dtype=np.int64)) * np.dtype(leaf.dtype).itemsize * shards

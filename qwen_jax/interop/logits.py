@@ -53,7 +53,11 @@ def prompt_logits(
 
 @functools.lru_cache(maxsize=4)
 def _forward(cfg: ModelConfig, options: ForwardOptions) -> Callable[..., jax.Array]:
-    """Returns the jitted function (params, tokens, NTK factors or None) → logits of a network."""
+    """Returns the jitted function from (params, tokens, NTK factors) to the logits of a network.
+
+    Shapes: tokens int32 [B, T] (batch, sequence); NTK factors as `forward` takes them, or None;
+    logits float32 [B, T, V] (vocabulary size). LogN is applied if `cfg` has it.
+    """
 
     @jax.jit
     def run(params: dict[str, Any], tokens: jax.Array, alpha: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Small Hugging Face folders for the tests, written with the public safetensors package."""
+"""Small Hugging Face folders for tests, written with the public safetensors package."""
 
 import json
 
@@ -30,17 +30,17 @@ ALL = {"v1": V1, "v2": V2, "v3": V3}
 
 
 def random_tensors(cfg, dtype="float32", seed=0):
-    """Every tensor of `cfg` with random values; `dtype` may be a function of the name."""
+    """Returns all HF tensors of `cfg`, random; `dtype` may be a function of the tensor name."""
     rng = np.random.default_rng(seed)
-    of = dtype if callable(dtype) else lambda name: dtype
+    dtype_of = dtype if callable(dtype) else lambda name: dtype
     return {
-        name: torch.from_numpy(rng.standard_normal(t.shape, np.float32)).to(TORCH[of(name)])
+        name: torch.from_numpy(rng.standard_normal(t.shape, np.float32)).to(TORCH[dtype_of(name)])
         for name, t in hf_tensors(cfg).items()
     }
 
 
 def write(folder, cfg, tensors, shards=1):
-    """Writes `tensors` and a config.json; with several shards an index too."""
+    """Writes a model folder: tensors, config.json, and with several shards an index; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config_to_hf(cfg)))
     if shards == 1:
@@ -58,6 +58,6 @@ def write(folder, cfg, tensors, shards=1):
 
 
 def toy_mesh(data=1, fsdp=4, tensor=2):
-    """A mesh of the first devices of the toy platform."""
+    """Returns a mesh of the first data · fsdp · tensor devices."""
     devices = jax.devices()[: data * fsdp * tensor]
     return parallel.make_mesh(parallel.MeshConfig(data, fsdp, 1, tensor), devices)

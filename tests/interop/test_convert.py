@@ -1,4 +1,4 @@
-"""The two programs: into the native checkpoint and back out, byte for byte; refusals."""
+"""Conversion programs: Hugging Face folder to native checkpoint and back, byte for byte; errors."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from qwen_jax.train.checkpoint import Checkpoints, restore_params
 from tests.interop.folders import V3, random_tensors, toy_mesh, write
 
 
-def test_into_a_checkpoint_and_out_again_is_the_same_file(qwen1_small, tmp_path):
+def test_hf_to_checkpoint_to_hf_reproduces_the_file(qwen1_small, tmp_path):
     cfg = convert.to_native(str(qwen1_small), str(tmp_path / "native"))
     want = load_params(qwen1_small, cfg, abstract_params(cfg))
     got = restore_params(str(tmp_path / "native"), abstract_params(cfg, toy_mesh(1, 2, 1)))
@@ -36,14 +36,14 @@ def test_into_a_checkpoint_and_out_again_is_the_same_file(qwen1_small, tmp_path)
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 287
 
 
-def test_a_killed_conversion_is_simply_started_again(tmp_path):
+def test_interrupted_conversion_can_be_rerun(tmp_path):
     write(tmp_path / "in", V3, random_tensors(V3))
     (tmp_path / "native" / "step_00000000.orbax-checkpoint-tmp").mkdir(parents=True)
     convert.to_native(str(tmp_path / "in"), str(tmp_path / "native"))
     restore_params(str(tmp_path / "native"), abstract_params(V3, toy_mesh(1, 1, 1)))
 
 
-def test_half_precision_checkpoints_keep_the_bits(tmp_path):
+def test_bfloat16_checkpoint_preserves_bits(tmp_path):
     tensors = random_tensors(V3, "bfloat16")
     write(tmp_path / "in", V3, tensors)
     convert.to_native(str(tmp_path / "in"), str(tmp_path / "native"), dtype="bfloat16")
@@ -53,8 +53,8 @@ def test_half_precision_checkpoints_keep_the_bits(tmp_path):
         assert torch.equal(saved[name].view(torch.int16), tensor.view(torch.int16)), name
 
 
-def test_a_training_state_is_exported_without_reading_the_moments(tmp_path):
-    """A fingerprint as of a training; the newest or a named step; other sub-trees untouched."""
+def test_training_checkpoint_exports_parameters_of_the_chosen_step(tmp_path):
+    """The newest or the given step is exported; the moments in the checkpoint are not read."""
     write(tmp_path / "in", V3, random_tensors(V3))
     params = load_params(tmp_path / "in", V3, abstract_params(V3, toy_mesh(1, 8, 1)))
     fingerprint = {"model": dataclasses.asdict(V3), "tokenizer_sha256": "0", "seed": 1}
@@ -72,7 +72,7 @@ def test_a_training_state_is_exported_without_reading_the_moments(tmp_path):
         np.testing.assert_array_equal(saved[name], scale * random_tensors(V3)[name])
 
 
-def test_refusals(tmp_path, qwen1_small):
+def test_convert_rejects_invalid_arguments(tmp_path, qwen1_small):
     with pytest.raises(UserError, match=r"'float8'.*float32"):
         convert.to_native(str(qwen1_small), str(tmp_path / "x"), dtype="float8")
     with pytest.raises(UserError, match="holds no checkpoint"):
@@ -87,7 +87,7 @@ def test_refusals(tmp_path, qwen1_small):
 
 
 @pytest.mark.parametrize(
-    ("program", "flags", "says"),
+    ("program", "flags", "message"),
     [
         ("convert", ["--out=x"], "--hf_dir"),
         ("convert", ["--out=x", "--hf_dir=gone"], "gone does not exist"),
@@ -95,8 +95,8 @@ def test_refusals(tmp_path, qwen1_small):
         ("logits", ["extra", "--out=x", "--hf_dir=gone", "--ids=y"], "extra"),
     ],
 )
-def test_programs_end_with_one_sentence_and_status_2(program, flags, says):
+def test_programs_print_a_one_line_error_and_exit_with_status_2(program, flags, message):
     command = [sys.executable, "-m", f"launch.{program}", *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2 and says in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""GPTQ folders: packed by hand after AutoGPTQ's documented layout, loaded, run beside dense."""
+"""GPTQ folders, packed here by AutoGPTQ's documented layout: loading, parity with dense models."""
 
 import json
 
@@ -34,7 +34,7 @@ LINEARS = {
 
 
 def pack_words(numbers, bits):
-    """One int32 a column of 32/bits whole numbers along axis 0, the first one lowest; by Python."""
+    """Packs 32/bits integers along axis 0 into an int32, the first in the lowest bits."""
     per_word = 32 // bits
     out = np.zeros((numbers.shape[0] // per_word, numbers.shape[1]), np.int64)
     for row in range(numbers.shape[0]):
@@ -43,7 +43,7 @@ def pack_words(numbers, bits):
 
 
 def gptq_tensors(cfg, bits, group, *, symmetric=True, zero_bias=1, seed=0):
-    """(tensors of a GPTQ folder, the dense tensors they stand for in float64) of random weights."""
+    """Returns (random tensors of a GPTQ folder, the dense float64 tensors that they represent)."""
     rng = np.random.default_rng(seed)
     stored, dense = {}, {}
     for name, tensor in hf_tensors(cfg).items():
@@ -70,24 +70,26 @@ def gptq_tensors(cfg, bits, group, *, symmetric=True, zero_bias=1, seed=0):
 
 
 def quantisation(bits, group, **more):
+    """Returns a quantization_config object."""
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": False} | more
 
 
-def write(folder, cfg, tensors, described, *, beside=False):
-    """A folder; `beside` puts the description into quantize_config.json, as older writers did."""
+def write(folder, cfg, tensors, settings, *, separate=False):
+    """Writes a GPTQ folder; `separate` puts settings into quantize_config.json, as old writers."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_to_hf(cfg)
-    if beside:
-        described = {k: v for k, v in described.items() if k != "quant_method"}
-        (folder / "quantize_config.json").write_text(json.dumps(described))
+    if separate:
+        settings = {k: v for k, v in settings.items() if k != "quant_method"}
+        (folder / "quantize_config.json").write_text(json.dumps(settings))
     else:
-        config["quantization_config"] = described
+        config["quantization_config"] = settings
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return folder
 
 
 def logits(params, cfg, tokens, mesh=None):
+    """Returns float32 logits at inference, with NTK and LogN as `cfg` has them."""
     alpha = np.tile(ntk_alphas(tokens.shape[1], cfg), (len(tokens), 1)) if cfg.dynamic_ntk else None
     options = ForwardOptions(dtype="float32")
 
@@ -106,19 +108,19 @@ CASES = {
     "v1 int4": (V1, 4, 32, {}),
     "v1 int8": (V1, 8, 16, {}),
     "v2 int4": (V2, 4, 16, {}),
-    "v2 int8, zeros of its own": (V2, 8, 32, {"symmetric": False}),
-    "v1 int4, zeros of its own": (V1, 4, 64, {"symmetric": False}),
+    "v2 int8, asymmetric": (V2, 8, 32, {"symmetric": False}),
+    "v1 int4, asymmetric": (V1, 4, 64, {"symmetric": False}),
     "v2 int4, a scale per channel": (V2, 4, -1, {}),
     "v1 int8, a scale per channel": (V1, 8, -1, {}),
-    "v2 int4, per channel with zeros": (V2, 4, -1, {"symmetric": False}),
+    "v2 int4, per channel, asymmetric": (V2, 4, -1, {"symmetric": False}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_the_dense_model(tmp_path, name):
+def test_logits_match_the_dequantised_dense_model(tmp_path, name):
     cfg, bits, group, how = CASES[name]
     stored, dense = gptq_tensors(cfg, bits, group, **how)
-    write(tmp_path, cfg, stored, quantisation(bits, group), beside=cfg is V1)
+    write(tmp_path, cfg, stored, quantisation(bits, group), separate=cfg is V1)
     assert read_config(tmp_path) == cfg
     params = load_params(tmp_path, cfg, abstract_params(cfg))
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 96, (2, 24)), jnp.int32)
@@ -133,9 +135,9 @@ def test_logits_are_those_of_the_dense_model(tmp_path, name):
         assert (params["layers"]["mlp"]["up"].zeros is None) == (not how)
 
 
-@pytest.mark.parametrize("name", ["v1 int4", "v2 int4", "v2 int8, zeros of its own",
+@pytest.mark.parametrize("name", ["v1 int4", "v2 int4", "v2 int8, asymmetric",
                                   "v2 int4, a scale per channel"])  # fmt: skip
-def test_split_over_devices_it_is_the_same(tmp_path, name):
+def test_sharded_logits_match_a_single_device(tmp_path, name):
     cfg, bits, group, how = CASES[name]
     stored, _ = gptq_tensors(cfg, bits, group, **how)
     write(tmp_path, cfg, stored, quantisation(bits, group))
@@ -150,8 +152,8 @@ def test_split_over_devices_it_is_the_same(tmp_path, name):
     np.testing.assert_allclose(logits(params, cfg, tokens, mesh), alone, atol=2e-6)
 
 
-def test_stored_zeros_of_the_second_format(tmp_path):
-    """gptq_v2 stores zero, not zero − 1."""
+def test_gptq_v2_zeros_are_stored_without_offset(tmp_path):
+    """Format gptq_v2 stores zero instead of zero − 1."""
     stored, dense = gptq_tensors(V2, 4, 16, symmetric=True, zero_bias=0)
     write(tmp_path, V2, stored, quantisation(4, 16, checkpoint_format="gptq_v2"))
     params = load_params(tmp_path, V2, abstract_params(V2))
@@ -160,7 +162,7 @@ def test_stored_zeros_of_the_second_format(tmp_path):
     np.testing.assert_allclose(logits(params, V2, tokens), logits(reference, V2, tokens), atol=1e-4)
 
 
-def test_biases_of_zeros_are_ignored_and_others_refused(tmp_path):
+def test_zero_biases_are_ignored_and_nonzero_ones_rejected(tmp_path):
     stored, _ = gptq_tensors(V1, 4, 32)
     name = "transformer.h.1.mlp.w1.bias"
     write(tmp_path, V1, stored | {name: torch.zeros(128)}, quantisation(4, 32))
@@ -170,6 +172,7 @@ def test_biases_of_zeros_are_ignored_and_others_refused(tmp_path):
 
 
 def refused(folder, cfg, *words):
+    """Checks that loading the folder raises a UserError whose message contains all words."""
     with pytest.raises(UserError) as error:
         load_params(folder, read_config(folder), abstract_params(cfg))
     for word in words:
@@ -191,13 +194,13 @@ def refused(folder, cfg, *words):
         ({"bits": 8}, ["qweight has shape [8, 64]", "[16, 64]"]),
     ],
 )
-def test_what_is_not_read_is_refused_in_a_sentence(tmp_path, change, words):
+def test_unsupported_quantisation_settings_are_rejected(tmp_path, change, words):
     stored, _ = gptq_tensors(V2, 4, 16)
     write(tmp_path, V2, stored, quantisation(4, 16) | change)
     refused(tmp_path, V2, *words)
 
 
-def test_reordered_inputs_are_noticed_in_the_data(tmp_path):
+def test_reordered_g_idx_is_rejected(tmp_path):
     stored, _ = gptq_tensors(V2, 4, 16)
     name = "model.layers.1.mlp.down_proj.g_idx"
     stored[name] = stored[name].flip(0)
@@ -205,14 +208,14 @@ def test_reordered_inputs_are_noticed_in_the_data(tmp_path):
     refused(tmp_path, V2, name, "order")
 
 
-def test_groups_that_devices_cannot_share_are_refused(tmp_path):
+def test_groups_split_over_devices_are_rejected(tmp_path):
     stored, _ = gptq_tensors(V2, 4, 64)
     write(tmp_path, V2, stored, quantisation(4, 64))
     with pytest.raises(UserError, match=r"64 inputs, split over 2 devices.*groups of 64"):
         load_params(tmp_path, V2, abstract_params(V2, toy_mesh()))
 
 
-def test_packed_weights_are_not_quantised_again(tmp_path):
+def test_quantising_packed_weights_is_rejected(tmp_path):
     from qwen_jax.model.quantised import QuantFormat
 
     stored, _ = gptq_tensors(V2, 4, 16)

@@ -1,4 +1,4 @@
-"""Configs of the released files, both spellings, and everything that must be refused."""
+"""Conversion of config.json: released configs, both formats, and settings that are rejected."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ QWEN_7B_EARLY = {
     "scale_attn_weights": True, "seq_length": 2048, "tie_word_embeddings": False,
     "vocab_size": 151851, "use_dynamic_ntk": True, "use_logn_attn": True,
 }  # fmt: skip
-# Qwen/Qwen2.5-7B-Instruct with the YaRN block its model card tells to add.
+# Qwen/Qwen2.5-7B-Instruct with the YaRN block that its model card recommends.
 QWEN25_7B = {
     "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "hidden_act": "silu",
     "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
@@ -51,7 +51,7 @@ QWEN3_06B = {
 }  # fmt: skip
 
 
-def test_v1_config_halves_the_ffn_and_keeps_the_length_switches():
+def test_v1_config_halves_the_ffn_width_and_keeps_ntk_and_logn():
     cfg = config_from_hf(QWEN_7B)
     assert cfg == ModelConfig(
         family="qwen", vocab_size=151_936, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
@@ -60,7 +60,7 @@ def test_v1_config_halves_the_ffn_and_keeps_the_length_switches():
     )  # fmt: skip
 
 
-def test_early_v1_keys_mean_the_same():
+def test_early_v1_key_names_give_the_same_config():
     cfg = config_from_hf(QWEN_7B_EARLY)
     same = dataclasses.replace(
         config_from_hf(QWEN_7B),
@@ -69,7 +69,7 @@ def test_early_v1_keys_mean_the_same():
     assert cfg == same  # Embedding rows are padded_vocab_size, not vocab_size.
 
 
-def test_qwen25_and_qwen3_configs():
+def test_qwen25_and_qwen3_configs_are_parsed():
     cfg = config_from_hf(QWEN25_7B)
     assert (cfg.n_kv_heads, cfg.head_dim, cfg.d_ff, cfg.qkv_bias) == (4, 128, 18944, True)
     assert cfg.windows == () and cfg.yarn == Yarn(4.0, 32768) and cfg.rope_theta == 1e6
@@ -79,7 +79,7 @@ def test_qwen25_and_qwen3_configs():
 
 
 @pytest.mark.parametrize("config", [QWEN_7B, QWEN_7B_EARLY, QWEN25_7B, QWEN3_06B])
-def test_writing_and_reading_gives_the_same_network(config):
+def test_config_round_trip_is_lossless(config):
     cfg = config_from_hf(config)
     written = json.loads(json.dumps(config_to_hf(cfg, dtype="bfloat16")))
     assert config_from_hf(written) == cfg
@@ -99,17 +99,17 @@ def test_writing_and_reading_gives_the_same_network(config):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("cls", [Qwen2Config, Qwen3Config])
-def test_both_spellings_agree_and_transformers_reads_what_is_written(cls, kwargs):
+def test_both_formats_agree_and_transformers_reads_the_output(cls, kwargs):
     theirs = cls(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
         num_attention_heads=4, **({"num_key_value_heads": 2} | kwargs),
     )  # fmt: skip
-    new_spelling = json.loads(theirs.to_json_string())
-    cfg = config_from_hf(new_spelling)
+    new_format = json.loads(theirs.to_json_string())
+    cfg = config_from_hf(new_format)
     assert cfg.n_kv_heads == (2 if kwargs.get("num_key_value_heads", 2) else 4)
-    hub_spelling = config_to_hf(cfg)
-    assert config_from_hf(hub_spelling) == cfg
-    back = cls(**hub_spelling)
+    hub_format = config_to_hf(cfg)
+    assert config_from_hf(hub_format) == cfg
+    back = cls(**hub_format)
     for name in ("rope_parameters", "layer_types", "sliding_window", "rms_norm_eps"):
         ours, want = getattr(back, name), getattr(theirs, name)
         if isinstance(ours, dict):
@@ -122,7 +122,7 @@ def test_both_spellings_agree_and_transformers_reads_what_is_written(cls, kwargs
         assert cfg.yarn == Yarn(4.0, 64, beta_fast=16.0)
 
 
-def test_yarn_mscale_becomes_an_attention_factor():
+def test_yarn_mscale_is_converted_to_an_attention_factor():
     table = {"type": "yarn", "factor": 8.0, "mscale": 2.0, "mscale_all_dim": 1.0}
     cfg = config_from_hf(QWEN25_7B | {"rope_scaling": table})
     assert cfg.yarn.original_length == 32768
@@ -167,7 +167,7 @@ def test_yarn_mscale_becomes_an_attention_factor():
         (QWEN3_06B, {"num_key_value_heads": 3}, ["n_kv_heads=3"]),
     ],
 )  # fmt: skip
-def test_refusals_name_the_key_and_the_value(base, change, names):
+def test_unsupported_settings_are_rejected_with_key_and_value(base, change, names):
     with pytest.raises(UserError) as error:
         config_from_hf(base | change)
     for name in names:
@@ -175,7 +175,7 @@ def test_refusals_name_the_key_and_the_value(base, change, names):
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "vocab_size"])
-def test_a_missing_required_key_is_named(key):
+def test_missing_required_key_is_named(key):
     config = {k: v for k, v in QWEN25_7B.items() if k != key}
     with pytest.raises(UserError, match=key):
         config_from_hf(config)
@@ -194,13 +194,13 @@ def test_a_missing_required_key_is_named(key):
         (QWEN3_06B, {"qk_norm": False}, "qk_norm"),
     ],
 )
-def test_networks_without_a_released_form_are_refused_on_writing(base, change, name):
+def test_writing_inexpressible_settings_is_rejected(base, change, name):
     cfg = dataclasses.replace(config_from_hf(base), **change)
     with pytest.raises(UserError, match=f"model.{name}"):
         config_to_hf(cfg)
 
 
-def test_extra_keys_are_added_but_cannot_change_the_network():
+def test_extra_keys_are_added_but_cannot_override_network_keys():
     cfg = config_from_hf(QWEN3_06B)
     assert config_to_hf(cfg, extra={"eos_token_id": 151645})["eos_token_id"] == 151645
     with pytest.raises(UserError, match="hidden_size"):

@@ -1,4 +1,4 @@
-"""Weights survive the way in and out bit for bit, on any mesh, reading no byte twice."""
+"""Loading and saving weights: bit-exact on any mesh, reading each byte once."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from tests.interop.folders import ALL, V1, V2, V3, random_tensors, toy_mesh, wri
 
 
 def cast(abstract, dtype):
-    """The abstract tree with another dtype."""
+    """Returns the abstract tree with another dtype."""
 
     def leaf(x):
         return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
@@ -36,7 +36,7 @@ def as_numpy(tensor):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_table_has_exactly_the_parameters_of_the_network(name):
+def test_leaf_mappings_cover_exactly_the_parameters(name):
     for tied in (True, False):
         cfg = dataclasses.replace(ALL[name], tie_embeddings=tied)
         declared = {
@@ -58,13 +58,13 @@ def test_the_table_has_exactly_the_parameters_of_the_network(name):
         ("qwen-72b", 643, 144_575_840_256),
     ],
 )
-def test_released_sizes_to_the_byte(size, tensors, nbytes):
+def test_tensor_counts_and_bytes_match_released_models(size, tensors, nbytes):
     found = hf_tensors(preset(size))
     assert (len(found), 2 * sum(t.size for t in found.values())) == (tensors, nbytes)
 
 
-def test_layers_are_cut_and_cast_on_an_accelerator_as_on_the_host():
-    """The program used where device memory is not the host's gives the same bits."""
+def test_layer_selection_on_device_matches_the_host():
+    """The jitted selection used on accelerators gives the same bits as numpy on the host."""
     x = np.random.default_rng(0).standard_normal((3, 5, 7)).astype(np.float32)
     for dtype in save_module.DTYPES.values():
         for layer in (0, 2):
@@ -76,8 +76,8 @@ def test_layers_are_cut_and_cast_on_an_accelerator_as_on_the_host():
         np.testing.assert_array_equal(np.asarray(whole), x.astype(dtype))
 
 
-def test_native_kernels_compute_what_the_torch_linears_do():
-    """q, o and the SwiGLU through native einsums equal x @ W.T of the stored matrices."""
+def test_native_einsums_match_torch_linears():
+    """Native einsums of q, k, v, o and the SwiGLU equal x @ W.T of the stored matrices."""
     rng = np.random.default_rng(0)
     tensors = {n: rng.standard_normal(t.shape) for n, t in hf_tensors(V1).items()}
     layers = tree_from_hf(tensors, V1)["layers"]
@@ -125,7 +125,7 @@ def test_round_trip_is_bit_exact_on_a_mesh(tmp_path, name, native):
     assert read_config(tmp_path / "out") == cfg
 
 
-def test_the_released_files_layout_comes_back_byte_for_byte(tmp_path, qwen1_small):
+def test_save_reproduces_a_single_file_byte_for_byte(tmp_path, qwen1_small):
     cfg = read_config(qwen1_small)
     params = load_params(qwen1_small, cfg, abstract_params(cfg))
     save_hf(tmp_path / "out", params, cfg, dtype="float32")
@@ -135,8 +135,8 @@ def test_the_released_files_layout_comes_back_byte_for_byte(tmp_path, qwen1_smal
 
 
 @pytest.mark.parametrize("mesh", [(1, 4, 2), (1, 8, 1), (2, 2, 2), (1, 1, 2), (4, 1, 1)])
-def test_any_mesh_gets_the_same_values_and_reads_each_byte_once(tmp_path, mesh):
-    """Exact byte counts: the union of the devices' slices, however often they are replicated."""
+def test_every_mesh_loads_the_same_values_reading_each_byte_once(tmp_path, mesh):
+    """The bytes read are exactly the union of the devices' slices, replicated or not."""
     cfg = V2
     dtypes = {"model.norm.weight": "float32", "lm_head.weight": "float16"}
     tensors = random_tensors(cfg, lambda name: dtypes.get(name, "bfloat16"))
@@ -152,8 +152,8 @@ def test_any_mesh_gets_the_same_values_and_reads_each_byte_once(tmp_path, mesh):
         np.testing.assert_array_equal(back[name], as_numpy(tensor), err_msg=name)
 
 
-def test_a_process_reads_only_what_its_devices_hold(tmp_path):
-    """Half of the devices of a mesh, as one of two hosts has them: half of the sharded bytes."""
+def test_process_reads_only_slices_of_its_own_devices(tmp_path):
+    """With half of a mesh's devices, as on one of two hosts, half of the sharded bytes are read."""
     cfg = V3
     tensors = random_tensors(cfg)
     write(tmp_path, cfg, tensors)
@@ -181,8 +181,8 @@ def test_a_process_reads_only_what_its_devices_hold(tmp_path):
     assert wanted == norms + (total - norms) // 2
 
 
-def test_every_slice_of_every_leaf_is_the_slice_of_the_whole(tmp_path):
-    """Odd splits (inside heads, of layers, strided columns) read the right bytes of mixed files."""
+def test_irregular_shardings_load_the_right_slices(tmp_path):
+    """Splits inside heads, of layers and of strided columns read the right bytes."""
     cfg = V1
     tensors = random_tensors(cfg, lambda n: "float16" if "mlp" in n else "bfloat16")
     write(tmp_path, cfg, tensors, shards=2)
@@ -204,7 +204,7 @@ def test_every_slice_of_every_leaf_is_the_slice_of_the_whole(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, whole)
 
 
-def test_one_device_without_a_mesh_in_half_precision(tmp_path):
+def test_loading_without_a_mesh_casts_to_bfloat16(tmp_path):
     write(tmp_path, V2, tensors := random_tensors(V2))
     params = load_params(tmp_path, V2, cast(abstract_params(V2), ml_dtypes.bfloat16))
     for name, ours in tree_to_hf(params, V2).items():
@@ -223,7 +223,7 @@ def test_tied_head_and_constant_buffers_are_ignored(tmp_path):
     assert saved.keys() == hf_tensors(V3).keys()
 
 
-def test_numpy_parameters_are_saved_too_with_their_files(tmp_path):
+def test_numpy_parameters_and_extra_files_are_saved(tmp_path):
     tensors = random_tensors(V2)
     tree = tree_from_hf({n: t.numpy() for n, t in tensors.items()}, V2)
     (tmp_path / "qwen.tiktoken").write_text("QQ== 0\n")
@@ -240,11 +240,11 @@ def test_numpy_parameters_are_saved_too_with_their_files(tmp_path):
     assert all(torch.equal(saved[n], t) for n, t in tensors.items())
 
 
-def test_a_failed_save_leaves_nothing_and_a_killed_one_is_swept_up(tmp_path, monkeypatch):
+def test_failed_save_leaves_no_files_and_leftovers_are_removed(tmp_path, monkeypatch):
     tree = tree_from_hf({n: t.numpy() for n, t in random_tensors(V2).items()}, V2)
     leftover = tmp_path / ".out.hf-export-partial"
     leftover.mkdir()
-    (leftover / "model-00009-of-00009.safetensors").write_text("from a killed run")
+    (leftover / "model-00009-of-00009.safetensors").write_text("from an interrupted run")
 
     def no_space(*args):
         raise OSError(28, "No space left on device")
@@ -254,7 +254,7 @@ def test_a_failed_save_leaves_nothing_and_a_killed_one_is_swept_up(tmp_path, mon
         save_hf(tmp_path / "out", tree, V2)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    (tmp_path / "out").mkdir()  # An empty folder is as good as none.
+    (tmp_path / "out").mkdir()  # An empty folder is accepted.
     save_hf(tmp_path / "out", tree, V2)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json",
@@ -262,7 +262,7 @@ def test_a_failed_save_leaves_nothing_and_a_killed_one_is_swept_up(tmp_path, mon
     ]
 
 
-def test_saving_refuses_what_it_cannot_write(tmp_path):
+def test_save_rejects_unsupported_input(tmp_path):
     tree = tree_from_hf({n: t.numpy() for n, t in random_tensors(V2).items()}, V2)
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"int8.*bfloat16"):

@@ -1,4 +1,4 @@
-"""Random tiny Qwen2 and Qwen3 of transformers against ours: logits and gradients, both ways."""
+"""Parity with transformers' Qwen2 and Qwen3 on tiny random models: logits, gradients, export."""
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ def _highest():
         yield
 
 
-def theirs_of(case):
-    """A model with weights large enough that every part of it shows in the logits."""
+def reference_model(case):
+    """Returns a transformers model with weights so large that every part affects the logits."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CASES[case], attn_implementation="eager").eval()
     with torch.no_grad():
@@ -57,8 +57,8 @@ def theirs_of(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_gradients_and_the_way_back(tmp_path, case):
-    theirs = theirs_of(case)
+def test_logits_gradients_and_export_match_transformers(tmp_path, case):
+    theirs = reference_model(case)
     theirs.save_pretrained(tmp_path / "in")
     cfg = read_config(tmp_path / "in")
     mesh = toy_mesh(1, 2, 2)
@@ -95,9 +95,9 @@ def test_logits_gradients_and_the_way_back(tmp_path, case):
         np.testing.assert_array_equal(again.eval()(tokens).logits, expected.logits.detach())
 
 
-def test_the_program_over_two_devices_gives_what_transformers_gives(tmp_path):
-    """File to file, tensor-parallel, past max_position_embeddings as YaRN allows and no further."""
-    theirs = theirs_of("qwen2-yarn")
+def test_write_logits_on_two_devices_matches_transformers(tmp_path):
+    """Tensor-parallel, and past max_position_embeddings up to YaRN's limit but not beyond it."""
+    theirs = reference_model("qwen2-yarn")
     theirs.config.max_position_embeddings = 32
     theirs.save_pretrained(tmp_path / "hf")
     ids = np.random.default_rng(1).integers(0, 160, (2, 128))

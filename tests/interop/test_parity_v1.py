@@ -1,7 +1,6 @@
-"""The released Qwen v1 code on CPU in float32 against ours, through the files it saved.
+"""Parity with the released Qwen v1 code, run on CPU in float32, on a folder that it saved.
 
-Reference arrays: tests/fixtures/qwen1-small (its README says what each one is). Tolerances are
-those the reference itself supports.
+Reference arrays: tests/fixtures/qwen1-small, described in its README together with tolerances.
 """
 
 import dataclasses
@@ -34,8 +33,8 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, atol=5e-4, rtol=1e-4)
 
 
-def test_prefill_logits_file_to_file(qwen1_small, tmp_path):
-    """Up to four times the trained length, where NTK and LogN act; [T] and [B,T], any int dtype."""
+def test_prefill_logits_match_the_released_code(qwen1_small, tmp_path):
+    """Up to four times the trained length (NTK and LogN act); [T] and [B, T], any int dtype."""
     with np.load(qwen1_small / "prefill.npz") as stored:
         reference = dict(stored)
     ids = {name: a for name, a in reference.items() if name.startswith("ids_")}
@@ -63,7 +62,7 @@ def test_prefill_logits_file_to_file(qwen1_small, tmp_path):
         ("rotary_pct_0.5", {"rope_fraction": 0.5}),
     ],
 )
-def test_each_switch_past_the_trained_length(qwen1_small, model, key, change):
+def test_logits_past_the_trained_length_match_for_each_switch(qwen1_small, model, key, change):
     params, cfg = model
     with np.load(qwen1_small / "switches.npz") as stored:
         ids, want = stored["ids"], stored[f"logits_{key}"]
@@ -78,7 +77,7 @@ def test_training_mode_has_neither_ntk_nor_logn(qwen1_small, model):
     close(forward(params, jnp.asarray(ids)[None], cfg, FLOAT32)[0][0], want)
 
 
-def test_residual_stream_after_each_block(qwen1_small, model):
+def test_residual_stream_matches_after_each_block(qwen1_small, model):
     params, cfg = model
     with np.load(qwen1_small / "hidden.npz") as stored:
         ref = dict(stored)
@@ -93,7 +92,7 @@ def test_residual_stream_after_each_block(qwen1_small, model):
     close(ours[0], ref["h1"] / rms * np.asarray(params["final_norm"]["scale"]))
 
 
-def test_bfloat16_stays_within_what_the_reference_shows(qwen1_small, model):
+def test_bfloat16_logits_are_within_the_reference_tolerance(qwen1_small, model):
     params, cfg = model
     with np.load(qwen1_small / "bf16.npz") as stored:
         ids, want = stored["ids"], stored["logits_bf16"]
@@ -103,8 +102,8 @@ def test_bfloat16_stays_within_what_the_reference_shows(qwen1_small, model):
     assert np.abs(np.asarray(ours) - want).max() < 0.35
 
 
-def test_gradients_by_released_name(qwen1_small, model):
-    """Next-token loss over kept labels; every gradient comes back through the same table."""
+def test_gradients_match_by_hf_name(qwen1_small, model):
+    """Gradients of the next-token loss over unmasked labels, mapped to HF names."""
     _, cfg = model
     with np.load(qwen1_small / "train_grads.npz") as stored:
         ref = dict(stored)

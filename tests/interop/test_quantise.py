@@ -1,4 +1,4 @@
-"""Writing a quantised folder and reading it back; quantising while loading."""
+"""Quantised folders: writing, reading back, and quantising while loading."""
 
 import json
 import subprocess
@@ -29,7 +29,8 @@ FORMATS = {
 }
 
 
-def same(a, b):
+def assert_same(a, b):
+    """Checks that two parameter trees have the same structure, dtypes and values."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert x.dtype == y.dtype
@@ -37,8 +38,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_written_loaded_and_quantised_in_memory_are_one(tmp_path, name):
-    """Three ways to the same numbers: through a folder, while loading, and of a loaded tree."""
+def test_written_loaded_and_in_memory_quantisation_agree(tmp_path, name):
+    """Quantising via a folder, while loading, and of a loaded tree gives identical weights."""
     cfg, fmt = FORMATS[name]
     src = write(tmp_path / "src", cfg, random_tensors(cfg, "bfloat16"), shards=2)
     (src / "tokenizer.json").write_text("{}")
@@ -48,26 +49,26 @@ def test_written_loaded_and_quantised_in_memory_are_one(tmp_path, name):
     assert (tmp_path / "out" / "tokenizer.json").is_file()
     assert read_config(tmp_path / "out") == cfg
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
-    same(load_params(tmp_path / "out", cfg, abstract), expected)
-    same(load_params(src, cfg, abstract, quantise=fmt), expected)
+    assert_same(load_params(tmp_path / "out", cfg, abstract), expected)
+    assert_same(load_params(src, cfg, abstract, quantise=fmt), expected)
     assert folder_bytes(tmp_path / "out") < folder_bytes(src)
     scale_bits = 16 * 1 / (fmt.group or 64) if fmt.group else 0.25
     assert bits_per_weight(tmp_path / "out") == pytest.approx(fmt.bits + scale_bits, abs=0.6)
 
 
 @pytest.mark.parametrize("fmt", [QuantFormat(4, 16), QuantFormat(8, None, head=True)])
-def test_quantised_while_loading_onto_a_mesh(tmp_path, fmt):
+def test_quantising_while_loading_on_a_mesh_matches_a_single_device(tmp_path, fmt):
     src = write(tmp_path, V2, random_tensors(V2))
     expected = load_params(src, V2, abstract_params(V2), quantise=fmt)
     mesh = toy_mesh(data=1, fsdp=2, tensor=2)
     got = load_params(src, V2, abstract_params(V2, mesh), quantise=fmt)
-    same(got, expected)
+    assert_same(got, expected)
     down = got["layers"]["mlp"]["down"].codes
     assert down.addressable_shards[0].data.shape[1] * 2 == down.shape[1]
 
 
-def test_the_folder_follows_the_documented_layout(tmp_path):
-    """Each matrix dequantised with plain torch, by the formula other engines use."""
+def test_written_folder_has_the_gptq_layout(tmp_path):
+    """Dequantises each matrix in plain torch by the formula that other engines use."""
     src = write(tmp_path / "src", V2, random_tensors(V2))
     quantise_folder(src, tmp_path / "out", QuantFormat(4, 16))
     stored, plain = load_file(tmp_path / "out" / "model.safetensors"), random_tensors(V2)
@@ -92,7 +93,7 @@ def test_the_folder_follows_the_documented_layout(tmp_path):
     assert stored["model.embed_tokens.weight"].dtype == torch.float32
 
 
-def test_program_writes_and_refuses(tmp_path):
+def test_quantise_program_writes_a_folder_and_rejects_an_existing_one(tmp_path):
     src = write(tmp_path / "src", V2, random_tensors(V2))
 
     def launch(*arguments):
@@ -109,7 +110,7 @@ def test_program_writes_and_refuses(tmp_path):
     assert again.returncode == 2 and "already exists" in again.stderr
 
 
-def test_refusals(tmp_path):
+def test_quantise_folder_rejects_unsupported_input(tmp_path):
     src = write(tmp_path / "src", V2, random_tensors(V2))
     with pytest.raises(UserError, match=r"64 inputs.*groups of 40"):
         quantise_folder(src, tmp_path / "out", QuantFormat(4, 40))

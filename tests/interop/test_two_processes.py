@@ -1,4 +1,4 @@
-"""Two joined processes, as two hosts of a pod: each reads its own bytes, one writes."""
+"""Loading and saving with two processes, as two hosts of a pod: each reads its own bytes."""
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ def _load_and_save(folder: str, out: str) -> dict:
     return {"read": read, "digest": digest}
 
 
-def test_each_host_reads_its_half_and_the_export_is_exact(tmp_path):
+def test_each_process_reads_its_half_and_the_export_is_bit_exact(tmp_path):
     tensors = random_tensors(V1, "bfloat16")
     write(tmp_path / "in", V1, tensors, shards=2)
     results = multiprocess.run(
@@ -37,8 +37,8 @@ def test_each_host_reads_its_half_and_the_export_is_exact(tmp_path):
         folder=str(tmp_path / "in"),
         out=str(tmp_path / "out"),
     )
-    # Norms are on every device and so are read by both; biases are split over `tensor` only, of
-    # which each host has both parts; everything else is split over hosts.
+    # Norms are replicated, so both processes read them. Biases are sharded over `tensor` only, and
+    # each process has both parts. Everything else is split between the processes.
     both = [s for s in leaf_mappings(V1) if "scale" in s.path or s.path[-1].endswith("_bias")]
     shared = 2 * sum(int(np.prod(s.shape)) for s in both)
     total = sum(t.nbytes for t in tensors.values())

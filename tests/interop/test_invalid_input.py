@@ -1,4 +1,4 @@
-"""A damaged, incomplete or foreign folder is named before any tensor is read."""
+"""Damaged, incomplete or unsupported folders are rejected before any tensor data is read."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.interop.folders import V1, V2, V3, random_tensors, write
 
 
 @pytest.fixture(autouse=True)
-def _no_data_is_read(monkeypatch):
+def _fail_on_data_read(monkeypatch):
     def fail(self, name):
         raise AssertionError(f"{name} was read")
 
@@ -26,6 +26,7 @@ def _no_data_is_read(monkeypatch):
 
 
 def refused(folder, cfg, *words):
+    """Checks that loading the folder raises a one-line UserError that contains all words."""
     with pytest.raises(UserError) as error:
         load_params(folder, cfg, abstract_params(cfg))
     for word in words:
@@ -33,7 +34,7 @@ def refused(folder, cfg, *words):
     assert "\n" not in str(error.value)
 
 
-def test_missing_folder_config_and_weights(tmp_path):
+def test_missing_folder_config_or_weights_is_rejected(tmp_path):
     with pytest.raises(UserError, match="gone does not exist"):
         read_config(tmp_path / "gone")
     (tmp_path / "file").write_text("")
@@ -63,7 +64,7 @@ def test_missing_tensors_are_counted_and_named(tmp_path):
     refused(tmp_path, V1, "lacks 8 of the 27", "transformer.h.1.ln_1.weight", "…")
 
 
-def test_a_missing_head_of_an_untied_model_points_at_the_switch(tmp_path):
+def test_missing_untied_head_error_mentions_tie_word_embeddings(tmp_path):
     tensors = random_tensors(V2)
     del tensors["lm_head.weight"]
     write(tmp_path, V2, tensors)
@@ -79,19 +80,19 @@ def test_a_missing_head_of_an_untied_model_points_at_the_switch(tmp_path):
         (V3, "lm_head.weight", (63, 32)),  # Tied, but not the embedding's shape.
     ],
 )
-def test_extra_tensors_are_named(tmp_path, cfg, name, shape):
+def test_unknown_tensors_are_rejected_by_name(tmp_path, cfg, name, shape):
     write(tmp_path, cfg, random_tensors(cfg) | {name: torch.zeros(shape)})
     refused(tmp_path, cfg, "contains 1 tensors", name)
 
 
-def test_wrong_shapes_give_found_and_wanted(tmp_path):
+def test_wrong_shape_error_gives_found_and_expected_shapes(tmp_path):
     tensors = random_tensors(V2)
     tensors["model.layers.1.mlp.down_proj.weight"] = torch.zeros(48, 32)  # Transposed.
     write(tmp_path, V2, tensors)
     refused(tmp_path, V2, "model.layers.1.mlp.down_proj.weight", "[48, 32]", "[32, 48]")
 
 
-def test_packed_integers_are_recognised(tmp_path):
+def test_quantised_tensors_without_a_config_are_rejected(tmp_path):
     tensors = random_tensors(V2)
     tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(4, 4, dtype=torch.int32)
     write(tmp_path, V2, tensors)
@@ -103,7 +104,7 @@ def test_packed_integers_are_recognised(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.0001, 0.02, 0.5, 0.9999])
-def test_a_truncated_file_is_noticed(tmp_path, keep):
+def test_truncated_files_are_rejected(tmp_path, keep):
     write(tmp_path, V2, random_tensors(V2), shards=2)
     file = tmp_path / "model-00002-of-00002.safetensors"
     data = file.read_bytes()
@@ -143,14 +144,14 @@ def edit_header(file, change):
         lambda h: h.pop("model.norm.weight") and None,  # Leaves a hole in the data.
     ],
 )  # fmt: skip
-def test_corrupt_headers_are_refused(tmp_path, change):
+def test_corrupt_headers_are_rejected(tmp_path, change):
     write(tmp_path, V2, random_tensors(V2))
     edit_header(tmp_path / "model.safetensors", change)
     refused(tmp_path, V2, "model.safetensors", "download it again")
 
 
-def test_random_damage_never_escapes_as_another_error(tmp_path):
-    """A thousand flipped bytes in the header: the file is read correctly or refused."""
+def test_random_header_damage_raises_only_user_errors(tmp_path):
+    """With a random byte of the header changed, 1000 times, reading works or raises UserError."""
     write(tmp_path, V3, random_tensors(V3))
     file = tmp_path / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -169,7 +170,7 @@ def test_random_damage_never_escapes_as_another_error(tmp_path):
     assert refusals > 200
 
 
-def test_index_problems(tmp_path):
+def test_invalid_indices_are_rejected(tmp_path):
     write(tmp_path, V2, random_tensors(V2), shards=3)
     index = tmp_path / "model.safetensors.index.json"
     good = json.loads(index.read_text())
@@ -184,14 +185,14 @@ def test_index_problems(tmp_path):
     for name in ("../outside.safetensors", "/etc/passwd", "..", ""):
         index.write_text(json.dumps({"weight_map": {"a": name}}))
         refused(tmp_path, V2, "not a file of this folder")
-    promised = dict(good["weight_map"], **{"not.there": "model-00001-of-00003.safetensors"})
-    index.write_text(json.dumps({"weight_map": promised}))
+    listed = dict(good["weight_map"], **{"not.there": "model-00001-of-00003.safetensors"})
+    index.write_text(json.dumps({"weight_map": listed}))
     refused(tmp_path, V2, "lists 1 tensors", "not.there")
     index.write_text("{")
     refused(tmp_path, V2, "not readable JSON")
 
 
-def test_tensors_the_index_does_not_list_are_not_overlooked(tmp_path):
+def test_tensors_missing_from_the_index_are_checked(tmp_path):
     extra = {"value_head.weight": torch.zeros(1, 32)}
     write(tmp_path, V2, random_tensors(V2) | extra, shards=2)
     index = tmp_path / "model.safetensors.index.json"
@@ -201,7 +202,7 @@ def test_tensors_the_index_does_not_list_are_not_overlooked(tmp_path):
     refused(tmp_path, V2, "value_head.weight")
 
 
-def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
+def test_duplicate_tensor_is_taken_from_the_indexed_shard(tmp_path):
     tensors = random_tensors(V2)
     write(tmp_path, V2, tensors, shards=2)
     infos = list_tensors(tmp_path)
@@ -214,7 +215,7 @@ def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "says"),
+    ("arrays", "message"),
     [
         ({}, "no array whose name starts with 'ids_' (found: nothing)"),
         ({"tokens": np.zeros(3, int)}, "found: tokens"),
@@ -229,16 +230,16 @@ def test_a_tensor_in_two_shards_counts_where_the_index_says(tmp_path):
         ({"ids_a": np.array([{}], object)}, "not a readable .npz"),
     ],
 )
-def test_bad_ids_are_refused_before_the_weights_are_read(tmp_path, arrays, says):
+def test_invalid_ids_are_rejected_before_weights_are_read(tmp_path, arrays, message):
     write(tmp_path, V2, random_tensors(V2))
     np.savez(tmp_path / "ids.npz", **arrays)
     with pytest.raises(UserError) as error:
         logits.write_logits(tmp_path, tmp_path / "ids.npz", tmp_path / "out.npz")
-    assert says in str(error.value)
+    assert message in str(error.value)
     assert not (tmp_path / "out.npz").exists()
 
 
-def test_ids_files_that_are_no_archives(tmp_path):
+def test_ids_files_that_are_not_npz_are_rejected(tmp_path):
     write(tmp_path, V2, random_tensors(V2))
     np.save(tmp_path / "ids.npy", np.zeros(3, int))
     (tmp_path / "text").write_text("1 2 3")
@@ -249,7 +250,7 @@ def test_ids_files_that_are_no_archives(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"precision": "low"}, "highest"),
         ({"dtype": "int8"}, "int8"),
@@ -258,15 +259,14 @@ def test_ids_files_that_are_no_archives(tmp_path):
         ({"tensor": 16}, "kv heads 2"),
     ],
 )
-def test_bad_options_of_the_program(tmp_path, options, says):
+def test_write_logits_rejects_invalid_options(tmp_path, options, message):
     write(tmp_path, V2, random_tensors(V2))
     np.savez(tmp_path / "ids.npz", ids_a=np.zeros(3, int))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         logits.write_logits(tmp_path, tmp_path / "ids.npz", tmp_path / "out.npz", **options)
 
 
-def test_values_outside_the_target_dtype_are_not_made_silently(tmp_path, monkeypatch):
-    """float64 weights are narrowed like any other float; integers never become weights."""
+def test_float64_weights_are_cast_to_float32(tmp_path, monkeypatch):
     monkeypatch.undo()
     tensors = {n: t.to(torch.float64) for n, t in random_tensors(V2).items()}
     write(tmp_path, V2, tensors)
