@@ -12,7 +12,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.kernels.cache import AXES, PagedCache, quantise
 from qwen_jax.kernels.flash import merge
 from qwen_jax.kernels.mask import MASKED
-from qwen_jax.kernels.selection import announce, choose
+from qwen_jax.kernels.selection import choose_implementation, log_choice
 from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, platform, spec
 
 MAX_QUERIES = 8
@@ -44,7 +44,7 @@ def choose_paged_attention(
     def refusal(module):
         return module.unsupported_reason(cache, q_len=q_len, heads=heads, entries=entries)
 
-    return choose("paged attention", requested, platform()[0], _MODULES, refusal)
+    return choose_implementation("paged attention", requested, platform()[0], _MODULES, refusal)
 
 
 def paged_attention(
@@ -78,7 +78,7 @@ def paged_attention(
         as they are, also beside an 8-bit cache.
       window: a query sees at most this many slots, its own included; None: all. May be traced.
       scale: factor on q·k, 1/√H by default.
-      implementation: one of `choose.IMPLEMENTATIONS`.
+      implementation: one of `selection.IMPLEMENTATIONS`.
 
     Returns:
       (out [R,T,N,H] in q's dtype, lse float32 [R,N,T], natural log). A query that sees no key has
@@ -297,7 +297,7 @@ def append(
         kernel = importlib.import_module("qwen_jax.kernels.tpu.paged_append")
         refusal = kernel.unsupported_reason(cache)
         write = _scatter if refusal else kernel.paged_append
-        announce(
+        log_choice(
             "paged attention",
             "auto",
             "append by " + ("scatter" if refusal else "kernel"),

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
-from qwen_jax.kernels.selection import choose
+from qwen_jax.kernels.selection import choose_implementation
 from qwen_jax.parallel import platform
 
 _MODULES = {
@@ -116,7 +116,7 @@ def choose_group_matmul(requested: str, weight: GroupWeight, rows: int, dtype) -
     def refusal(module):
         return module.unsupported_reason(weight, rows=rows, dtype=dtype)
 
-    return choose("group matmul", requested, platform()[0], _MODULES, refusal)
+    return choose_implementation("group matmul", requested, platform()[0], _MODULES, refusal)
 
 
 def group_matmul(x: jax.Array, weight: GroupWeight, *, implementation: str = "auto") -> jax.Array:
@@ -125,8 +125,8 @@ def group_matmul(x: jax.Array, weight: GroupWeight, *, implementation: str = "au
     Args:
       x: [..., K], a float dtype.
       weight: K inputs, O outputs; of a stack, `layer` says which.
-      implementation: one of `choose.IMPLEMENTATIONS`. The reference dequantises the matrix a block
-        of inputs at a time and multiplies.
+      implementation: one of `selection.IMPLEMENTATIONS`. The reference dequantises the matrix
+        a block of inputs at a time and multiplies.
 
     Returns:
       [..., O] in x's dtype, accumulated in float32.

@@ -1,7 +1,7 @@
-"""Which of a plain form and its kernels runs: decided out loud, never silently.
+"""Selects a kernel or the plain jnp form for operations with one kernel per platform, and logs it.
 
-For operations with one kernel a platform and a `reference` in plain jnp. Attention over whole
-sequences has more to choose from, and its own `dispatch`.
+Used for paged attention and quantised matmuls. Attention over whole sequences has more
+implementations and a selection of its own, in `dispatch`.
 """
 
 from __future__ import annotations
@@ -9,62 +9,73 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import ModuleType
 
 from absl import logging
 
 from qwen_jax.errors import UserError, nearest
 
 KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
-"""The kernel of each platform; elsewhere `reference` runs."""
+"""Name of the kernel implementation of each platform; other platforms use `reference`."""
 
 IMPLEMENTATIONS = ("auto", "reference", *KERNELS.values())
+"""Names accepted as an `implementation` argument."""
 
 
 @functools.cache
-def announce(what: str, requested: str, chosen: str, why: str) -> None:
-    """Logs a choice, once."""
-    logging.info("%s: %s (requested %s; %s)", what, chosen, requested, why)
-
-
-def choose(
-    what: str,
-    requested: str,
-    here: str,
-    modules: Mapping[str, str],
-    refusal_of: Callable[[Any], str | None],
-) -> str:
-    """Resolves `auto` and refuses what can't run; logs each choice once.
+def log_choice(operation: str, requested: str, chosen: str, why: str) -> None:
+    """Logs which implementation an operation uses and why; repeated calls log nothing.
 
     Args:
-      what: the operation, for people.
+      operation: name of the operation, such as "paged attention".
+      requested: the implementation that was requested, possibly "auto".
+      chosen: the implementation that is used.
+      why: the reason, one clause.
+    """
+    logging.info("%s: %s (requested %s; %s)", operation, chosen, requested, why)
+
+
+def choose_implementation(
+    operation: str,
+    requested: str,
+    platform: str,
+    modules: Mapping[str, str],
+    unsupported_reason: Callable[[ModuleType], str | None],
+) -> str:
+    """Returns the implementation to run: resolves "auto" and logs each choice once.
+
+    With "auto", a request that the platform's kernel does not support falls back to "reference".
+
+    Args:
+      operation: name of the operation in logs and errors.
       requested: one of `IMPLEMENTATIONS`.
-      here: the platform.
-      modules: the module of each kernel by name, imported only when it is meant.
-      refusal_of: asks a kernel's module why it can't serve; None if it can.
+      platform: "cpu", "gpu" or "tpu".
+      modules: module path of each kernel implementation; imported only if it may be used.
+      unsupported_reason: returns for a kernel's module one clause saying why the kernel cannot
+        serve the request, or None if it can.
 
     Raises:
-      UserError: unknown name, a kernel on another platform than its own, or a request that the
-        kernel can't serve, with the reason.
+      UserError: the name is unknown, or a kernel requested by name belongs to another platform or
+        cannot serve the request.
     """
     if requested not in IMPLEMENTATIONS:
         raise UserError(
-            f"{what} implementation {requested!r} is unknown{nearest(requested, IMPLEMENTATIONS)}; "
-            f"choose one of {', '.join(IMPLEMENTATIONS)}"
+            f"{operation} implementation {requested!r} is unknown"
+            f"{nearest(requested, IMPLEMENTATIONS)}; choose one of {', '.join(IMPLEMENTATIONS)}"
         )
-    chosen = KERNELS.get(here, "reference") if requested == "auto" else requested
-    why = f"on {here}" if requested == "auto" else "as requested"
+    chosen = KERNELS.get(platform, "reference") if requested == "auto" else requested
+    why = f"on {platform}" if requested == "auto" else "as requested"
     if chosen != "reference":
-        home = next(place for place, kernel in KERNELS.items() if kernel == chosen)
-        if home != here:
+        required = next(name for name, kernel in KERNELS.items() if kernel == chosen)
+        if required != platform:
             raise UserError(
-                f"{what} implementation {chosen!r} runs on {home} only and this is {here}; "
-                "choose 'auto' or 'reference'"
+                f"{operation} implementation {chosen!r} runs on {required} only and this is "
+                f"{platform}; choose 'auto' or 'reference'"
             )
-        refusal = refusal_of(importlib.import_module(modules[chosen]))
-        if refusal is not None:
+        reason = unsupported_reason(importlib.import_module(modules[chosen]))
+        if reason is not None:
             if requested != "auto":
-                raise UserError(f"{what} implementation {chosen!r} can't run: {refusal}")
-            chosen, why = "reference", refusal
-    announce(what, requested, chosen, why)
+                raise UserError(f"{operation} implementation {chosen!r} can't run: {reason}")
+            chosen, why = "reference", reason
+    log_choice(operation, requested, chosen, why)
     return chosen

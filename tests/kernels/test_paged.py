@@ -11,7 +11,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.kernels import paged
 from qwen_jax.kernels.cache import PagedCache, dequantise, init_paged_cache, quantise
 from qwen_jax.kernels.paged import append, paged_attention
-from qwen_jax.kernels.selection import announce
+from qwen_jax.kernels.selection import log_choice
 from tests.kernels.paged_cases import by_loops, check, make_case, release_quantise
 
 LENGTHS = (0, 1, 31, 32, 33, 100)
@@ -200,7 +200,7 @@ def test_refusals(monkeypatch):
 def test_auto_says_once_why_it_falls_back(monkeypatch, caplog):
     case = make_case((3, 5), width=16, dtype=jnp.float32)
     monkeypatch.setattr(paged, "platform", lambda: ("tpu", "tpu"))
-    announce.cache_clear()
+    log_choice.cache_clear()
     with caplog.at_level("INFO", logger="absl"):
         for _ in range(2):
             got = paged_attention(jnp.asarray(case.q), case.cache, case.table, case.lengths)
