@@ -1,4 +1,4 @@
-"""Text to ids and back: tiktoken BPE, control tokens, vocabulary training."""
+"""Byte-level BPE tokenizer of Qwen (on tiktoken), its control tokens, and vocabulary training."""
 
 from qwen_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer, load_tokenizer
 

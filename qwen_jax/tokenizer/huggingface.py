@@ -1,8 +1,8 @@
-"""Byte-level BPE in Hugging Face dress: `tokenizer.json`, or `vocab.json` with `merges.txt`.
+"""Reads byte-level BPE from Hugging Face files: `tokenizer.json`, or `vocab.json` + `merges.txt`.
 
-Qwen1.5, Qwen2, Qwen2.5 and Qwen3 carry the ranks of `qwen.tiktoken` this way: the id of a token is
-its rank, and its bytes are spelt in GPT-2's printable alphabet. tiktoken merges by rank alone,
-so the list of merges adds nothing; it is read only to prove that it says the same.
+Qwen1.5, Qwen2, Qwen2.5 and Qwen3 store the ranks of `qwen.tiktoken` in this form: the id of a token
+is its rank, and its bytes are written in GPT-2's printable alphabet. tiktoken merges by rank alone,
+so the list of merges is redundant; it is only checked for consistency with the ranks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,13 @@ from qwen_jax.tokenizer.pretokenize import PATTERN
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A control token: its id, how it is written, and whether `skip_special_tokens` drops it."""
+    """Control token that a Hugging Face tokenizer file adds to the BPE vocabulary.
+
+    Attributes:
+      id: its token id.
+      text: its text, such as "<|im_start|>".
+      special: whether decoding with `skip_special_tokens` leaves it out.
+    """
 
     id: int
     text: str
@@ -26,7 +32,7 @@ class AddedToken:
 
 
 def _printable_bytes() -> list[int]:
-    """Returns the bytes that GPT-2's alphabet shows as themselves (188 of them)."""
+    """Returns the 188 bytes that GPT-2's alphabet writes as the character of the same code."""
     return [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 
 
@@ -37,58 +43,77 @@ def byte_order() -> list[int]:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Returns GPT-2's character -> byte: unprintable bytes are written U+0100, U+0101, ..."""
+    """Returns GPT-2's alphabet, character → byte; other bytes are written U+0100, U+0101, ..."""
     order = byte_order()
     shown = len(_printable_bytes())
     return {chr(byte if i < shown else 256 + i - shown): byte for i, byte in enumerate(order)}
 
 
-def read(path: pathlib.Path) -> tuple[dict[int, bytes], tuple[AddedToken, ...]]:
-    """Reads `tokenizer.json` (any name but `vocab.json`), or `vocab.json` and its neighbours.
+def read_ranks(path: pathlib.Path) -> tuple[dict[int, bytes], tuple[AddedToken, ...]]:
+    """Reads ranks and control tokens from Hugging Face tokenizer files.
+
+    Args:
+      path: a `vocab.json`, read together with `merges.txt` and, if there is one,
+        `tokenizer_config.json` in the same folder; or a file in the format of `tokenizer.json`.
 
     Returns:
-      rank -> token bytes, and the control tokens named in the file (or, beside `vocab.json`, in
-      `tokenizer_config.json`).
+      (rank → bytes of the token, control tokens that the files define).
 
     Raises:
-      UserError: not JSON, not byte-level BPE, merges missing or in another order than the ids, or
-        a pattern that splits text differently from Qwen.
+      UserError: a file is missing or not JSON, the model is not byte-level BPE, merges are in
+        another order than the ids, or the pattern splits text differently from Qwen's.
     """
     document = _load_json(path)
     try:
         if path.name == "vocab.json":
             vocab, merges = document, _read_merges(path.with_name("merges.txt"))
-            added = _added_from_config(path.with_name("tokenizer_config.json"))
+            added = _read_added_tokens(path.with_name("tokenizer_config.json"))
         else:
-            vocab, merges = _model_of(document, path)
+            vocab, merges = _bpe_model(document, path)
             _check_pattern(document, path)
-            added = _parse_added(document.get("added_tokens", []))
+            added = _parse_added_tokens(document.get("added_tokens", []))
         names = {token.text for token in added}
-        by_id = _to_bytes({text: i for text, i in vocab.items() if text not in names}, path)
+        by_id = _token_bytes({text: i for text, i in vocab.items() if text not in names}, path)
         _check_merges(by_id, merges, path)
     except (AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is not laid out as a Hugging Face tokenizer ({type(error).__name__}: "
+            f"{path} does not have the format of a Hugging Face tokenizer ({type(error).__name__}: "
             f"{error}): fetch the file of a Qwen model again."
         ) from None
     return by_id, added
 
 
 def _load_json(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Raises:
+      UserError: the file is not JSON or contains no object.
+    """
     try:
         document = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise UserError(
-            f"{path} is not JSON: it is damaged, cut short, or a Git LFS pointer; fetch it again."
+            f"{path} is not JSON: it is damaged, truncated, or a Git LFS pointer; fetch it again."
         ) from None
     if not isinstance(document, dict):
-        raise UserError(f"{path} holds a {type(document).__name__}: a JSON object was expected.")
+        raise UserError(f"{path} is a JSON {type(document).__name__}: an object was expected.")
     return document
 
 
-def _model_of(document: dict[str, Any], path: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
+def _bpe_model(document: dict[str, Any], path: pathlib.Path) -> tuple[dict[str, Any], list[Any]]:
+    """Returns the vocabulary (token text → id) and the merges of a `tokenizer.json` object.
+
+    Args:
+      document: the JSON object.
+      path: its file, for messages.
+
+    Raises:
+      UserError: the model is not byte-level BPE.
+    """
     model = document.get("model")
-    kind = model.get("type") if isinstance(model, dict) else None
+    if not isinstance(model, dict):
+        model = {}
+    kind = model.get("type")
     vocab = model.get("vocab") if kind == "BPE" else None
     merges = model.get("merges") if kind == "BPE" else None
     if not isinstance(vocab, dict) or not isinstance(merges, list) or model.get("byte_fallback"):
@@ -100,7 +125,15 @@ def _model_of(document: dict[str, Any], path: pathlib.Path) -> tuple[dict[str, A
 
 
 def _check_pattern(document: dict[str, Any], path: pathlib.Path) -> None:
-    """Refuses a tokenizer.json that would split the same text into other pre-tokens."""
+    """Checks that a `tokenizer.json` object splits text with Qwen's pattern.
+
+    Args:
+      document: the JSON object.
+      path: its file, for messages.
+
+    Raises:
+      UserError: it has another pattern.
+    """
     parts = document.get("pre_tokenizer") or {}
     parts = parts.get("pretokenizers", [parts])
     patterns = [part["pattern"].get("Regex") for part in parts if "pattern" in part]
@@ -112,6 +145,11 @@ def _check_pattern(document: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _read_merges(path: pathlib.Path) -> list[str]:
+    """Returns the lines of a `merges.txt` without the version line; each is "left right".
+
+    Raises:
+      UserError: the file does not exist.
+    """
     if not path.is_file():
         raise UserError(f"{path} is missing: vocab.json is read together with merges.txt.")
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
@@ -122,19 +160,32 @@ def _read_merges(path: pathlib.Path) -> list[str]:
     ]
 
 
-def _added_from_config(path: pathlib.Path) -> tuple[AddedToken, ...]:
+def _read_added_tokens(path: pathlib.Path) -> tuple[AddedToken, ...]:
+    """Returns the control tokens of a `tokenizer_config.json`, none if the file does not exist."""
     if not path.is_file():
         return ()
-    named = _load_json(path).get("added_tokens_decoder", {})
-    return _parse_added([{**entry, "id": int(i)} for i, entry in named.items() if i.isdigit()])
+    by_id = _load_json(path).get("added_tokens_decoder", {})
+    return _parse_added_tokens(
+        [{**entry, "id": int(i)} for i, entry in by_id.items() if i.isdigit()]
+    )
 
 
-def _parse_added(entries: list[dict[str, Any]]) -> tuple[AddedToken, ...]:
+def _parse_added_tokens(entries: list[dict[str, Any]]) -> tuple[AddedToken, ...]:
+    """Converts JSON entries {id, content, special} into control tokens, sorted by id."""
     tokens = [AddedToken(entry["id"], entry["content"], entry["special"]) for entry in entries]
     return tuple(sorted(tokens, key=lambda token: token.id))
 
 
-def _to_bytes(vocab: dict[str, Any], path: pathlib.Path) -> dict[int, bytes]:
+def _token_bytes(vocab: dict[str, Any], path: pathlib.Path) -> dict[int, bytes]:
+    """Converts a vocabulary from token text → id into id → token bytes.
+
+    Args:
+      vocab: the text is in GPT-2's alphabet.
+      path: its file, for messages.
+
+    Raises:
+      UserError: an id is not an integer or is used twice, or a character is not in the alphabet.
+    """
     alphabet = byte_alphabet()
     by_id: dict[int, bytes] = {}
     for text, i in vocab.items():
@@ -151,7 +202,16 @@ def _to_bytes(vocab: dict[str, Any], path: pathlib.Path) -> dict[int, bytes]:
 
 
 def _check_merges(by_id: dict[int, bytes], merges: list[Any], path: pathlib.Path) -> None:
-    """Checks that the i-th merge makes the i-th token that is no single byte."""
+    """Checks that the i-th merge produces the i-th token of more than one byte.
+
+    Args:
+      by_id: id → token bytes.
+      merges: "left right" or [left, right] in GPT-2's alphabet, in order.
+      path: their file, for messages.
+
+    Raises:
+      UserError: the number of merges or one of their results differs.
+    """
     alphabet = byte_alphabet()
     made = [token for _, token in sorted(by_id.items()) if len(token) > 1]
     if len(made) != len(merges):
@@ -163,6 +223,6 @@ def _check_merges(by_id: dict[int, bytes], merges: list[Any], path: pathlib.Path
         text = merge if isinstance(merge, str) else " ".join(merge)
         if bytes(alphabet.get(c, 0) for c in text.replace(" ", "", 1)) != token:
             raise UserError(
-                f"{path}: merge {number}, {text!r}, does not make {token!r}, the token of that "
-                "place: only vocabularies whose ids follow the merges, as Qwen's do, can be read."
+                f"{path}: merge {number}, {text!r}, does not produce {token!r}, the token of that "
+                "rank: only vocabularies whose ids follow the merges, as Qwen's do, can be read."
             )

@@ -1,7 +1,7 @@
-"""From text to pre-tokens: the normal form, the splitting pattern, and how far runs may go.
+"""Pre-tokenization: Unicode normalisation, the splitting pattern, and limits on long runs.
 
-BPE merges never cross a pre-token, so this file decides what a token can be. The encoder
-(`tokenizer.py`) and the trainer (`train.py`) share it.
+BPE merges never cross the boundary of a pre-token. The encoder (`tokenizer.py`) and the vocabulary
+trainer (`train.py`) share this file.
 """
 
 from __future__ import annotations
@@ -21,35 +21,45 @@ PATTERN = (
     r"|\s+"
 )
 
-# Past about a million characters of whitespace the regular expression inside tiktoken overflows
-# its stack and raises a BaseException, which would kill a worker. Ordinary text never has 65,536.
 MAX_WHITESPACE_RUN = 65_536
-# NFC sorts each run of combining marks in quadratic time: 100,000 marks take 5 to 10 seconds.
-# Unicode's stream-safe format (UAX 15) allows 30 in a row.
+"""Longest run of whitespace characters that is not split. At about a million, tiktoken's regular
+expression overflows its stack and raises a BaseException, which would end a worker process."""
 MAX_COMBINING_RUN = 1_024
+"""Longest run of combining marks that is normalised as a whole. NFC sorts a run in quadratic time:
+100,000 marks take 5 to 10 seconds. Unicode's stream-safe format (UAX 15) allows 30."""
 
-# Combining class 0, yet they decompose into combining marks.
+# Characters of combining class 0 that decompose into combining marks.
 _DECOMPOSE_INTO_MARKS = frozenset("\u0f73\u0f75\u0f81")
 
 
 def _is_mark(character: str) -> bool:
+    """Returns whether a character is a combining mark or decomposes into some."""
     return unicodedata.combining(character) > 0 or character in _DECOMPOSE_INTO_MARKS
 
 
-def _cut_runs(text: str, inside: Callable[[str], bool], limit: int) -> list[str]:
-    """Cuts `text` inside every run of `inside` characters longer than `limit`, every `limit`.
+def _split_runs(text: str, in_run: Callable[[str], bool], limit: int) -> list[str]:
+    """Splits text so that no run of certain characters is longer than `limit`.
 
-    Text without such a run comes back whole. Only every `limit`-th character is looked at, since
-    a longer run cannot hide between two of them: the check costs nothing on ordinary text.
+    A run is a maximal sequence of characters for which `in_run` is true; it is split after every
+    `limit` characters. To be fast on ordinary text, only every `limit`-th character is tested: a
+    longer run contains one of them.
+
+    Args:
+      text: any string.
+      in_run: whether a character belongs to a run.
+      limit: maximum length of a run in characters.
+
+    Returns:
+      Consecutive pieces that concatenate to `text`; [text] if no run is too long.
     """
-    cuts = []
+    cuts: list[int] = []
     position = 0
     while position < len(text):
-        if inside(text[position]):
+        if in_run(text[position]):
             start, end = position, position + 1
-            while start > 0 and inside(text[start - 1]):
+            while start > 0 and in_run(text[start - 1]):
                 start -= 1
-            while end < len(text) and inside(text[end]):
+            while end < len(text) and in_run(text[end]):
                 end += 1
             cuts.extend(range(start + limit, end, limit))
             position = end
@@ -60,11 +70,11 @@ def _cut_runs(text: str, inside: Callable[[str], bool], limit: int) -> list[str]
 
 
 def normalize(text: str) -> str:
-    """Returns `text` in Unicode normal form C, as the released tokenizer does before encoding.
+    """Returns text in Unicode normal form C (NFC), as the released tokenizer does before encoding.
 
-    Surrogate pairs are joined and lone surrogates, which have no UTF-8 form, become U+FFFD. A run
-    of more than `MAX_COMBINING_RUN` combining marks is normalised in parts, so that hostile input
-    costs linear time; any other text gets exactly NFC.
+    Surrogate pairs are joined; lone surrogates, which UTF-8 cannot encode, become U+FFFD. A run of
+    more than `MAX_COMBINING_RUN` combining marks is normalised in parts, so that malicious input
+    takes linear time; the result for any other text is exactly its NFC.
     """
     if text.isascii():
         return text
@@ -72,14 +82,17 @@ def normalize(text: str) -> str:
         text.encode("utf-8")
     except UnicodeEncodeError:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    pieces = _cut_runs(text, _is_mark, MAX_COMBINING_RUN)
+    pieces = _split_runs(text, _is_mark, MAX_COMBINING_RUN)
     return "".join(unicodedata.normalize("NFC", piece) for piece in pieces)
 
 
 def split_long_whitespace(text: str) -> list[str]:
-    """Cuts `text` where it has more than `MAX_WHITESPACE_RUN` whitespace characters in a row.
+    """Splits text inside runs of more than `MAX_WHITESPACE_RUN` whitespace characters.
 
-    The pieces joined are `text`. Text with shorter runs is one piece, so its ids are those of
-    plain tiktoken; inside a longer run a pre-token ends at each cut, which can change a few ids.
+    Each piece is then encoded on its own. A pre-token ends at each split, which can change a few
+    ids in such a run; text without one stays a single piece and has exactly tiktoken's ids.
+
+    Returns:
+      Consecutive pieces that concatenate to `text`.
     """
-    return _cut_runs(text, str.isspace, MAX_WHITESPACE_RUN)
+    return _split_runs(text, str.isspace, MAX_WHITESPACE_RUN)

@@ -1,4 +1,4 @@
-"""Text to ids and back: Qwen's byte-level BPE with its control tokens."""
+"""Qwen's tokenizer: byte-level BPE with control tokens, encoding, decoding, streaming decoding."""
 
 from __future__ import annotations
 
@@ -28,36 +28,40 @@ from qwen_jax.tokenizer.vocabulary import (
 END_OF_TEXT = "<|endoftext|>"
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
-# In the order of their ids, the first right after the last rank (tokenization_qwen.py).
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{i}|>" for i in range(205)))
+"""Control tokens in the order of their ids, which follow the last rank (tokenization_qwen.py)."""
 
-# Models pad the embedding to a round number of rows (151,936 or 152,064 for 151,851 tokens), and an
-# untrained one samples them. Ids further out come from another model's vocabulary.
 MAX_PADDING_ROWS = 1_024
+"""Number of ids from `vocab_size` on that decode to nothing. Models pad the embedding to a round
+number of rows (151,936 or 152,064 for 151,851 tokens), and untrained ones sample the padding."""
 
 AllowedSpecial = Literal["all"] | Collection[str]
+"""Control tokens to encode as such where they occur in text: all, or those with the given names."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tokenizer:
-    """Immutable tokenizer; safe to share between threads and to send to worker processes.
+    """Byte-level BPE tokenizer with 208 control tokens; immutable, thread-safe, picklable.
+
+    Ids are, in this order: BPE tokens by rank, control tokens, padding rows of the embedding.
 
     Attributes:
-      ranks: the bytes of each BPE token; the index is the id.
-      added_tokens: other names for control tokens, as Hugging Face folders of Qwen1.5 to Qwen3
-        give them; empty for Qwen.
+      ranks: bytes of each BPE token; the index is its rank and its id.
+      added_tokens: control tokens with other names than the default, as Hugging Face folders of
+        Qwen1.5 to Qwen3 define them; empty for Qwen v1.
 
     Raises:
-      UserError: the ranks are no byte-level BPE vocabulary, or an added token has no room.
+      UserError: the ranks are not a byte-level BPE vocabulary, or an added token has an id outside
+        the range of control tokens.
     """
 
     ranks: tuple[bytes, ...]
     added_tokens: tuple[AddedToken, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))
         check_ranks(dict(enumerate(self.ranks)), "the vocabulary")
-        # Built now, not in the first call: an error or a wait belongs to the loading.
+        # Built here and not on first use, so that loading takes the time and raises the errors.
         _ = self._encoding
 
     def __repr__(self) -> str:
@@ -68,32 +72,32 @@ class Tokenizer:
 
     @property
     def n_ranks(self) -> int:
-        """Number of BPE tokens, without the control tokens; 151,643 for Qwen."""
+        """Number of BPE tokens, excluding control tokens; 151,643 for Qwen."""
         return len(self.ranks)
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids: ranks and 208 control tokens; 151,851 for Qwen."""
+        """Number of ids, BPE tokens and 208 control tokens; 151,851 for Qwen."""
         return self.n_ranks + len(CONTROL_TOKENS)
 
     @property
     def eod_id(self) -> int:
-        """Id of <|endoftext|>, the separator of documents; also used as padding."""
+        """Id of <|endoftext|> (end of document), the separator of documents; also padding."""
         return self.n_ranks
 
     @property
     def im_start_id(self) -> int:
-        """Id of <|im_start|>, which opens a ChatML turn."""
+        """Id of <|im_start|>, the first token of a ChatML turn."""
         return self.n_ranks + 1
 
     @property
     def im_end_id(self) -> int:
-        """Id of <|im_end|>, which closes a ChatML turn."""
+        """Id of <|im_end|>, the last token of a ChatML turn."""
         return self.n_ranks + 2
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, int]:
-        """Control token -> id, in the order of the ids; read-only."""
+        """Read-only mapping from the name of each control token to its id, in order of the ids."""
         names = dict(enumerate(CONTROL_TOKENS, start=self.n_ranks))
         for token in self.added_tokens:
             if token.id not in names:
@@ -109,23 +113,24 @@ class Tokenizer:
             names[token.id] = token.text
         by_name = {name: i for i, name in names.items()}
         if len(by_name) < len(names):
-            twice = next(name for i, name in names.items() if by_name[name] != i)
-            raise UserError(f"Control token {twice!r} has two ids: each name must have one.")
+            repeated = next(name for i, name in names.items() if by_name[name] != i)
+            raise UserError(f"Control token {repeated!r} has two ids: each name must have one.")
         return types.MappingProxyType(by_name)
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Hash (hex) of the ranks as canonical tiktoken text: what a checkpoint names.
+        """SHA-256 (hex) of the ranks in canonical tiktoken form, which identifies the vocabulary.
 
-        For Qwen it is the hash of the released file. Names of added tokens do not enter.
+        Checkpoints and shards record it. For Qwen it is the hash of the released file; added tokens
+        do not affect it.
         """
         return canonical_sha256(self.ranks)
 
     @functools.cached_property
     def token_lengths(self) -> np.ndarray:
-        """UTF-8 bytes that each id stands for, np.int32[vocab_size]; 0 for control tokens.
+        """Number of bytes of each id, read-only int32 [vocab_size]; 0 for control tokens.
 
-        Summed over target ids it is the denominator of bits per byte.
+        Its sum over target ids is the denominator of bits per byte.
         """
         lengths = np.zeros(self.vocab_size, np.int32)
         lengths[: self.n_ranks] = [len(token) for token in self.ranks]
@@ -134,6 +139,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _encoding(self) -> tiktoken.Encoding:
+        """The tiktoken encoder of the ranks and control tokens."""
         return tiktoken.Encoding(
             "qwen",
             pat_str=PATTERN,
@@ -143,37 +149,37 @@ class Tokenizer:
 
     @functools.cached_property
     def _id_bytes(self) -> tuple[bytes, ...]:
-        """Bytes of every id that decodes, padding rows included."""
+        """Bytes of each id in [0, vocab_size + MAX_PADDING_ROWS); padding rows are empty."""
         control = (name.encode() for name in self.special_tokens)
         return (*self.ranks, *control, *itertools.repeat(b"", MAX_PADDING_ROWS))
 
     @functools.cached_property
     def _id_bytes_without_special(self) -> tuple[bytes, ...]:
-        """The same with nothing for control tokens, but for those added as ordinary text."""
+        """Like `_id_bytes`, but control tokens are empty too, except added ones not `special`."""
         shown = {token.id: token.text.encode() for token in self.added_tokens if not token.special}
         rest = range(self.n_ranks, len(self._id_bytes))
         return (*self.ranks, *(shown.get(i, b"") for i in rest))
 
     def encode(self, text: str, *, allowed_special: AllowedSpecial = frozenset()) -> list[int]:
-        """Returns the ids of `text`.
+        """Returns the token ids of a string.
 
-        The text is NFC-normalised first. Control tokens written out in it are plain text unless
-        allowed, so that no document and no user can forge one; the released tokenizer allows all
-        by default. Lone surrogates become U+FFFD. For text with more than 65,536 whitespace
-        characters or 1,024 combining marks in a row see `pretokenize.py`.
+        The text is NFC-normalised first. The name of a control token in it is encoded as plain text
+        unless allowed, so that documents and user input cannot inject control tokens; the released
+        tokenizer allows all by default. Lone surrogates become U+FFFD. Runs of more than 65,536
+        whitespace characters or 1,024 combining marks are split (see `pretokenize.py`).
 
         Args:
           text: any string.
-          allowed_special: control tokens to encode as themselves: "all", or their names.
+          allowed_special: control tokens to encode as such: "all", or their names.
 
         Raises:
-          UserError: not a string, or an unknown control token.
+          UserError: `text` is not a string, or a name is not that of a control token.
         """
         if not isinstance(text, str):
             raise UserError(
                 f"Only a string can be encoded, not {type(text).__name__}: {text!r:.60}."
             )
-        allowed = self._check_allowed(allowed_special)
+        allowed = self._resolve_allowed(allowed_special)
         ids: list[int] = []
         for piece in split_long_whitespace(normalize(text)):
             if allowed:
@@ -189,18 +195,24 @@ class Tokenizer:
         num_threads: int = 8,
         allowed_special: AllowedSpecial = frozenset(),
     ) -> list[list[int]]:
-        """Returns `[encode(text) for text in texts]`, computed by `num_threads` threads."""
+        """Returns the token ids of each text, as `encode` does, computed by several threads.
+
+        Args:
+          texts: strings.
+          num_threads: number of threads; tiktoken releases the GIL.
+          allowed_special: control tokens to encode as such: "all", or their names.
+        """
         encode = functools.partial(self.encode, allowed_special=allowed_special)
         with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
             return list(pool.map(encode, texts))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes of one id: of a control token its name, of a padding row nothing.
+        """Returns the bytes of one id: a control token's name in UTF-8, b"" for a padding row.
 
         Raises:
           UserError: the id is not in [0, vocab_size + 1024).
         """
-        return next(self._bytes_of([token_id], skip_special_tokens=False))
+        return next(self._pieces([token_id], skip_special_tokens=False))
 
     def decode(
         self,
@@ -209,45 +221,54 @@ class Tokenizer:
         skip_special_tokens: bool = False,
         errors: str = "replace",
     ) -> str:
-        """Returns the text of `ids`, a list or a one-dimensional integer array.
+        """Returns the text of a sequence of token ids.
 
-        Padding rows of the embedding, ids from `vocab_size` up to 1,024 further, decode to
-        nothing: an untrained model samples them, and that must not end a run.
+        Ids from `vocab_size` to `vocab_size` + 1023, padding rows of the embedding, decode to
+        nothing: untrained models sample them, which must not stop a run.
 
         Args:
-          ids: token ids.
-          skip_special_tokens: leave out control tokens (not those that a Hugging Face folder
-            marks as ordinary text, such as <think> of Qwen3).
-          errors: what to do with bytes that are not UTF-8, as in `bytes.decode`.
+          ids: list or one-dimensional integer array.
+          skip_special_tokens: whether to leave out control tokens, except those that a Hugging Face
+            folder marks as not special, such as Qwen3's <think>.
+          errors: handling of bytes that are not valid UTF-8, as in `bytes.decode`.
 
         Raises:
-          UserError: an id outside [0, vocab_size + 1024), for example a label mask of -100, or an
-            id of another vocabulary.
+          UserError: an id is outside [0, vocab_size + 1024), such as a label mask of -100 or an id
+            of another vocabulary.
         """
-        pieces = self._bytes_of(ids, skip_special_tokens=skip_special_tokens)
+        pieces = self._pieces(ids, skip_special_tokens=skip_special_tokens)
         return b"".join(pieces).decode("utf-8", errors)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the ranks as a tiktoken file, which `load_tokenizer` reads, atomically.
+        """Writes the ranks to a tiktoken file, atomically; `load_tokenizer` reads it.
 
-        The format has no place for `added_tokens`.
+        `added_tokens` are not saved: the format cannot store them.
+
+        Raises:
+          UserError: the folder does not exist.
         """
         write_tiktoken(self.ranks, path)
 
-    def _check_allowed(self, allowed: AllowedSpecial) -> set[str]:
+    def _resolve_allowed(self, allowed: AllowedSpecial) -> set[str]:
+        """Returns the names of the allowed control tokens as a set.
+
+        Raises:
+          UserError: a name is not that of a control token.
+        """
         if allowed == "all":
             return set(self.special_tokens)
         allowed = {allowed} if isinstance(allowed, str) else set(allowed)
         for name in sorted(allowed - self.special_tokens.keys()):
             raise UserError(
-                f"allowed_special names {name!r}, which is no control token"
+                f"allowed_special contains {name!r}, which is not a control token"
                 f"{nearest(name, self.special_tokens)}: give names such as {IM_START!r}, or 'all'."
             )
         return allowed
 
-    def _bytes_of(
+    def _pieces(
         self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool
     ) -> Iterator[bytes]:
+        """Returns an iterator over the bytes of each id; see `decode` for arguments and errors."""
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise UserError(
@@ -265,30 +286,31 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Decodes a stream of ids as they are sampled, never showing half a character.
+    """Streaming decoder that returns text as token ids arrive, in complete characters only.
 
-    For any ids, the strings that `push` returned and the one of `flush`, joined, are exactly
-    `tokenizer.decode(ids)`. Bytes of an unfinished character are held back (at most three).
+    For any ids, the results of `push` and the final `flush` concatenate to `tokenizer.decode(ids)`.
+    At most three bytes, of an incomplete UTF-8 character, are buffered.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, *, skip_special_tokens: bool = False, errors: str = "replace"
     ):
+        """Creates a decoder for one stream; the options are those of `Tokenizer.decode`."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors)
 
     def push(self, token_id: int) -> str:
-        """Returns the text that `token_id` completes, perhaps nothing.
+        """Appends one id to the stream and returns the characters it completes, possibly none.
 
         Raises:
-          UserError: as `Tokenizer.decode`; the decoder's state is unchanged then.
+          UserError: the id is invalid (see `Tokenizer.decode`); the state is then unchanged.
         """
-        (piece,) = self._tokenizer._bytes_of([token_id], skip_special_tokens=self._skip)
+        (piece,) = self._tokenizer._pieces([token_id], skip_special_tokens=self._skip)
         return self._utf8.decode(piece)
 
     def flush(self) -> str:
-        """Ends the stream: returns what is held back; the decoder can then start another."""
+        """Ends the stream and returns the text of buffered bytes; resets the decoder for reuse."""
         try:
             return self._utf8.decode(b"", final=True)
         finally:
@@ -296,10 +318,10 @@ class IncrementalDecoder:
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
-    """Loads the tokenizer of a file or a folder; see `vocabulary.read_vocabulary`.
+    """Loads the tokenizer in a file or a folder; `vocabulary.read_vocabulary` has the formats.
 
     Raises:
-      UserError: there is no vocabulary at `path`.
+      UserError: there is no valid vocabulary at `path`.
     """
     vocabulary = read_vocabulary(path)
     return Tokenizer(vocabulary.ranks, vocabulary.added_tokens)

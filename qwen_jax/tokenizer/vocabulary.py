@@ -1,7 +1,7 @@
-"""Reading and writing vocabularies: an ordered list of byte strings whose index is the BPE rank.
+"""Reads, validates and writes BPE vocabularies: lists of byte strings, the index being the rank.
 
-The home format is tiktoken's: one line per token, base64 of its bytes, a space, its rank. The
-files of Qwen1.5 and later hold the same list in another dress and are read by `huggingface.py`.
+The native format is tiktoken's: one line per token with base64 of its bytes, a space, and its rank.
+The Hugging Face files of Qwen1.5 and later contain the same list and are read by `huggingface.py`.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from qwen_jax.errors import UserError
 from qwen_jax.tokenizer import huggingface
 from qwen_jax.tokenizer.huggingface import AddedToken
 
-# The released qwen.tiktoken, the same file in Qwen-1.8B, 7B, 14B and 72B, base and chat.
 QWEN_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
+"""SHA-256 of the released qwen.tiktoken, the same file in Qwen-1.8B to 72B, base and chat."""
 QWEN_RANKS = 151_643
+"""Number of BPE tokens in it."""
 
+# What the first line of a tiktoken file looks like.
 _FIRST_LINE = re.compile(rb"\s*[A-Za-z0-9+/]+={0,2} [0-9]+\s*(\n|$)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """What a vocabulary file says.
+    """Content of a vocabulary file.
 
     Attributes:
-      ranks: the bytes of each token; the index is its rank and its id.
-      added_tokens: control tokens named by a Hugging Face folder; empty for the tiktoken format,
-        which has no place for them.
+      ranks: bytes of each BPE token; the index is its rank and its id.
+      added_tokens: control tokens defined by Hugging Face files; empty for the tiktoken format,
+        which cannot store them.
     """
 
     ranks: tuple[bytes, ...]
@@ -42,20 +44,33 @@ class Vocabulary:
 
 
 def tiktoken_text(ranks: Iterable[bytes]) -> bytes:
-    """Returns the canonical tiktoken file: by rank, one space, "\\n" after every line."""
+    """Returns the content of a tiktoken file in canonical form.
+
+    That is: lines sorted by rank, one space between base64 and rank, "\\n" after every line.
+
+    Args:
+      ranks: bytes of each token, in order of rank.
+    """
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks))
 
 
 def canonical_sha256(ranks: Iterable[bytes]) -> str:
-    """Returns the sha256 (hex) of the canonical text: equal ranks hash equal, whatever the file."""
+    """Returns the SHA-256 (hex) of a vocabulary in canonical tiktoken form.
+
+    Equal vocabularies have equal hashes, independent of the format of their files.
+    """
     return hashlib.sha256(tiktoken_text(ranks)).hexdigest()
 
 
 def write_tiktoken(ranks: Iterable[bytes], path: str | os.PathLike) -> None:
-    """Writes `ranks` in the tiktoken format; the file appears whole or not at all.
+    """Writes a vocabulary to a tiktoken file, atomically.
+
+    Args:
+      ranks: bytes of each token, in order of rank.
+      path: file to write or replace.
 
     Raises:
-      UserError: the ranks are no vocabulary, or the folder is not there.
+      UserError: the ranks are not a valid vocabulary, or the folder does not exist.
     """
     path = pathlib.Path(path)
     ranks = check_ranks(dict(enumerate(ranks)), f"the vocabulary to be written to {path}")
@@ -77,42 +92,47 @@ def write_tiktoken(ranks: Iterable[bytes], path: str | os.PathLike) -> None:
 def read_vocabulary(path: str | os.PathLike) -> Vocabulary:
     """Reads the vocabulary in a file or a folder.
 
-    A folder (checkpoint or Hugging Face) is searched for `qwen.tiktoken`, then for the only
-    `*.tiktoken`, then for `tokenizer.json`, then for `vocab.json` with `merges.txt`. A file whose
-    name ends in `.json` is taken as one of the last two, any other as tiktoken.
+    A folder (checkpoint or Hugging Face) is searched for `qwen.tiktoken`, a single `*.tiktoken`,
+    `tokenizer.json`, and `vocab.json` with `merges.txt`, in this order. A file with the suffix
+    `.json` is read as one of the last two, any other file as tiktoken.
 
     Raises:
-      UserError: nothing there, or not a vocabulary; names the file and, where it can, the line.
+      UserError: there is no vocabulary, or it is invalid; the message gives the file and, if it
+        can, the line.
     """
-    path = _find(pathlib.Path(path))
+    path = _find_file(pathlib.Path(path))
     try:
         if path.suffix == ".json":
-            by_id, added = huggingface.read(path)
+            by_id, added = huggingface.read_ranks(path)
             return Vocabulary(check_ranks(by_id, str(path)), added)
         with open(path, "rb") as file:
             head = file.read(512)
-            _refuse_foreign(head, path)
+            _check_start(head, path)
             data = head + file.read()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}).") from None
     return Vocabulary(check_ranks(_parse_tiktoken(data, path), str(path)))
 
 
-def _find(path: pathlib.Path) -> pathlib.Path:
-    """Returns the vocabulary file that `path` is or holds."""
+def _find_file(path: pathlib.Path) -> pathlib.Path:
+    """Returns the vocabulary file at `path`, a file or a folder; see `read_vocabulary`.
+
+    Raises:
+      UserError: there is none, or a folder has several `*.tiktoken` files.
+    """
     if path.is_file():
         return path
     if not path.is_dir():
         raise UserError(
-            f"{path} does not exist: give a tiktoken file, or a folder that holds qwen.tiktoken, "
-            "tokenizer.json, or vocab.json with merges.txt."
+            f"{path} does not exist: give a tiktoken file, or a folder with qwen.tiktoken, "
+            "tokenizer.json, or vocab.json and merges.txt."
         )
     if (path / "qwen.tiktoken").is_file():
         return path / "qwen.tiktoken"
     found = sorted(path.glob("*.tiktoken"))
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        raise UserError(f"{path} holds {len(found)} vocabularies ({names}): name one of them.")
+        raise UserError(f"{path} contains {len(found)} vocabularies ({names}): give one of them.")
     if found:
         return found[0]
     if (path / "tokenizer.json").is_file():
@@ -120,13 +140,21 @@ def _find(path: pathlib.Path) -> pathlib.Path:
     if (path / "vocab.json").is_file():
         return path / "vocab.json"
     raise UserError(
-        f"{path} holds no vocabulary: looked for qwen.tiktoken, *.tiktoken, tokenizer.json, and "
+        f"{path} contains no vocabulary: looked for qwen.tiktoken, *.tiktoken, tokenizer.json, and "
         "vocab.json with merges.txt."
     )
 
 
-def _refuse_foreign(head: bytes, path: pathlib.Path) -> None:
-    """Names the usual wrong files by the beginning of their bytes."""
+def _check_start(head: bytes, path: pathlib.Path) -> None:
+    """Checks that the first bytes of a file are those of a tiktoken file.
+
+    Args:
+      head: the first bytes, enough for a line.
+      path: the file, for messages.
+
+    Raises:
+      UserError: it is another file; the usual ones (Git LFS pointer, web page, JSON) are named.
+    """
     wanted = "a tiktoken vocabulary (lines of base64, a space, a rank) was expected"
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
@@ -152,7 +180,18 @@ def _refuse_foreign(head: bytes, path: pathlib.Path) -> None:
 
 
 def _parse_tiktoken(data: bytes, path: pathlib.Path) -> dict[int, bytes]:
-    """Returns rank -> token bytes; the order of the lines does not matter."""
+    """Parses the content of a tiktoken file, whose lines may be in any order.
+
+    Args:
+      data: the content.
+      path: the file, for messages.
+
+    Returns:
+      Rank → token bytes.
+
+    Raises:
+      UserError: a line is malformed, or a rank occurs twice.
+    """
     by_rank: dict[int, bytes] = {}
     for number, line in enumerate(data.splitlines(), start=1):
         fields = line.split()
@@ -166,7 +205,7 @@ def _parse_tiktoken(data: bytes, path: pathlib.Path) -> dict[int, bytes]:
             shown = line[:40].decode("utf-8", "backslashreplace")
             raise UserError(
                 f"{path}, line {number}, is {shown!r}: base64, a space and a rank were expected; "
-                "the file is damaged or cut short, so fetch it again."
+                "the file is damaged or truncated, so fetch it again."
             ) from None
         if rank in by_rank:
             raise UserError(
@@ -178,14 +217,15 @@ def _parse_tiktoken(data: bytes, path: pathlib.Path) -> dict[int, bytes]:
 
 
 def check_ranks(by_rank: Mapping[int, bytes], name: str) -> tuple[bytes, ...]:
-    """Returns the tokens by rank after checking that they make a byte-level BPE vocabulary.
+    """Checks that tokens form a byte-level BPE vocabulary and returns them in order of rank.
 
     Args:
-      by_rank: rank -> token bytes.
-      name: what to call the vocabulary in an error.
+      by_rank: rank → token bytes.
+      name: name of the vocabulary in error messages.
 
     Raises:
-      UserError: ranks that are not 0..n-1, an empty or repeated token, a single byte missing.
+      UserError: the ranks are not 0 … n−1, a token is empty or repeated, or one of the 256 single
+        bytes is missing.
     """
     missing = next((rank for rank in range(len(by_rank)) if rank not in by_rank), None)
     if missing is not None:

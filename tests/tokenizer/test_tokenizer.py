@@ -1,4 +1,4 @@
-"""The ids are those of the released tokenizer; nothing a text holds can break or forge them."""
+"""Tokenizer: parity with the released ids, robustness to any text, batch and streaming decoding."""
 
 import pickle
 import re
@@ -18,14 +18,14 @@ from qwen_jax.tokenizer.pretokenize import (
     MAX_COMBINING_RUN,
     MAX_WHITESPACE_RUN,
     PATTERN,
-    _cut_runs,
+    _split_runs,
     normalize,
     split_long_whitespace,
 )
 from qwen_jax.tokenizer.vocabulary import QWEN_RANKS, QWEN_SHA256
 
-# Printed in the released tokenization note and examples, the rest computed with tiktoken and the
-# released file.
+# From the released tokenization note and examples; the rest computed with tiktoken and the released
+# file.
 GOLDEN = {
     'print("<|endoftext|>")': [1350, 9639, 91, 8691, 723, 427, 91, 82598],
     "Observation": [37763, 367],
@@ -56,12 +56,12 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("text", GOLDEN)
-def test_golden_ids_of_the_released_tokenizer(qwen, text):
+def test_known_texts_encode_to_the_released_ids(qwen, text):
     assert qwen.encode(text) == GOLDEN[text]
     assert qwen.decode(GOLDEN[text]) == text
 
 
-def test_ids_and_sizes_of_the_released_tokenizer(qwen):
+def test_special_ids_and_sizes_match_the_released_tokenizer(qwen):
     assert (qwen.n_ranks, qwen.vocab_size) == (QWEN_RANKS, 151_851)
     assert (qwen.eod_id, qwen.im_start_id, qwen.im_end_id) == (151_643, 151_644, 151_645)
     assert qwen.special_tokens["<|extra_0|>"] == 151_646
@@ -71,7 +71,7 @@ def test_ids_and_sizes_of_the_released_tokenizer(qwen):
     assert [qwen.ranks[15 + i] for i in range(10)] == [b"%d" % i for i in range(10)]
 
 
-def test_control_tokens_in_text_are_text_unless_allowed(qwen):
+def test_control_tokens_in_text_are_plain_text_unless_allowed(qwen):
     text = 'print("<|endoftext|>")'
     assert qwen.encode(text, allowed_special="all") == [1350, 445, 151643, 899]
     assert qwen.encode(text, allowed_special={"<|endoftext|>"}) == [1350, 445, 151643, 899]
@@ -82,7 +82,7 @@ def test_control_tokens_in_text_are_text_unless_allowed(qwen):
         assert qwen.encode(name, allowed_special="all") == [qwen.special_tokens[name]]
 
 
-def test_unknown_control_token_is_refused_with_the_nearest_name(qwen):
+def test_unknown_control_token_is_rejected_with_the_nearest_name(qwen):
     with pytest.raises(UserError, match=r"did you mean '<\|im_end\|>'"):
         qwen.encode("x", allowed_special={"<|im_ends|>"})
     with pytest.raises(UserError, match="Only a string can be encoded, not bytes"):
@@ -97,7 +97,7 @@ def test_text_is_normalised_to_nfc(qwen):
         assert qwen.decode(qwen.encode(decomposed)) == composed
 
 
-def test_compression_is_that_of_the_released_vocabulary(qwen):
+def test_bytes_per_token_match_the_released_vocabulary(qwen):
     # Bytes per token, against 4.3 for English, 4.0 for Chinese prose measured elsewhere.
     english = (Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt").read_text()
     assert 4.0 < len(english.encode()) / len(qwen.encode(english)) < 5.5
@@ -117,13 +117,13 @@ def test_compression_is_that_of_the_released_vocabulary(qwen):
     ],
     ids=["spaces", "newlines", "tabs and spaces", "mixed", "letters", "han"],
 )
-def test_monsters_are_encoded_and_come_back(qwen, text):
+def test_extremely_long_runs_round_trip(qwen, text):
     ids = qwen.encode(text)
     assert qwen.decode(ids) == text
     assert len(ids) <= len(text)
 
 
-def test_whitespace_is_only_cut_beyond_the_limit(qwen):
+def test_whitespace_is_split_only_beyond_the_limit(qwen):
     encode = qwen._encoding.encode_ordinary
     for text in ("a" + " " * MAX_WHITESPACE_RUN + "b", "\n" * MAX_WHITESPACE_RUN):
         assert split_long_whitespace(text) == [text]
@@ -141,20 +141,21 @@ def test_whitespace_is_only_cut_beyond_the_limit(qwen):
 
 @given(st.text("ab  ", max_size=60), st.integers(1, 6))
 @settings(max_examples=500, deadline=None)
-def test_runs_are_cut_wherever_they_start(text, limit):
+def test_long_runs_are_split_wherever_they_start(text, limit):
     expected = []
     for run in re.findall(r" +|[^ ]+", text):
         pieces = [run[i : i + limit] for i in range(0, len(run), limit)] if run[0] == " " else [run]
-        # The first piece of a run belongs to what is before it, the others start anew.
+        # The first piece of a run is part of the preceding piece; the others are pieces of their
+        # own.
         first, *rest = pieces
         expected = [*expected[:-1], (expected or [""])[-1] + first, *rest]
-    assert _cut_runs(text, str.isspace, limit) == (expected or [""])
+    assert _split_runs(text, str.isspace, limit) == (expected or [""])
 
 
-def test_normalising_hostile_marks_takes_linear_time_and_leaves_ordinary_text_alone():
+def test_normalising_many_marks_takes_linear_time_and_is_nfc_for_ordinary_text():
     # Plain NFC needs minutes for these: it sorts the marks in quadratic time.
-    hostile = "a" + "\u0301\u0316" * 300_000
-    assert len(normalize(hostile)) > 500_000
+    many_marks = "a" + "\u0301\u0316" * 300_000
+    assert len(normalize(many_marks)) > 500_000
     ordinary = ("e\u0301" + "\u0316\u0301" * (MAX_COMBINING_RUN // 2 - 1) + " ") * 50
     assert normalize(ordinary) == unicodedata.normalize("NFC", ordinary) != ordinary
 
@@ -172,14 +173,14 @@ def test_any_text_round_trips_up_to_nfc(qwen, text):
     assert sum(qwen.token_lengths[ids]) == len(unicodedata.normalize("NFC", text).encode())
 
 
-def test_batch_equals_one_by_one(qwen):
+def test_batch_encoding_equals_single_encoding(qwen):
     texts = ["", "a", "你好 world", "<|im_end|>"] * 20
     assert qwen.encode_batch(texts, num_threads=4) == [qwen.encode(text) for text in texts]
     allowed = qwen.encode_batch(texts, num_threads=2, allowed_special="all")
     assert allowed[3] == [qwen.im_end_id]
 
 
-def test_token_bytes_and_lengths(qwen):
+def test_token_bytes_and_lengths_cover_control_tokens_and_padding(qwen):
     assert qwen.token_bytes(145080) == "🙂".encode()
     assert qwen.token_bytes(151_644) == b"<|im_start|>"
     assert qwen.token_bytes(151_900) == b""
@@ -190,21 +191,21 @@ def test_token_bytes_and_lengths(qwen):
         qwen.token_lengths[0] = 5
 
 
-def test_decode_control_tokens_padding_rows_and_strangers(qwen):
+def test_decode_handles_control_tokens_padding_rows_and_invalid_ids(qwen):
     ids = [151_644, 872, 198, 108386, 151_645, 151_851, 151_935, 152_063]
     assert qwen.decode(ids) == "<|im_start|>user\n你好<|im_end|>"
     assert qwen.decode(np.array(ids), skip_special_tokens=True) == "user\n你好"
     assert qwen.decode(jnp.array(ids, jnp.int32), skip_special_tokens=True) == "user\n你好"
     assert qwen.decode([]) == ""
-    for stranger in (-100, 151_851 + 1_024, 10**9):
-        with pytest.raises(UserError, match=f"Id {stranger} is outside this vocabulary"):
-            qwen.decode([32, stranger])
+    for invalid in (-100, 151_851 + 1_024, 10**9):
+        with pytest.raises(UserError, match=f"Id {invalid} is outside this vocabulary"):
+            qwen.decode([32, invalid])
     for wrong in ([[1, 2]], 5, [1.5], ["a"], [True]):
         with pytest.raises(UserError, match="flat list of integers"):
             qwen.decode(wrong)
 
 
-def test_decode_of_broken_characters_follows_the_error_handler(qwen):
+def test_decode_of_incomplete_characters_follows_the_error_handler(qwen):
     half = [i for i in range(256) if qwen.ranks[i] == "你".encode()[:1]]
     assert qwen.decode([32, *half, 33]) == "A\ufffdB"
     assert qwen.decode([32, *half, 33], errors="ignore") == "AB"
@@ -219,23 +220,23 @@ def test_decode_of_broken_characters_follows_the_error_handler(qwen):
     st.booleans(),
 )
 @settings(max_examples=500, deadline=None)
-def test_stream_equals_decode_for_any_ids(qwen, ids, skip):
+def test_streaming_decoder_equals_decode_for_any_ids(qwen, ids, skip):
     decoder = IncrementalDecoder(qwen, skip_special_tokens=skip)
     for _ in range(2):
         text = "".join([decoder.push(i) for i in ids]) + decoder.flush()
         assert text == qwen.decode(ids, skip_special_tokens=skip)
 
 
-def test_stream_never_shows_half_a_character(byte_tokenizer):
+def test_streaming_decoder_emits_complete_characters_only(byte_tokenizer):
     text = "aé你🙂👨‍👩‍👧 z"
     decoder = IncrementalDecoder(byte_tokenizer)
-    shown = [decoder.push(i) for i in byte_tokenizer.encode(text)]
-    assert "".join(shown) == text and "\ufffd" not in "".join(shown)
-    assert all(len(piece) <= 1 for piece in shown)
+    pieces = [decoder.push(i) for i in byte_tokenizer.encode(text)]
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+    assert all(len(piece) <= 1 for piece in pieces)
     assert decoder.flush() == ""
 
 
-def test_stream_can_start_anew_after_a_strict_error(byte_tokenizer):
+def test_streaming_decoder_is_reset_after_a_strict_error(byte_tokenizer):
     decoder = IncrementalDecoder(byte_tokenizer, errors="strict")
     decoder.push(byte_tokenizer.encode("é")[0])
     with pytest.raises(UnicodeDecodeError):
@@ -243,7 +244,7 @@ def test_stream_can_start_anew_after_a_strict_error(byte_tokenizer):
     assert decoder.push(byte_tokenizer.encode("a")[0]) == "a"
 
 
-def test_stream_refuses_a_stranger_and_goes_on(byte_tokenizer):
+def test_streaming_decoder_continues_after_an_invalid_id(byte_tokenizer):
     decoder = IncrementalDecoder(byte_tokenizer)
     first, second = byte_tokenizer.encode("é")
     assert decoder.push(first) == ""
@@ -252,7 +253,7 @@ def test_stream_refuses_a_stranger_and_goes_on(byte_tokenizer):
     assert decoder.push(second) == "é"
 
 
-def test_equal_vocabularies_are_equal_and_survive_a_worker_process(qwen, byte_tokenizer):
+def test_tokenizers_compare_by_vocabulary_and_are_picklable_and_immutable(qwen, byte_tokenizer):
     copy = pickle.loads(pickle.dumps(byte_tokenizer))
     assert copy == byte_tokenizer != qwen
     assert copy.sha256 == byte_tokenizer.sha256 != qwen.sha256
@@ -263,7 +264,7 @@ def test_equal_vocabularies_are_equal_and_survive_a_worker_process(qwen, byte_to
         copy.special_tokens["x"] = 1
 
 
-def test_tokenizer_refuses_a_vocabulary_without_all_bytes():
+def test_vocabulary_without_all_single_bytes_is_rejected():
     with pytest.raises(UserError, match="lacks 255 of the 256 single bytes"):
         Tokenizer((b"a",))
 

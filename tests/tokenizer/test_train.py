@@ -1,4 +1,4 @@
-"""A trained vocabulary is exact BPE, as good as a public trainer's, and spelt as it was learnt."""
+"""Vocabulary training: exact BPE, parity with a public trainer, agreement with the encoder."""
 
 import collections
 import itertools
@@ -30,7 +30,7 @@ BYTES = [bytes([byte]) for byte in byte_order()]
 
 
 def segment(word: bytes, rank_of: dict[bytes, int], below: int) -> list[bytes]:
-    """BPE as tiktoken does it with the ranks under `below`: lowest rank first, then leftmost."""
+    """Encodes a word as tiktoken does with ranks < `below`: lowest rank first, then leftmost."""
     parts = [word[i : i + 1] for i in range(len(word))]
     while len(parts) > 1:
         joined = [rank_of.get(a + b, below) for a, b in itertools.pairwise(parts)]
@@ -43,13 +43,13 @@ def segment(word: bytes, rank_of: dict[bytes, int], below: int) -> list[bytes]:
 
 
 def unreachable(ranks: list[bytes]) -> list[bytes]:
-    """Tokens that the vocabulary's own merges do not make of their bytes."""
+    """Returns the tokens whose bytes the vocabulary's own merges do not encode as that token."""
     rank_of = {token: rank for rank, token in enumerate(ranks)}
     return [token for token in ranks if segment(token, rank_of, len(ranks)) != [token]]
 
 
-def train_by_the_book(texts: list[str], vocab_size: int, min_count: int = 2) -> list[bytes]:
-    """Counts everything anew after each merge, on the segmentation that the encoder makes."""
+def train_naively(texts: list[str], vocab_size: int, min_count: int = 2) -> list[bytes]:
+    """Trains by recounting all pairs after each merge, on the segmentation of the encoder."""
     words = collections.Counter(w for text in texts for w in regex.findall(PATTERN, text))
     ranks = list(BYTES)
     while len(ranks) < vocab_size:
@@ -67,7 +67,7 @@ def train_by_the_book(texts: list[str], vocab_size: int, min_count: int = 2) -> 
 
 @pytest.fixture(scope="module")
 def corpus() -> tuple[list[str], list[str]]:
-    """The standard library's own sources: about 2 MB to learn from, 0.3 MB held out."""
+    """The standard library's sources: about 2 MB for training, 0.3 MB held out."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     return texts[::2][:80], texts[1::2][:15]
@@ -79,22 +79,22 @@ def trained(corpus) -> list[bytes]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_equals_training_by_the_book(seed):
+def test_training_equals_a_naive_reference(seed):
     generator = random.Random(seed)
     # Few letters and long words: overlaps such as aaa, ties and many ways to spell a token.
     letters = ["ab", "abc", "aé ", "你们 a\n", "01 a", "ab' \n"][seed]
     texts = ["".join(generator.choices(letters, k=generator.randrange(30))) for _ in range(120)]
-    assert train_bpe(texts, 320) == train_by_the_book(texts, 320)
+    assert train_bpe(texts, 320) == train_naively(texts, 320)
 
 
-def test_every_token_can_be_reached(trained):
+def test_every_trained_token_is_reachable(trained):
     assert len(trained) == len(set(trained)) == 2_256
     assert trained[:256] == BYTES
     assert unreachable(trained) == []
 
 
-def test_compresses_like_a_public_trainer(corpus, trained):
-    learn, held_out = corpus
+def test_compression_matches_a_public_trainer(corpus, trained):
+    train, held_out = corpus
     peer = tokenizers.Tokenizer(tokenizers.models.BPE())
     peer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
@@ -106,7 +106,7 @@ def test_compresses_like_a_public_trainer(corpus, trained):
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=2_256, min_frequency=2, initial_alphabet=alphabet, show_progress=False
     )
-    peer.train_from_iterator(learn, trainer)
+    peer.train_from_iterator(train, trainer)
     ours = Tokenizer(tuple(trained))
     theirs = sum(len(encoding.ids) for encoding in peer.encode_batch(held_out))
     mine = sum(len(ids) for ids in ours.encode_batch(held_out))
@@ -117,36 +117,35 @@ def test_compresses_like_a_public_trainer(corpus, trained):
     assert common > 0.99 * len(trained)
 
 
-def test_order_of_the_documents_does_not_matter(corpus):
+def test_training_does_not_depend_on_document_order(corpus):
     texts = corpus[0][:20]
     assert train_bpe(texts, 700) == train_bpe(texts[::-1], 700) == train_bpe(iter(texts), 700)
 
 
-def test_digits_stay_single_and_merges_stay_inside_pretokens(trained):
+def test_trained_tokens_contain_no_digits(trained):
     for token in trained[256:]:
         text = token.decode("utf-8", "replace")
         assert not regex.search(r"\p{N}", text)
     assert train_bpe(["2023 2023 2023"], 300) == BYTES
 
 
-def test_text_is_learnt_in_nfc():
+def test_training_text_is_normalised_to_nfc():
     assert train_bpe(["e\u0301 e\u0301"], 257) == train_bpe(["é é"], 257)
     assert train_bpe(["e\u0301 e\u0301"], 257)[256] == "é".encode()
 
 
-def test_long_words_and_whitespace_do_not_stall_training():
+def test_training_handles_very_long_words_and_whitespace():
     ranks = train_bpe(["a" * 300_000, " " * 1_000_000], 300)
     assert b"a" * 64 in ranks and b" " * 64 in ranks
 
 
-def test_going_on_from_a_vocabulary(corpus, trained):
-    """Going on after a stop gives what one run would have given."""
+def test_resumed_training_equals_one_run(corpus, trained):
     half = merge_pretokens(count_pretokens(corpus[0]), 1_000)
     assert half == trained[:1_000]
     assert train_bpe(corpus[0], 2_256, base=half) == trained
 
 
-def test_extending_the_released_vocabulary(qwen):
+def test_released_vocabulary_can_be_extended(qwen):
     texts = ["ᚠᛇᚻ ᛒᛦᚦ ᚠᚱᚩᚠᚢᚱ ᚠᛁᚱᚪ ᚷᛖᚻᚹᛦᛚᚳᚢᛗ", "ᛋᚳᛖᚪᛚ ᚦᛖᚪᚻ ᛗᚪᚾᚾᚪ ᚷᛖᚻᚹᛦᛚᚳ ᚠᛖᚻ"]
     ranks = train_bpe(texts, qwen.n_ranks + 20, base=qwen.ranks)
     extended = Tokenizer(tuple(ranks))
@@ -159,32 +158,32 @@ def test_extending_the_released_vocabulary(qwen):
         assert segment(token, rank_of, len(ranks)) == [token]
 
 
-def test_long_numbers_are_left_out_of_a_base(qwen):
+def test_without_long_numbers_drops_multi_digit_tokens_only(qwen):
     numbers = [b"%02d" % i for i in range(100)]
     assert without_long_numbers([*BYTES, *numbers, b"ab", b"a1"]) == [*BYTES, b"ab", b"a1"]
     assert without_long_numbers(qwen.ranks) == list(qwen.ranks)
 
 
-def test_stops_where_nothing_repeats(caplog):
+def test_training_stops_below_min_count_with_a_warning(caplog):
     assert train_bpe(["ab ab cd"], 5_000) == [*BYTES, b"ab"]
     assert train_bpe(["ab ab cd"], 5_000, min_count=1)[256:] == [b"ab", b" ab", b" c", b" cd"]
-    assert "no pair occurs 2 times" in caplog.text
+    assert "no other pair occurs 2 times" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([], 300), "no text to learn"),
-        (([""], 300), "no text to learn"),
+        (([], 300), "no text to train"),
+        (([""], 300), "no text to train"),
         ((["a"], 255), "vocab_size is 255: it must be at least the 256 single bytes"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments, message):
+def test_invalid_training_arguments_are_rejected(arguments, message):
     with pytest.raises(UserError, match=message):
         train_bpe(*arguments)
     with pytest.raises(UserError, match="min_count is 0"):
         train_bpe(["a"], 300, min_count=0)
-    with pytest.raises(UserError, match="at least the 256 ranks that the base has"):
+    with pytest.raises(UserError, match="at least the 256 ranks of the base"):
         train_bpe(["a"], 10, base=BYTES)
     with pytest.raises(UserError, match="lacks 255 of the 256"):
         train_bpe(["a"], 300, base=[b"a"])
@@ -195,7 +194,7 @@ def write_jsonl(path: Path, documents: list) -> Path:
     return path
 
 
-def test_documents_end_at_newlines_only(tmp_path):
+def test_jsonl_documents_end_at_newlines_only(tmp_path):
     texts = ["one\u2028two\x85three\x0bfour", "five\r\nsix", ""]
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     path.write_bytes(path.read_bytes() + b"\n  \n" + b'{"text": "no newline at the end"}')
@@ -209,13 +208,13 @@ def test_documents_end_at_newlines_only(tmp_path):
     [
         (b"{oops}", "a.jsonl, line 2, is not JSON"),
         (b"\xff\xfe{", "a.jsonl, line 2, is not JSON"),
-        (b"[1]", "line 2, holds a list"),
+        (b"[1]", "line 2, is a JSON list"),
         (b'{"texts": "x"}', r"no field 'text' \(did you mean 'texts'\?\)"),
         (b"{}", "it has none"),
-        (b'{"text": 3}', "field 'text' holds a int"),
+        (b'{"text": 3}', "field 'text' is a int"),
     ],
 )
-def test_wrong_documents_are_named(tmp_path, line, message):
+def test_invalid_jsonl_lines_are_rejected_by_number(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n' + line + b"\n")
     with pytest.raises(UserError, match=message):
@@ -228,7 +227,7 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
 
 
-def test_program_writes_a_vocabulary_that_loads(tmp_path, corpus):
+def test_program_writes_a_loadable_vocabulary_and_does_not_overwrite(tmp_path, corpus):
     first = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in corpus[0][:10]])
     second = write_jsonl(tmp_path / "b.jsonl", [{"text": text} for text in corpus[0][10:20]])
     output = tmp_path / "qwen.tiktoken"
@@ -237,14 +236,14 @@ def test_program_writes_a_vocabulary_that_loads(tmp_path, corpus):
     assert done.returncode == 0, done.stderr
     assert list(load_tokenizer(tmp_path).ranks) == train_bpe(corpus[0][:20], 700)
     assert "700 ranks and 908 ids" in done.stdout
-    # A vocabulary that models were trained with is not replaced by accident.
+    # An existing vocabulary is not replaced.
     before = output.read_bytes()
     again = launch(*arguments[:1], "--vocab_size=300", f"--output={output}")
     assert again.returncode == 2 and "is already there" in again.stderr
     assert output.read_bytes() == before
 
 
-def test_program_says_what_is_wrong_in_one_sentence(tmp_path):
+def test_program_prints_a_one_line_error(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "fine"}\n{"txt": 1}\n')
     done = launch(f"--input={path}", f"--output={tmp_path / 'x.tiktoken'}")
@@ -254,8 +253,8 @@ def test_program_says_what_is_wrong_in_one_sentence(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_learnt_segmentation_is_the_encoders(corpus, trained):
-    """The pieces in which tiktoken splits each word are those of the book, all 20,000 and more."""
+def test_trained_segmentation_equals_the_encoder(corpus, trained):
+    """tiktoken splits each of over 15,000 words like the reference `segment`."""
     tokenizer = Tokenizer(tuple(trained))
     rank_of = {token: rank for rank, token in enumerate(trained)}
     words = count_pretokens(corpus[0])

@@ -1,4 +1,4 @@
-"""The same ranks come out of every dress a vocabulary wears; anything else is refused in words."""
+"""Vocabulary files: the same ranks from every format, and rejection of invalid files."""
 
 import base64
 import itertools
@@ -28,8 +28,8 @@ def lines(ranks) -> list[bytes]:
     return tiktoken_text(ranks).splitlines()
 
 
-def parts_of(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
-    """The two parts that merge into `token`: its BPE with the ranks below its own."""
+def final_merge(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
+    """Returns the two tokens that merge into `token`, by its BPE with the ranks below its own."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         joined = [rank_of.get(a + b, len(rank_of)) for a, b in itertools.pairwise(parts)]
@@ -38,15 +38,17 @@ def parts_of(token: bytes, rank_of: dict[bytes, int]) -> list[bytes]:
     return parts
 
 
-def hugging_face_files(ranks, added) -> tuple[dict, list[str], dict]:
-    """vocab, merges and tokenizer.json as Qwen2 has them."""
+def huggingface_files(ranks, added) -> tuple[dict, list[str], dict]:
+    """Returns (vocab, merges, tokenizer.json object) as in Qwen2's files."""
     shown = {byte: character for character, byte in byte_alphabet().items()}
 
     def spell(token: bytes) -> str:
         return "".join(shown[byte] for byte in token)
 
     rank_of = {token: rank for rank, token in enumerate(ranks)}
-    merges = [" ".join(map(spell, parts_of(token, rank_of))) for token in ranks if len(token) > 1]
+    merges = [
+        " ".join(map(spell, final_merge(token, rank_of))) for token in ranks if len(token) > 1
+    ]
     vocab = {spell(token): rank for rank, token in enumerate(ranks)}
     split = {
         "type": "Split",
@@ -79,7 +81,7 @@ def hugging_face_files(ranks, added) -> tuple[dict, list[str], dict]:
 
 
 def qwen2_added(first: int) -> list[dict]:
-    """Control tokens with the names and flags of Qwen2.5, the first two of its own included."""
+    """Returns control tokens with names and flags of Qwen2.5, two of them new since v1."""
     names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<tool_call>"]
     return [
         {"id": first + i, "content": name, "special": name != "<tool_call>"}
@@ -95,7 +97,7 @@ def test_released_file_is_in_canonical_form(qwen_tiktoken):
     assert list(ranks[:256]) == BYTES
 
 
-def test_layout_of_the_file_does_not_matter(tmp_path):
+def test_line_order_and_endings_of_a_tiktoken_file_do_not_matter(tmp_path):
     shuffled = tmp_path / "shuffled.tiktoken"
     shuffled.write_bytes(b"\r\n".join(lines(SMALL)[::-1]) + b"\r\n\r\n")
     straight = tmp_path / "qwen.tiktoken"
@@ -108,26 +110,26 @@ def test_layout_of_the_file_does_not_matter(tmp_path):
     ]
 
 
-def test_saved_tokenizer_loads_equal(tmp_path, byte_tokenizer):
+def test_saved_tokenizer_loads_as_equal(tmp_path, byte_tokenizer):
     byte_tokenizer.save(tmp_path / "small.tiktoken")
     assert load_tokenizer(str(tmp_path)) == byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def qwen_as_hugging_face(qwen):
-    return hugging_face_files(qwen.ranks, qwen2_added(qwen.n_ranks))
+def qwen_as_huggingface(qwen):
+    return huggingface_files(qwen.ranks, qwen2_added(qwen.n_ranks))
 
 
-def test_released_ranks_from_tokenizer_json(tmp_path, qwen, qwen_as_hugging_face):
+def test_tokenizer_json_gives_the_released_ranks(tmp_path, qwen, qwen_as_huggingface):
     path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps(qwen_as_hugging_face[2]), encoding="utf-8")
+    path.write_text(json.dumps(qwen_as_huggingface[2]), encoding="utf-8")
     loaded = load_tokenizer(tmp_path)
     assert loaded.ranks == qwen.ranks and loaded.sha256 == QWEN_SHA256
-    # The file is a real one: the library it is made for gives the same ids.
+    # The tokenizers library reads the file too and gives the same ids.
     peer = tokenizers.Tokenizer.from_file(str(path))
     for text in ("Hello, it's 2023!\n\n  def f(x):\n", "你好，通义千问 🙂", "Việt e\u0301 한국어"):
         assert peer.encode(text).ids == loaded.encode(text)
-    # Later models name some reserved ids; ids and vocab_size stay.
+    # Later models rename some reserved tokens; ids and vocab_size do not change.
     assert loaded.vocab_size == qwen.vocab_size
     text = "<|object_ref_start|><tool_call>x<|im_end|>"
     ids = loaded.encode(text, allowed_special="all")
@@ -138,8 +140,8 @@ def test_released_ranks_from_tokenizer_json(tmp_path, qwen, qwen_as_hugging_face
     assert loaded.special_tokens["<|extra_2|>"] == 151_648
 
 
-def test_released_ranks_from_vocab_and_merges(tmp_path, qwen, qwen_as_hugging_face):
-    vocab, merges, _ = qwen_as_hugging_face
+def test_vocab_and_merges_give_the_released_ranks(tmp_path, qwen, qwen_as_huggingface):
+    vocab, merges, _ = qwen_as_huggingface
     (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n", "utf-8")
     assert load_tokenizer(tmp_path) == qwen
@@ -147,36 +149,36 @@ def test_released_ranks_from_vocab_and_merges(tmp_path, qwen, qwen_as_hugging_fa
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps({"added_tokens_decoder": named}), encoding="utf-8")
     assert load_tokenizer(tmp_path).special_tokens["<tool_call>"] == 151_647
-    # A merge that is not the one that its rank says would encode differently.
+    # Merges in another order than the ranks would encode differently.
     merges = [*merges[1:], merges[0]]
     (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
-    with pytest.raises(UserError, match=r"merge 1, .* does not make"):
+    with pytest.raises(UserError, match=r"merge 1, .* does not produce"):
         load_tokenizer(tmp_path)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(UserError, match=r"merges.txt is missing"):
         load_tokenizer(tmp_path)
 
 
-def test_folder_is_searched_in_order(tmp_path):
-    with pytest.raises(UserError, match=r"holds no vocabulary: looked for qwen\.tiktoken"):
+def test_folder_is_searched_in_documented_order(tmp_path):
+    with pytest.raises(UserError, match=r"contains no vocabulary: looked for qwen\.tiktoken"):
         load_tokenizer(tmp_path)
-    vocab, merges, document = hugging_face_files(BYTES, [])
+    vocab, merges, document = huggingface_files(BYTES, [])
     (tmp_path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     (tmp_path / "merges.txt").write_text("\n".join(merges), encoding="utf-8")
     assert load_tokenizer(tmp_path).n_ranks == 256
-    _, _, document = hugging_face_files(SMALL[:257], [])
+    _, _, document = huggingface_files(SMALL[:257], [])
     (tmp_path / "tokenizer.json").write_text(json.dumps(document), encoding="utf-8")
     assert load_tokenizer(tmp_path).n_ranks == 257
     write_tiktoken(SMALL[:258], tmp_path / "a.tiktoken")
     assert load_tokenizer(tmp_path).n_ranks == 258
     write_tiktoken(SMALL, tmp_path / "b.tiktoken")
-    with pytest.raises(UserError, match=r"holds 2 vocabularies \(a.tiktoken, b.tiktoken\)"):
+    with pytest.raises(UserError, match=r"contains 2 vocabularies \(a.tiktoken, b.tiktoken\)"):
         load_tokenizer(tmp_path)
     write_tiktoken(SMALL[:259], tmp_path / "qwen.tiktoken")
     assert load_tokenizer(tmp_path).n_ranks == 259
 
 
-def test_missing_path_is_named(tmp_path):
+def test_missing_path_is_rejected_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.tiktoken does not exist: give a tiktoken file"):
         load_tokenizer(tmp_path / "nowhere.tiktoken")
 
@@ -197,7 +199,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:b2b1b8df\nsize 25
     ],
     ids=["empty", "blank", "git lfs", "html", "json", "binary", "text"],
 )
-def test_foreign_files_are_named(tmp_path, content, message):
+def test_other_file_types_are_recognised_and_rejected(tmp_path, content, message):
     path = tmp_path / "qwen.tiktoken"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
@@ -234,7 +236,7 @@ def damaged(change) -> bytes:
         "no bytes",
     ],
 )
-def test_damaged_files_are_refused_with_the_place(tmp_path, content, message):
+def test_damaged_files_are_rejected_with_the_line(tmp_path, content, message):
     path = tmp_path / "qwen.tiktoken"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
@@ -242,7 +244,7 @@ def test_damaged_files_are_refused_with_the_place(tmp_path, content, message):
 
 
 def change_json(change) -> dict:
-    document = hugging_face_files(SMALL, qwen2_added(260))[2]
+    document = huggingface_files(SMALL, qwen2_added(260))[2]
     change(document)
     return document
 
@@ -250,7 +252,7 @@ def change_json(change) -> dict:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ([1], "holds a list"),
+        ([1], "is a JSON list"),
         ({"model": {"type": "Unigram"}}, "a model of type 'Unigram'"),
         ({}, "a model of type None"),
         (
@@ -274,20 +276,20 @@ def change_json(change) -> dict:
         (change_json(lambda d: d["added_tokens"][3].update(content="<|extra_5|>")), "has two ids"),
     ],
 )
-def test_foreign_tokenizer_json_is_refused(tmp_path, document, message):
+def test_unsupported_tokenizer_json_is_rejected(tmp_path, document, message):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(UserError, match=message):
         load_tokenizer(path)
 
 
-def test_pointer_instead_of_tokenizer_json(tmp_path):
+def test_git_lfs_pointer_as_tokenizer_json_is_rejected(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(LFS)
     with pytest.raises(UserError, match=r"tokenizer.json is not JSON.*Git LFS pointer"):
         load_tokenizer(tmp_path)
 
 
-def test_nothing_is_written_where_the_vocabulary_is_wrong(tmp_path):
+def test_invalid_vocabulary_is_not_written(tmp_path):
     path = tmp_path / "qwen.tiktoken"
     write_tiktoken(BYTES, path)
     with pytest.raises(UserError, match="lacks 1 of the 256 single bytes"):
