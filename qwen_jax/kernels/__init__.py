@@ -1,4 +1,4 @@
-"""Attention and its dispatch: one contract, several implementations."""
+"""Attention over sequences and paged KV caches, dispatched to the platform's kernels."""
 
 from qwen_jax.kernels.cache import PagedCache, init_paged_cache
 from qwen_jax.kernels.dispatch import attention, choose_attention

@@ -10,7 +10,7 @@ from configs import pods, pretrain
 from qwen_jax.aot.topology import CHIPS
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
-from qwen_jax.kernels.dispatch import Request, choose_attention
+from qwen_jax.kernels.dispatch import AttentionCall, choose_attention
 from qwen_jax.model import count_params
 from qwen_jax.model.presets import preset
 from qwen_jax.parallel import MeshConfig
@@ -50,7 +50,7 @@ def test_every_recipe_runs_its_own_attention_kernel(size, where):
     job = pods.recipe(size, where)
     kind = where.partition("-")[0]
     platform = "gpu" if kind.startswith("h") else "tpu"
-    request = Request(
+    call = AttentionCall(
         q_len=job.data.seq_len,
         k_len=job.data.seq_len,
         head_dim=job.model.head_dim,
@@ -59,7 +59,7 @@ def test_every_recipe_runs_its_own_attention_kernel(size, where):
         platform=platform,
         device=KINDS[kind],
     )
-    assert choose_attention(job.options.attention, request) == f"pallas_{platform}"
+    assert choose_attention(job.options.attention, call) == f"pallas_{platform}"
 
 
 @pytest.mark.parametrize(("size", "where"), PAIRS)

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from qwen_jax.errors import UserError
 from qwen_jax.kernels import attention
-from qwen_jax.kernels.dispatch import Request, choose_attention
+from qwen_jax.kernels.dispatch import AttentionCall, choose_attention
 
 
 def by_loops(q, k, v, q_segments, k_segments, start, window):
@@ -128,42 +128,46 @@ def test_chunked_memory_grows_with_length_not_its_square():
     assert long < 2 * 8192 * 8192 * 4 / 4  # a quarter of one set of scores
 
 
-def request(length, **kwargs):
-    return Request(q_len=length, k_len=length, head_dim=128, **kwargs)
+def attention_call(length, **kwargs):
+    return AttentionCall(q_len=length, k_len=length, head_dim=128, **kwargs)
 
 
 def test_dispatch_refuses_with_the_reason():
     with pytest.raises(UserError, match=r"'chuncked' is unknown \(did you mean 'chunked'\?\)"):
-        choose_attention("chuncked", request(1))
+        choose_attention("chuncked", attention_call(1))
     with pytest.raises(UserError, match="no dropout on attention weights"):
-        choose_attention("chunked", request(1, dropout=True))
+        choose_attention("chunked", attention_call(1, dropout=True))
     with pytest.raises(UserError, match="runs on TPUs and this is cpu"):
-        choose_attention("splash", request(1024))
+        choose_attention("splash", attention_call(1024))
     with pytest.raises(UserError, match=r"cudnn.*no support for segment ids"):
-        choose_attention("cudnn", request(1024, segments=True, platform="gpu"))
+        choose_attention("cudnn", attention_call(1024, segments=True, platform="gpu"))
     with pytest.raises(UserError, match=r"splash.*no support for a context axis"):
-        choose_attention("splash", request(1024, context=2, platform="tpu"))
+        choose_attention("splash", attention_call(1024, context=2, platform="tpu"))
     with pytest.raises(UserError, match="bfloat16 or float16 and this is float32"):
-        choose_attention("cudnn", request(1024, dtype="float32", platform="gpu"))
+        choose_attention("cudnn", attention_call(1024, dtype="float32", platform="gpu"))
     q = jnp.zeros((1, 8, 2, 16))
     with pytest.raises(UserError, match=r"'pallas_tpu' can't serve .* runs on TPUs"):
         attention(q, q, q, implementation="pallas_tpu")
 
 
 def test_auto_chooses_by_size_and_place():
-    assert choose_attention("auto", request(127)) == "reference"
-    assert choose_attention("auto", request(128)) == "chunked"
-    assert choose_attention("auto", request(4096)) == "chunked"
-    assert choose_attention("auto", request(256, context=2)) == "chunked"  # a ring needs blocks
-    assert choose_attention("auto", request(4096, dropout=True)) == "reference"
+    assert choose_attention("auto", attention_call(127)) == "reference"
+    assert choose_attention("auto", attention_call(128)) == "chunked"
+    assert choose_attention("auto", attention_call(4096)) == "chunked"
+    assert (
+        choose_attention("auto", attention_call(256, context=2)) == "chunked"
+    )  # a ring needs blocks
+    assert choose_attention("auto", attention_call(4096, dropout=True)) == "reference"
     v5e = {"platform": "tpu", "device": "TPU v5 lite"}
-    assert choose_attention("auto", request(2048, **v5e)) == "pallas_tpu"
-    assert choose_attention("auto", request(2048, dtype="float16", **v5e)) == "chunked"
-    assert choose_attention("auto", request(2048, platform="tpu", device="TPU v4")) == "chunked"
+    assert choose_attention("auto", attention_call(2048, **v5e)) == "pallas_tpu"
+    assert choose_attention("auto", attention_call(2048, dtype="float16", **v5e)) == "chunked"
+    assert (
+        choose_attention("auto", attention_call(2048, platform="tpu", device="TPU v4")) == "chunked"
+    )
     h200 = {"platform": "gpu", "device": "NVIDIA H200"}
-    assert choose_attention("auto", request(2048, segments=True, **h200)) == "pallas_gpu"
+    assert choose_attention("auto", attention_call(2048, segments=True, **h200)) == "pallas_gpu"
     a100 = {"platform": "gpu", "device": "NVIDIA A100"}
-    assert choose_attention("auto", request(2048, **a100)) == "cudnn"
-    assert choose_attention("auto", request(2048, segments=True, **a100)) == "chunked"
-    decoding = Request(q_len=1, k_len=2048, head_dim=128, q_start=True, **v5e)
+    assert choose_attention("auto", attention_call(2048, **a100)) == "cudnn"
+    assert choose_attention("auto", attention_call(2048, segments=True, **a100)) == "chunked"
+    decoding = AttentionCall(q_len=1, k_len=2048, head_dim=128, q_start=True, **v5e)
     assert choose_attention("auto", decoding) == "reference"
