@@ -14,7 +14,7 @@ import jinja2
 from launch.cluster.job import STOPPED_STATUS, ClusterJob, below
 from launch.cluster.slices import CHIPS_PER_HOST
 from qwen_jax.errors import UserError
-from qwen_jax.parallel.rendezvous import NotAllHere
+from qwen_jax.parallel.rendezvous import ProcessMissing
 
 TEMPLATES = {
     "gke": "gke.yaml.j2",
@@ -96,7 +96,7 @@ def _xpk_command(job: ClusterJob) -> str:
         "docker-image": job.image,
         "max-restarts": job.restarts,
         # xpk restarts on 42 and 127-255 by itself; 1 is a crash in Python.
-        "restart-on-exit-codes": f"1,{NotAllHere.status},{STOPPED_STATUS}",
+        "restart-on-exit-codes": f"1,{ProcessMissing.status},{STOPPED_STATUS}",
         "termination-grace-period-seconds": job.grace_s,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]

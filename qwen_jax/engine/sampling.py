@@ -23,7 +23,7 @@ import numpy as np
 
 from qwen_jax.engine import vocabulary
 from qwen_jax.engine.request import MAX_LOGPROBS, SamplingParams
-from qwen_jax.parallel import RULES, current_mesh, on_mesh, reshard, spec
+from qwen_jax.parallel import current_mesh, mesh_axis, on_mesh, reshard, spec
 
 _MIN_TEMPERATURE = 1e-37
 """Lowest temperature used as a divisor: its reciprocal is a finite float32."""
@@ -300,7 +300,7 @@ def _sharded(local: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable
     def call(*operands):
         if not on_mesh():
             return local(*operands, axis=None)
-        name = RULES["vocab"]
+        name = mesh_axis("vocab")
         axis = name if current_mesh().shape.get(name, 1) > 1 else None
 
         def is_axes(x):

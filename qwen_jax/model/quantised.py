@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.quantised import GroupWeight, group_matmul, integer_matmul, pack
 from qwen_jax.kernels.quantised import dequantise as dequantise_groups
-from qwen_jax.parallel import RULES, on_mesh, platform, spec
+from qwen_jax.parallel import RULES, mesh_axis, on_mesh, platform, spec
 
 INPUT_AXES: dict[tuple[str, ...], int] = {
     **{("attn", name): 1 for name in ("q", "k", "v")},
@@ -307,7 +307,7 @@ def abstract_leaf(
     sharding = x.sharding
     axes = [None] * x.ndim
     if isinstance(sharding, jax.NamedSharding):
-        fsdp = {RULES["embed"]}
+        fsdp = {mesh_axis("embed")}
         axes = [None if axis in fsdp else axis for axis in (*sharding.spec, *axes)][: x.ndim]
 
     def struct(shape, dtype, axes):
@@ -467,7 +467,7 @@ def _on_mesh(
     """
     x_axes = jax.typeof(x).sharding.spec
     x_axes = (*x_axes, *(None,) * (x.ndim - len(x_axes)))
-    fsdp = RULES["embed"]
+    fsdp = mesh_axis("embed")
     into, out = (None if RULES[a] == fsdp else RULES[a] for a in (axes[0], axes[inputs]))
     stack = () if weight.layer is None else (None,)
     group: Any = GroupWeight  # a tree of partition specs in the place of arrays

@@ -34,11 +34,11 @@ from qwen_jax.model.options import REMAT, ForwardOptions
 from qwen_jax.model.quantised import is_quantised, quantised_logits, scannable
 from qwen_jax.model.rope import logn_scale, rope_table
 from qwen_jax.parallel import (
-    RULES,
     context_size,
     current_mesh,
     from_zigzag,
     gather_weight,
+    mesh_axes,
     named_sharding,
     on_mesh,
     reshard,
@@ -61,7 +61,7 @@ def _boxed_init(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """
     options = ForwardOptions(dtype="float32", attention="reference")
     shape = current_mesh().shape if on_mesh() else {}
-    batch = math.prod(shape.get(axis, 1) for axis in RULES["batch"] or ())
+    batch = math.prod(shape.get(axis, 1) for axis in mesh_axes("batch"))
     length = 2 * context_size()  # the number of chunks in zigzag order
     tokens = jnp.zeros((batch, length), jnp.int32, out_sharding=spec("batch", "sequence"))
     activations = spec("batch", "sequence", "channels")

@@ -1,4 +1,4 @@
-"""Device mesh, axis rules and multi-host start-up."""
+"""Device mesh, sharding rules and multi-host start-up."""
 
 from qwen_jax.parallel.mesh import AXES, MeshConfig, make_mesh, mesh_sizes
 from qwen_jax.parallel.rules import (
@@ -6,6 +6,8 @@ from qwen_jax.parallel.rules import (
     batch_devices,
     current_mesh,
     gather_weight,
+    mesh_axes,
+    mesh_axis,
     named_sharding,
     on_mesh,
     platform,
@@ -24,6 +26,8 @@ __all__ = [
     "from_zigzag",
     "gather_weight",
     "make_mesh",
+    "mesh_axes",
+    "mesh_axis",
     "mesh_sizes",
     "named_sharding",
     "on_mesh",

@@ -1,7 +1,7 @@
-"""Starting a job of several processes, and the few things its processes must agree on.
+"""Start-up of jobs of several processes, and collectives on host values.
 
-One process drives the devices of one host. `initialize` is the first thing a program does, before
-any other use of jax; for a single process it does nothing.
+One process drives the devices of one host. A program calls `initialize` before any other use of
+JAX; for a single process it does nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from qwen_jax.errors import UserError
-from qwen_jax.parallel.launchers import VARIABLES, Group, find_group, given_group
-from qwen_jax.parallel.rendezvous import meet
+from qwen_jax.parallel.launchers import VARIABLES, ProcessGroup, detect_group, explicit_group
+from qwen_jax.parallel.rendezvous import wait_for_all
 
 _OPEN_MPI = "OMPI_MCA_orte_hnp_uri"  # set by mpirun; jax reads the rest
 
@@ -32,41 +32,42 @@ def initialize(
     *,
     timeout_s: float = 300.0,
 ) -> None:
-    """Joins the processes of a job; does nothing for one process or when already joined.
+    """Connects the processes of a job; does nothing for a single process or when already connected.
 
-    Arguments left out come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
-    When these are absent too, the launcher is asked: SLURM, a TPU pod on GKE or a Cloud TPU VM
-    (see launchers.py); under Open MPI jax finds all three itself. With none of this, the job is
-    this one process.
+    Arguments left out are read from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    If these are not set either, the launcher is detected: SLURM, a TPU pod on GKE or a Cloud TPU VM
+    (see launchers.py); under Open MPI, JAX finds all three itself. Otherwise the job has one
+    process.
 
-    The processes first meet at the address over a plain socket (see meeting.py). jax itself aborts
-    with a C++ stack trace when one is missing; the meeting says which one and on which host.
-    An exception that nobody catches afterwards ends its process at once: without this, Python's
-    exit waits minutes for the other hosts, which wait for this one.
+    Before JAX is initialised, the processes wait for each other over a plain socket (see
+    rendezvous.py): JAX itself aborts with a C++ stack trace if a process is missing, whereas this
+    error names the process and its host. After this call, an uncaught exception ends the process at
+    once; by default Python's exit would wait minutes for the other hosts, which in turn wait for
+    this one.
 
     Args:
-      coordinator: "host:port" of process 0, as every process reaches it.
-      num_processes: how many there are.
-      process_id: which one this is, 0 ≤ process_id < num_processes.
+      coordinator: "host:port" of process 0, reachable from every process.
+      num_processes: number of processes.
+      process_id: index of this process, 0 ≤ process_id < num_processes.
       timeout_s: how long the processes wait for each other, in seconds.
 
     Raises:
-      UserError: some but not all of the three are given, one is malformed, or the processes did
-        not find each other in time.
+      UserError: some but not all of the three are given, one is malformed, or not all processes
+        connected in time.
     """
     if jax.distributed.is_initialized():
         return
-    group = _group((coordinator, num_processes, process_id))
+    group = _process_group((coordinator, num_processes, process_id))
     if group is None:
         if not os.environ.get(_OPEN_MPI):
             return
-        logging.info("Joining the processes that Open MPI started (at most %g s).", timeout_s)
+        logging.info("Connecting the processes started by Open MPI (at most %g s).", timeout_s)
         jax.distributed.initialize(initialization_timeout=int(timeout_s))
     elif group.count == 1:
         return
     else:
-        _join(group, timeout_s)
-    sys.excepthook = _end_at_once
+        _initialize_group(group, timeout_s)
+    sys.excepthook = _print_and_end
     logging.info(
         "Process %d of %d, %d of %d devices.",
         jax.process_index(),
@@ -76,45 +77,54 @@ def initialize(
     )
 
 
-def _join(group: Group, timeout_s: float) -> None:
-    """Meets the others, then starts jax's own service with them."""
+def _initialize_group(group: ProcessGroup, timeout_s: float) -> None:
+    """Waits until all processes of the group have started, then initialises `jax.distributed`."""
     where = f" on {group.hosts[group.index]}" if group.hosts else ""
     logging.info(
-        "Process %d of %d%s, says %s, joins the others at %s.",
-        *(group.index, group.count, where, group.launcher, group.address),
+        "Process %d of %d%s (according to %s) connects to process 0 at %s.",
+        group.index,
+        group.count,
+        where,
+        group.launcher,
+        group.address,
     )
-    meet(group.address, group.count, group.index, timeout_s=timeout_s, hosts=group.hosts)
+    wait_for_all(group.address, group.count, group.index, timeout_s=timeout_s, hosts=group.hosts)
     jax.distributed.initialize(
         group.address,
         group.count,
         group.index,
         local_device_ids=None if group.local_device is None else [group.local_device],
         initialization_timeout=max(1, int(timeout_s)),
-        # All is known. Detecting again, jax would take one device per process under SLURM.
+        # JAX's own detection would give each process one device under SLURM.
         cluster_detection_method=None if os.environ.get(_OPEN_MPI) else "deactivate",
     )
 
 
-def _group(values: tuple[Any, Any, Any]) -> Group | None:
-    """The group from arguments, else JAX_… variables, else the launcher; None for one process."""
-    values = tuple(
+def _process_group(values: tuple[Any, Any, Any]) -> ProcessGroup | None:
+    """Returns the group from arguments, JAX_… variables or the launcher; None for a single process.
+
+    Args:
+      values: coordinator address, number of processes and index, each None where not given.
+    """
+    address, count, index = (
         os.environ.get(name) if value is None else value
         for name, value in zip(VARIABLES, values, strict=True)
     )
+    values = address, count, index
     if any(value is not None for value in values):
-        return given_group(values)
-    return find_group()
+        return explicit_group(values)
+    return detect_group()
 
 
 def end_process(status: int) -> NoReturn:
-    """Ends this process now; in a job of several, without waiting for the others at the exit.
+    """Exits this process with `status`, without waiting for the other processes of the job.
 
-    Programs use it in place of `sys.exit` for an error that the other processes may not share.
+    Programs use it instead of `sys.exit` for an error that the other processes may not share.
     """
     if not jax.distributed.is_initialized():
         sys.exit(status)
     logging.error(
-        "Process %d ends with status %d, and the job with it.", jax.process_index(), status
+        "Process %d exits with status %d, which ends the whole job.", jax.process_index(), status
     )
     logging.flush()
     sys.stdout.flush()
@@ -122,13 +132,23 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _end_at_once(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def _print_and_end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Exception hook: prints the traceback and ends this process with status 1."""
     traceback.print_exception(kind, error, trace)
     end_process(1)
 
 
 def on_first_process(function: Callable[[], Any]) -> Any:
-    """Calls `function` on process 0 and returns its JSON-able result, or raises, on all."""
+    """Calls `function` on process 0 only and returns its result on all processes.
+
+    Args:
+      function: a function whose result can be written as JSON.
+
+    Raises:
+      UserError: on all processes, if `function` raised one.
+      RuntimeError: on the other processes, if `function` raised any other exception, which process
+        0 raises unchanged.
+    """
     if jax.process_count() == 1:
         return function()
     reply: dict = {}
@@ -136,7 +156,7 @@ def on_first_process(function: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             reply = {"value": function()}
-        except Exception as error:  # the others must hear of it, or they wait for ever
+        except Exception as error:  # sent to the others, which would otherwise wait for ever
             failure, user = error, isinstance(error, UserError)
             reply = {"error": str(error) if user else f"process 0: {error!r}", "user": user}
     text = json.dumps(reply).encode()
@@ -151,7 +171,11 @@ def on_first_process(function: Callable[[], Any]) -> Any:
 
 
 def from_all_processes(text: str) -> list[str]:
-    """Returns the `text` (cut to 400 bytes) of every process, on every process."""
+    """Returns the texts of all processes, in process order, on every process.
+
+    Args:
+      text: text of this process; cut to 400 bytes.
+    """
     if jax.process_count() == 1:
         return [text]
     row = np.frombuffer(text.encode()[:400].ljust(400), np.uint8)

@@ -1,4 +1,4 @@
-"""Host rows to global device arrays, and back."""
+"""Conversion of host rows to global device arrays."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ _AXES = ("batch", "sequence")
 
 
 def local_rows(mesh: jax.sharding.Mesh, global_batch: int) -> tuple[int, int]:
-    """(first row, number of rows) of the global batch that this process's devices hold.
+    """Returns (first row, number of rows) of the global batch that this process's devices hold.
 
-    Several processes may hold the same rows: those that share a row along context or tensor.
+    Processes whose devices differ only along context or tensor hold the same rows.
+
+    Args:
+      mesh: the device mesh.
+      global_batch: rows of the global batch.
     """
     sharding = named_sharding(mesh, "batch")
-    slices = sharding.addressable_devices_indices_map((global_batch,)).values()
-    bounds = [s.indices(global_batch)[:2] for (s,) in slices]
+    indices = sharding.addressable_devices_indices_map((global_batch,)).values()
+    bounds = [index[0].indices(global_batch)[:2] for index in indices if index is not None]
     first = min(start for start, _ in bounds)
     return first, max(stop for _, stop in bounds) - first
 
@@ -25,18 +29,28 @@ def local_rows(mesh: jax.sharding.Mesh, global_batch: int) -> tuple[int, int]:
 def to_global(
     batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, first: int, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Global arrays from the rows [first, …) this process has read; copies only its devices' part.
+    """Returns global arrays made from this process's rows.
 
-    Arrays are [b] or [b,T]; the first axis is the batch, the second the sequence.
+    Only the parts that belong to this process's devices are copied.
+
+    Args:
+      batch: name -> rows [first, first + b) of the global batch, [b] or [b, T] (T tokens per row).
+      mesh: the device mesh; the first axis is sharded as the batch, the second as the sequence.
+      first: index in the global batch of the first given row.
+      global_batch: rows of the global batch.
     """
 
     def globalise(rows: np.ndarray) -> jax.Array:
+        """Returns one array of the batch as a global array."""
         shape = (global_batch, *rows.shape[1:])
 
-        def piece(index):
+        def shard_rows(index):
+            """Returns the part at `index` of the global array, which belongs to one device."""
             start, stop, _ = index[0].indices(global_batch)
             return rows[(slice(start - first, stop - first), *index[1:])]
 
-        return jax.make_array_from_callback(shape, named_sharding(mesh, *_AXES[: rows.ndim]), piece)
+        return jax.make_array_from_callback(
+            shape, named_sharding(mesh, *_AXES[: rows.ndim]), shard_rows
+        )
 
     return {name: globalise(rows) for name, rows in batch.items()}

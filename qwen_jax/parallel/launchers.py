@@ -1,9 +1,10 @@
-"""Who the processes of this job are, as its launcher tells through the environment.
+"""Detection of the processes of a job from the environment of its launcher.
 
 A launcher is whatever starts the same program on several hosts: SLURM's srun, GKE's TPU webhook,
-the metadata server of a Cloud TPU VM, or a person who sets three variables. Each says how many
-processes there are, which one this is, where process 0 listens and on which hosts they run.
-jax reads the same sources (jax/_src/clusters); read here, the hosts that do not come have names.
+the metadata server of a Cloud TPU VM, or a person who sets three variables. Each of them states the
+number of processes, the index of this one, the address of process 0 and the hosts. JAX reads the
+same sources (jax/_src/clusters); reading them here as well makes it possible to name the hosts of
+missing processes.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ _METADATA_PATH = "/computeMetadata/v1/instance/attributes/"
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
-    """The processes of a job.
+class ProcessGroup:
+    """The processes of a job, as seen by one of them.
 
     Attributes:
-      address: "host:port" of process 0, as every process reaches it.
-      count: how many there are. index: which one this is, 0 ≤ index < count.
-      hosts: the host of each process, or () where the launcher does not say.
-      launcher: where this comes from, for the log.
-      local_device: the one device of this host's that the process drives; None for all of them.
+      address: "host:port" of process 0, reachable from every process.
+      count: number of processes.
+      index: index of this process, 0 ≤ index < count.
+      hosts: host of each process, or () if the launcher does not state them.
+      launcher: source of this information, for the log.
+      local_device: index of the only device of this host that the process drives; None: all of
+        them.
     """
 
     address: str
@@ -48,37 +51,41 @@ class Group:
     local_device: int | None = None
 
 
-def find_group(
+def detect_group(
     environment: Environment = os.environ, *, read_metadata: Callable[[str], str] | None = None
-) -> Group | None:
-    """The group this process was started in, or None where no launcher is seen.
+) -> ProcessGroup | None:
+    """Returns the group of processes this process was started in, or None if there is no launcher.
 
     Args:
-      environment: variables to read.
+      environment: environment variables.
       read_metadata: returns an attribute of this virtual machine by name; by default the metadata
-        server is asked, and only where jax has seen TPU chips.
+        server is read, but only if JAX has found TPU chips.
 
     Raises:
-      UserError: a launcher is there, but what it says does not fit together.
+      UserError: a launcher was found, but its variables contradict each other.
     """
     if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
-        return _slurm(environment)
+        return _slurm_group(environment)
     if "SLURM_JOB_ID" in environment and environment.get("SLURM_NTASKS", "1") != "1":
-        logging.warning("One process in a SLURM job of several tasks: srun would start them all.")
+        logging.warning(
+            "A single process in a SLURM job of several tasks; to start all of them, use srun."
+        )
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
     if workers:
-        return _tpu_pod(workers, environment)
-    if read_metadata is None and _has_tpu(environment):
-        read_metadata = _metadata
-    return _tpu_vm(environment, read_metadata) if read_metadata else None
+        return _gke_group(workers, environment)
+    if read_metadata is None and _may_have_tpu(environment):
+        read_metadata = _read_metadata
+    return _tpu_vm_group(environment, read_metadata) if read_metadata else None
 
 
-def given_group(values: tuple[Any, Any, Any], environment: Environment = os.environ) -> Group:
-    """The group that an address, a count and an index describe.
+def explicit_group(
+    values: tuple[Any, Any, Any], environment: Environment = os.environ
+) -> ProcessGroup:
+    """Returns the group described by an address, a number of processes and an index.
 
     Args:
-      values: in the order of VARIABLES, texts or numbers; None where not given.
-      environment: tells which device is this process's where SLURM started it.
+      values: these three, in the order of `VARIABLES`, as strings or numbers; None where not given.
+      environment: environment variables; under SLURM they determine the device of this process.
 
     Raises:
       UserError: some are given and some are not, or one is malformed.
@@ -94,32 +101,40 @@ def given_group(values: tuple[Any, Any, Any], environment: Environment = os.envi
         try:
             numbers.append(int(value))
         except ValueError:
-            raise UserError(f"{name}={value!r} must be a whole number.") from None
+            raise UserError(f"{name}={value!r} must be an integer.") from None
     address, (count, index) = values[0], numbers
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(
             f"Coordinator address {address!r} must be host:port, such as 10.0.0.2:1234."
         )
-    return Group(address, count, _checked(index, count), local_device=_local_device(environment))
+    return ProcessGroup(
+        address, count, _checked_index(index, count), local_device=_local_device(environment)
+    )
 
 
 def expand_hosts(text: str) -> tuple[str, ...]:
     """Expands SLURM's node lists: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7, login.
 
     Raises:
-      UserError: brackets that do not close, or a range that is none.
+      UserError: a bracket is not closed, or its content is not a list of ranges.
     """
     hosts: list[str] = []
     # Commas inside brackets belong to the range.
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", text):
         hosts += _expand(part, text)
     if not hosts:
-        raise UserError(f"SLURM's node list {text!r} names no node: start the job with srun.")
+        raise UserError(f"SLURM's node list {text!r} is empty: start the job with srun.")
     return tuple(hosts)
 
 
 def _expand(part: str, text: str) -> list[str]:
+    """Expands the first bracket of `part` and, recursively, those after it.
+
+    Args:
+      part: one element of a node list, such as "rack[1-2]node[01-04]".
+      text: the complete node list, for the error message.
+    """
     opening = part.find("[")
     if opening < 0:
         return [part]
@@ -138,19 +153,19 @@ def _expand(part: str, text: str) -> list[str]:
     return [name + tail for name in names for tail in _expand(rest, text)]
 
 
-def _slurm(environment: Environment) -> Group:
-    """A task of an srun step; the address is the one jax would choose."""
+def _slurm_group(environment: Environment) -> ProcessGroup:
+    """Returns the group of the tasks of an srun step, with the address that JAX would choose."""
     nodes = expand_hosts(environment["SLURM_STEP_NODELIST"])
-    count = _number(environment, "SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS"))
-    index = _number(environment, "SLURM_PROCID")
-    port = environment.get("JAX_COORDINATOR_PORT")
-    if not port:
-        # 4,096 ports below 65,536, by the job's number: two jobs on a node rarely share one.
-        port = 61440 + _number(environment, "SLURM_JOB_ID") % 4096
-    return Group(
+    count = _integer(environment, "SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS"))
+    index = _integer(environment, "SLURM_PROCID")
+    # 4,096 ports below 65,536, by the job's number: two jobs on a node rarely share one.
+    port = environment.get("JAX_COORDINATOR_PORT") or str(
+        61440 + _integer(environment, "SLURM_JOB_ID") % 4096
+    )
+    return ProcessGroup(
         f"{nodes[0]}:{port}",
         count,
-        _checked(index, count),
+        _checked_index(index, count),
         _hosts_of_tasks(nodes, count, index, environment),
         "SLURM",
         _local_device(environment),
@@ -160,7 +175,7 @@ def _slurm(environment: Environment) -> Group:
 def _hosts_of_tasks(
     nodes: tuple[str, ...], count: int, index: int, environment: Environment
 ) -> tuple[str, ...]:
-    """The node of every task, or () where tasks are laid out in a way not known here."""
+    """Returns the node of every task, or () if the tasks are distributed in an unsupported way."""
     tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if len(tasks) != len(nodes) or sum(tasks) != count:
         return ()
@@ -176,7 +191,7 @@ def _hosts_of_tasks(
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Expands SLURM's "8(x2),4" to [8, 8, 4]; [] for text of another form."""
+    """Expands SLURM's "8(x2),4" to [8, 8, 4]; returns [] for text of another form."""
     tasks: list[int] = []
     for item in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", item.strip())
@@ -187,9 +202,10 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def _local_device(environment: Environment) -> int | None:
-    """Under SLURM, one GPU per task where a node has several tasks and each sees all GPUs.
+    """Returns the GPU of this task if SLURM runs several tasks per node and each sees all GPUs.
 
-    jax alone gives a task its one GPU even where it is the only task on a node of eight.
+    None otherwise: the process then drives all devices it sees. JAX's own detection gives a task
+    one GPU even if it is the only task on a node of eight.
     """
     if "SLURM_LOCALID" not in environment:
         return None
@@ -199,73 +215,102 @@ def _local_device(environment: Environment) -> int | None:
     bound = environment.get("CUDA_VISIBLE_DEVICES", "")
     if here == 1 or (bound and "," not in bound):
         return None
-    return _number(environment, "SLURM_LOCALID")
+    return _integer(environment, "SLURM_LOCALID")
 
 
-def _tpu_pod(workers: str, environment: Environment) -> Group | None:
-    """A pod on GKE: the TPU webhook sets TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, MEGASCALE_*."""
+def _gke_group(workers: str, environment: Environment) -> ProcessGroup | None:
+    """Returns the group of a TPU pod on GKE.
+
+    GKE's TPU webhook sets TPU_WORKER_HOSTNAMES, TPU_WORKER_ID and the MEGASCALE_* variables.
+    """
     names = tuple(name.strip().split(":")[0] for name in workers.split(",") if name.strip())
-    index = _number(environment, "TPU_WORKER_ID", "0" if len(names) == 1 else None)
-    return _slices(names, index, environment.get, environment, "the TPU pod's environment")
+    index = _integer(environment, "TPU_WORKER_ID", "0" if len(names) == 1 else None)
+    return _multislice_group(
+        names, index, environment.get, environment, "the TPU pod's environment"
+    )
 
 
-def _tpu_vm(environment: Environment, read: Callable[[str], str]) -> Group | None:
-    """A Cloud TPU VM: who its fellow workers are stands in the metadata of the machine."""
+def _tpu_vm_group(environment: Environment, read: Callable[[str], str]) -> ProcessGroup | None:
+    """Returns the group of a Cloud TPU VM from its metadata; None for other machines."""
     number = read("agent-worker-number").strip()
     if not number:
         return None
-    # Each is a host name or, in the older form, name:id:address.
+    # Each is a host name, or name:id:address in the older form.
     endpoints = [e.split(":")[-1] for e in read("worker-network-endpoints").strip().split(",")]
     pairs = (line.partition(":") for line in read("tpu-env").splitlines())
     facts = {key.strip(): value.strip().strip("'\"") for key, _, value in pairs}
     names = tuple(endpoints)
-    return _slices(names, int(number), facts.get, environment, "the TPU VM's metadata")
+    return _multislice_group(names, int(number), facts.get, environment, "the TPU VM's metadata")
 
 
-def _slices(
+def _multislice_group(
     names: tuple[str, ...],
     worker: int,
     get: Callable[[str], str | None],
     environment: Environment,
     launcher: str,
-) -> Group:
-    """The workers of all slices, slice after slice; as jax numbers them."""
+) -> ProcessGroup:
+    """Returns the group of the workers of all slices, numbered slice by slice as JAX does.
+
+    Args:
+      names: hosts of the workers of this slice.
+      worker: index of this worker within its slice.
+      get: returns a MEGASCALE_* variable by name, or None.
+      environment: environment variables.
+      launcher: source of the information, for the log.
+
+    Raises:
+      UserError: an index is out of range.
+    """
     slices, this = int(get("MEGASCALE_NUM_SLICES") or 1), int(get("MEGASCALE_SLICE_ID") or 0)
-    _checked(worker, len(names))
+    _checked_index(worker, len(names))
     first = (get("MEGASCALE_COORDINATOR_ADDRESS") or "").split(":")[0] or names[0]
     hosts = [
         _host_in_slice(name, i, this, s) for s in range(slices) for i, name in enumerate(names)
     ]
     port = environment.get("JAX_COORDINATOR_PORT") or _TPU_PORT
     index = this * len(names) + worker
-    return Group(f"{first}:{port}", len(hosts), _checked(index, len(hosts)), tuple(hosts), launcher)
+    return ProcessGroup(
+        f"{first}:{port}", len(hosts), _checked_index(index, len(hosts)), tuple(hosts), launcher
+    )
 
 
 def _host_in_slice(name: str, worker: int, this: int, other: int) -> str:
-    """The name of a worker of slice `other`, given the one of slice `this` in the same place.
+    """Returns the host name of a worker in slice `other`.
 
-    JobSet's pods are called JOBSET-JOB-SLICE-WORKER.SUBDOMAIN; other names tell nothing.
+    JobSet's pods are called JOBSET-JOB-SLICE-WORKER.SUBDOMAIN; for other names a description is
+    returned instead.
+
+    Args:
+      name: host name of the worker with the same index in slice `this`.
+      worker: index of the worker within its slice.
+      this: index of the slice that `name` belongs to.
+      other: index of the slice of the wanted worker.
     """
     if this == other:
         return name
-    told = re.fullmatch(rf"(.+)-{this}-{worker}(\..*)?", name)
-    if told:
-        return f"{told[1]}-{other}-{worker}{told[2] or ''}"
+    match = re.fullmatch(rf"(.+)-{this}-{worker}(\..*)?", name)
+    if match:
+        return f"{match[1]}-{other}-{worker}{match[2] or ''}"
     return f"worker {worker} of slice {other}"
 
 
-def _has_tpu(environment: Environment) -> bool:
-    # On import jax looks for TPU chips on the PCI bus and sets this where it finds none.
+def _may_have_tpu(environment: Environment) -> bool:
+    """Returns whether JAX found TPU chips in this machine, or has not looked for them."""
+    # On import, JAX looks for TPU chips on the PCI bus and sets this if there are none.
     return "TPU_SKIP_MDS_QUERY" not in environment
 
 
-def _metadata(name: str) -> str:
-    """An attribute of this virtual machine, "" where there is no such attribute or no server."""
+def _read_metadata(name: str) -> str:
+    """Returns an attribute of this virtual machine from its metadata server.
+
+    "" if there is no such attribute, or no server.
+    """
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}{_METADATA_PATH}{name}", headers={"Metadata-Flavor": "Google"}
     )
-    # The server is a neighbour, never behind the proxy of the world outside.
+    # The metadata server is local to the machine, never behind a configured proxy.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     for attempt in range(4):
         time.sleep(attempt)
@@ -273,23 +318,33 @@ def _metadata(name: str) -> str:
             with opener.open(request, timeout=10) as answer:
                 return answer.read().decode()
         except urllib.error.HTTPError as error:
-            if error.code == 404:  # the machine is no TPU VM, or has no such attribute
+            if error.code == 404:  # not a TPU VM, or it has no such attribute
                 return ""
         except OSError:
             continue
-    logging.warning("The metadata server %s does not tell %r: taken as absent.", server, name)
+    logging.warning("The metadata server %s did not return %r; treated as absent.", server, name)
     return ""
 
 
-def _number(environment: Environment, name: str, default: str | None = None) -> int:
+def _integer(environment: Environment, name: str, default: str | None = None) -> int:
+    """Returns an environment variable as an integer.
+
+    Raises:
+      UserError: it is not an integer, or missing and without a default.
+    """
     text = environment.get(name, default)
     try:
         return int(text or "")
     except ValueError:
-        raise UserError(f"{name}={text!r} must be a whole number.") from None
+        raise UserError(f"{name}={text!r} must be an integer.") from None
 
 
-def _checked(index: int, count: int) -> int:
+def _checked_index(index: int, count: int) -> int:
+    """Returns `index` if it is valid for `count` processes.
+
+    Raises:
+      UserError: it is out of range.
+    """
     if not 0 <= index < count:
         raise UserError(
             f"Process id {index} of {count} processes must be from 0 to {count - 1}: number the "

@@ -1,4 +1,4 @@
-"""The device mesh: data × fsdp × context × tensor, in JAX's explicit-sharding mode."""
+"""Device mesh with axes data × fsdp × context × tensor, in JAX's explicit-sharding mode."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ tensor: heads, FFN width and vocabulary.
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis; one axis may be -1, meaning all the devices that are left."""
+    """Number of devices along each mesh axis; one axis may be -1, meaning all remaining devices."""
 
     data: int = 1
     fsdp: int = -1
@@ -32,10 +32,16 @@ class MeshConfig:
 
 
 def mesh_sizes(config: MeshConfig, n_devices: int, slices: int = 1) -> tuple[int, ...]:
-    """Devices along each of `AXES` for this many devices, in so many slices.
+    """Returns the number of devices along each of `AXES`, with -1 resolved.
+
+    Args:
+      config: sizes of the axes.
+      n_devices: number of devices.
+      slices: number of TPU slices (or groups of hosts) that they belong to.
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices, or slices don't divide `data`.
+      UserError: the sizes don't multiply to the number of devices, or `data` is not a multiple of
+        the number of slices.
     """
     sizes = dataclasses.astuple(config)
     for axis, size in zip(AXES, sizes, strict=True):
@@ -47,7 +53,7 @@ def mesh_sizes(config: MeshConfig, n_devices: int, slices: int = 1) -> tuple[int
     if n_devices % known or (-1 not in sizes and known != n_devices):
         raise UserError(
             f"mesh {'×'.join(f'{a}={s}' for a, s in zip(AXES, sizes, strict=True))} needs "
-            f"{'a multiple of ' if -1 in sizes else ''}{known} devices but {n_devices} are there; "
+            f"{'a multiple of ' if -1 in sizes else ''}{known} devices but there are {n_devices}; "
             "change one axis, or set one to -1 for the rest"
         )
     sizes = tuple(n_devices // known if s == -1 else s for s in sizes)
@@ -60,15 +66,16 @@ def mesh_sizes(config: MeshConfig, n_devices: int, slices: int = 1) -> tuple[int
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """Makes the mesh; enter it with `jax.set_mesh(mesh)`.
+    """Returns the device mesh; enter it with `jax.set_mesh(mesh)`.
 
     Axes are explicit: every array's type carries its sharding, and an operation whose result
-    sharding is ambiguous must say it. Within a slice devices are laid out along the interconnect;
-    over several slices `data` is the outer axis and alone crosses the data-center network.
+    sharding is ambiguous must state it. Within a slice, devices are ordered along the interconnect;
+    with several slices, `data` is the outermost axis and the only one that crosses the data-center
+    network.
 
     Args:
       config: sizes of the axes.
-      devices: all devices of all processes by default.
+      devices: devices of the mesh; by default all devices of all processes.
 
     Raises:
       UserError: as `mesh_sizes`.
@@ -76,11 +83,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     sizes = mesh_sizes(config, len(devices), slices)
-    # Split physical axes: without it, tensor=4 on a 16×16 torus has no assignment.
-    how = {"devices": devices, "allow_split_physical_axes": True}
+    # Without split physical axes, tensor=4 on a 16×16 torus has no assignment.
     if slices > 1:
         inner = (sizes[0] // slices, *sizes[1:])
-        layout = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1, 1), **how)
+        layout = mesh_utils.create_hybrid_device_mesh(
+            inner, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     else:
-        layout = mesh_utils.create_device_mesh(sizes, **how)
+        layout = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(layout, AXES, axis_types=(AxisType.Explicit,) * len(AXES))

@@ -1,7 +1,8 @@
-"""Processes of a job meet over a plain socket before jax starts, and name who is missing.
+"""Start-up barrier over a plain socket that reports which processes of a job are missing.
 
-jax aborts with a C++ stack trace when a process does not come, or waits for minutes. Here process 0
-listens, the others report to it, and each hears one line of text: empty, or what is wrong.
+JAX itself aborts with a C++ stack trace, or waits for minutes, if a process fails to start. Here
+process 0 listens, the other processes connect to it, and each receives one line of text: empty, or
+an error message.
 """
 
 from __future__ import annotations
@@ -16,94 +17,107 @@ from qwen_jax.errors import UserError
 _MAGIC = b"qwen_jax"
 
 
-class NotAllHere(UserError):
-    """The processes of a job did not find each other; the next start may well succeed."""
+class ProcessMissing(UserError):
+    """Error: not all processes of a job connected in time. Starting the job again may succeed."""
 
     status = 69  # EX_UNAVAILABLE of sysexits.h
 
 
-def meet(
+def wait_for_all(
     address: str, count: int, index: int, *, timeout_s: float, hosts: Sequence[str] = ()
 ) -> None:
-    """Returns when all `count` processes have reported to process 0 at `address`.
+    """Blocks until all `count` processes have connected to process 0 at `address`.
 
-    Process 0 listens; each other one sends its number and how many it expects, and keeps the line
-    open for the verdict, one line of text that is empty when all is well.
+    Process 0 listens. Each other process sends its index and the number of processes it expects,
+    then keeps the connection open for the result, one line of text that is empty on success.
 
     Args:
       address: "host:port" of process 0.
-      count, index: how many processes there are, and which one this is.
+      count: number of processes.
+      index: index of this process.
       timeout_s: how long to wait for the others, in seconds.
-      hosts: the host of each process, for the names of those missing; () where unknown.
+      hosts: host of each process, for the error message; () if unknown.
 
     Raises:
-      NotAllHere: on every process that could be reached, with the numbers and hosts of those
-        missing.
+      ProcessMissing: on every process that could be reached, with the indices and hosts of the
+        missing ones; or the processes disagree about their number or indices.
     """
     deadline = time.monotonic() + timeout_s
-    verdict = (
+    message = (
         _gather(address, count, hosts, deadline, timeout_s)
         if index == 0
         else _report(address, count, index, deadline, timeout_s)
     )
-    if verdict:
-        raise NotAllHere(verdict)
+    if message:
+        raise ProcessMissing(message)
 
 
 def _gather(
     address: str, count: int, hosts: Sequence[str], deadline: float, timeout_s: float
 ) -> str:
-    """Process 0: hears the others until `deadline`, tells all of them how it went."""
+    """Accepts the connections of all other processes (process 0) and sends them the result.
+
+    Args:
+      address: "host:port" to listen at.
+      count: number of processes.
+      hosts: host of each process, or ().
+      deadline: value of `time.monotonic()` at which to give up.
+      timeout_s: the time-out, for the error message.
+
+    Returns:
+      The message sent to all: "" on success.
+    """
     port = int(address.rpartition(":")[2])
-    lines: dict[int, socket.socket] = {}
-    verdict = ""
+    connections: dict[int, socket.socket] = {}
+    message = ""
     try:
         server = _listen(port, count)
     except OSError as error:
         return (
             f"Process 0 cannot listen at {address} ({error.strerror}): choose a free port, and end "
-            "what is left of an earlier job."
+            "processes left over from an earlier job."
         )
     with server:
-        while len(lines) < count - 1 and not verdict:
+        while len(connections) < count - 1 and not message:
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                line, _ = server.accept()
-                line.settimeout(5.0)
-                index, expected = _read_report(line)
+                connection, _ = server.accept()
+                connection.settimeout(5.0)
+                index, expected = _read_report(connection)
             except TimeoutError:
                 if time.monotonic() < deadline:
-                    continue  # a stranger that said nothing
-                missing = [i for i in range(1, count) if i not in lines]
-                verdict = (
+                    continue  # connected but sent nothing: not a process of this job
+                missing = [i for i in range(1, count) if i not in connections]
+                message = (
                     f"After {timeout_s:g} s at {address}, {len(missing)} of {count} processes had "
-                    f"not reported: {_named(missing, hosts)}; see whether they started and reach "
-                    "this address."
+                    f"not connected: {_format_processes(missing, hosts)}; check that they "
+                    "started and can reach this address."
                 )
                 break
             except (OSError, ValueError):
-                continue  # a port scanner or a process that died: not one of ours
+                continue  # a port scanner, or a process that died
             if expected != count:
-                verdict = (
+                message = (
                     f"Process {index} expects {expected} processes and process 0 expects {count}: "
-                    "start all with the same number."
+                    "start all of them with the same number."
                 )
-            elif index in lines or not 0 < index < count:
-                verdict = (
+            elif index in connections or not 0 < index < count:
+                message = (
                     f"Process id {index} was used twice at {address}: number them 0 to {count - 1}."
                 )
-            lines[index if index not in lines else -1] = line
-        for line in lines.values():
+            connections[index if index not in connections else -1] = connection
+        for connection in connections.values():
             try:
-                line.sendall((verdict + "\n").encode())
+                connection.sendall((message + "\n").encode())
             except OSError:
                 continue
             finally:
-                line.close()
-    return verdict
+                connection.close()
+    return message
 
 
 def _listen(port: int, count: int) -> socket.socket:
+    """Returns a socket that listens at a port on all interfaces, IPv4 and IPv6 where available."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(
             ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=count
@@ -111,16 +125,21 @@ def _listen(port: int, count: int) -> socket.socket:
     return socket.create_server(("", port), backlog=count)
 
 
-def _named(processes: Sequence[int], hosts: Sequence[str], most: int = 20) -> str:
-    """Numbers with the hosts they belong to: `1 (host a), 3 (host b)`."""
+def _format_processes(processes: Sequence[int], hosts: Sequence[str], most: int = 20) -> str:
+    """Formats process indices with their hosts, as in `1 (host a), 3 (host b)`, at most `most`."""
     names = [f"{i} (host {hosts[i]})" if hosts else str(i) for i in processes[:most]]
     return ", ".join(names) + (" and more" if len(processes) > most else "")
 
 
-def _read_report(line: socket.socket) -> tuple[int, int]:
+def _read_report(connection: socket.socket) -> tuple[int, int]:
+    """Reads what a process sent on connecting: its index and the number of processes it expects.
+
+    Raises:
+      ValueError: the peer is not a process of this program.
+    """
     data = b""
     while len(data) < len(_MAGIC) + 8:
-        part = line.recv(64)
+        part = connection.recv(64)
         if not part:
             raise ValueError("closed early")
         data += part
@@ -131,24 +150,30 @@ def _read_report(line: socket.socket) -> tuple[int, int]:
 
 
 def _report(address: str, count: int, index: int, deadline: float, timeout_s: float) -> str:
-    """The others: report to process 0, again and again while nobody listens, and hear it out."""
+    """Connects to process 0, retrying until `deadline`, and returns the message it sends.
+
+    Used by all other processes. The message is "" on success; if process 0 cannot be reached, an
+    error message is returned.
+    """
     host, _, port = address.rpartition(":")
     reason: Exception | str = ""
     while (left := deadline - time.monotonic()) > 0:
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=left) as line:
-                line.sendall(_MAGIC + struct.pack("!II", index, count))
+            with socket.create_connection(
+                (host.strip("[]"), int(port)), timeout=left
+            ) as connection:
+                connection.sendall(_MAGIC + struct.pack("!II", index, count))
                 # Process 0 gives up at its own deadline, which may be a little later than ours.
-                line.settimeout(max(0.0, deadline - time.monotonic()) + 10.0)
-                with line.makefile(encoding="utf-8") as reader:
+                connection.settimeout(max(0.0, deadline - time.monotonic()) + 10.0)
+                with connection.makefile(encoding="utf-8") as reader:
                     answer = reader.readline()
             if answer:
                 return answer.strip()
-            reason = "it closed the line"
+            reason = "it closed the connection"
         except OSError as error:
             reason = error
         time.sleep(0.1)
     return (
         f"Process {index} did not reach process 0 at {address} within {timeout_s:g} s ({reason}): "
-        "see whether process 0 started, and whether host and port are right and open."
+        "check that process 0 started and that host and port are right and open."
     )

@@ -1,7 +1,7 @@
-"""One table from the names of tensor axes to mesh axes, and the verbs that use it.
+"""Rules that map logical array axes to mesh axes, and the sharding functions that use them.
 
-Every weight and activation axis has a logical name; the table alone decides where it lives. Without
-a mesh (a notebook on one device) every verb here does nothing.
+Every axis of a weight or activation has a logical name; this table alone determines its mesh axes.
+Without a mesh (a notebook on one device) the functions change nothing.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
-    # Activations. Residual-stream channels stay whole: norms then need no communication.
+    # Activations. Residual-stream channels are not sharded, so norms need no communication.
     "batch": ("data", "fsdp"),
     "sequence": "context",
     "channels": None,
-    # Weights. `embed` is the D side of every matrix, sharded at rest and gathered to be used.
+    # Weights. `embed` is the d_model axis of every matrix: stored sharded, gathered for use.
     "layers": None,
     "embed": "fsdp",
     "heads": "tensor",
@@ -26,32 +26,44 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "ffn": "tensor",
     "vocab": "tensor",
     "norm": None,
-    # The input table is looked up by row, so rows stay together and channels are spread over both
-    # axes: a lookup then moves activations (tokens × D), never the table (V × D, 18 times more at
-    # 7B with 8k tokens per device).
+    # The input embedding table is looked up by row, so rows are not sharded and channels are
+    # sharded over both axes: a lookup then moves activations (tokens × D), never the table (V × D,
+    # 18 times more at 7B with 8k tokens per device).
     "table_rows": None,
     "table_batch": "data",
     "table_channels": ("fsdp", "tensor"),
 }
 
 GATHERED = "gathered_weight"
-"""Name under which gathered weights are known to remat policies: they are never saved."""
+"""Checkpoint name of gathered weights, by which remat policies exclude them from saving."""
+
+
+def mesh_axes(axis: str | None) -> tuple[str, ...]:
+    """Returns the names of the mesh axes that a logical axis is sharded over, () if none."""
+    names = RULES[axis]
+    return () if names is None else (names,) if isinstance(names, str) else names
+
+
+def mesh_axis(axis: str) -> str:
+    """Returns the name of the only mesh axis that a logical axis is sharded over."""
+    (name,) = mesh_axes(axis)
+    return name
 
 
 def current_mesh() -> jax.sharding.AbstractMesh:
-    """The mesh in force; `.empty` when there is none."""
+    """Returns the mesh set by `jax.set_mesh`; its `.empty` is true if there is none."""
     return jax.sharding.get_abstract_mesh()
 
 
 def on_mesh() -> bool:
-    """Whether a mesh is in force."""
+    """Returns whether a mesh is set."""
     return not current_mesh().empty
 
 
 def platform() -> tuple[str, str]:
-    """("cpu", "gpu" or "tpu", the kind of device): the mesh's, else that of the first device.
+    """Returns ("cpu", "gpu" or "tpu", device kind) of the mesh, else of the first device.
 
-    Taken from the mesh, so that a program can be compiled for devices that are not there.
+    The mesh takes precedence, so that a program can be compiled for devices that are not attached.
     """
     device = current_mesh().abstract_device if on_mesh() else None
     device = device or jax.devices()[0]
@@ -60,29 +72,34 @@ def platform() -> tuple[str, str]:
 
 
 def spec(*axes: str | None) -> jax.P | None:
-    """PartitionSpec of a tensor with these logical axes; None without a mesh.
+    """Returns the PartitionSpec of an array with these logical axes; None without a mesh.
 
-    Meant for `out_sharding=`: None then leaves single-device code as it is.
+    Meant for `out_sharding=`, where None has no effect.
     """
     return jax.P(*(RULES[axis] for axis in axes)) if on_mesh() else None
 
 
 def named_sharding(mesh: jax.sharding.Mesh, *axes: str | None) -> jax.NamedSharding:
-    """NamedSharding on a concrete mesh of a tensor with these logical axes."""
+    """Returns the NamedSharding, on a concrete mesh, of an array with these logical axes."""
     return jax.NamedSharding(mesh, jax.P(*(RULES[axis] for axis in axes)))
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Moves `x` to the sharding of these logical axes (a collective where it differs)."""
+    """Moves `x` to the sharding of these logical axes, with a collective where it differs."""
     return jax.reshard(x, spec(*axes)) if on_mesh() else x
 
 
 def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax.Array:
-    """Casts a weight to the compute dtype, then collects its `fsdp` shards for use.
+    """Casts a weight to the compute dtype, then all-gathers its `fsdp` shards for use.
 
-    Casting first halves the bytes moved in bf16. The transpose reduces the gradient in the compute
-    dtype back to the shards. This is FSDP in one line: parameters live sharded, are whole only
-    while a layer uses them, and remat policies never save the whole copy.
+    Casting first halves the bytes moved in bf16. The transpose reduces the gradient, in the compute
+    dtype, back to the shards. This is all of FSDP: parameters are stored sharded and gathered only
+    while a layer uses them, and remat policies never save the gathered copy.
+
+    Args:
+      weight: the stored weight, sharded by `axes`.
+      axes: logical names of its axes.
+      dtype: compute dtype.
     """
     weight = weight.astype(dtype)
     if on_mesh():
@@ -91,6 +108,6 @@ def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax
     return checkpoint_name(weight, GATHERED)
 
 
-def batch_devices(mesh) -> int:
-    """Number of mesh positions the global batch is split over."""
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
+def batch_devices(mesh: jax.sharding.Mesh) -> int:
+    """Returns the number of parts that the global batch is split into on this mesh."""
+    return math.prod(mesh.shape[axis] for axis in mesh_axes("batch"))

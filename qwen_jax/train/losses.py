@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels.cpu_matmul import matmul_f32
-from qwen_jax.parallel import RULES, current_mesh, on_mesh, spec
+from qwen_jax.parallel import current_mesh, mesh_axes, mesh_axis, on_mesh, spec
 from qwen_jax.train.vocab_split import VocabSplit, vocab_split
 
-_TOKEN_AXES = tuple(jax.tree.leaves((RULES["batch"], RULES["sequence"])))
+_TOKEN_AXES = (*mesh_axes("batch"), *mesh_axes("sequence"))
 _PADDING_LOGIT = -1e30
 
 
@@ -310,7 +310,7 @@ def _device_loss(hidden, kernel, targets, weights, *, z_loss, chunk, split, shar
         return objective, nll, weight
     if sharded:
         d_kernel = split.scatter_kernel(d_kernel)
-        d_kernel = jax.lax.psum(d_kernel, tuple(a for a in _TOKEN_AXES if a != RULES["embed"]))
+        d_kernel = jax.lax.psum(d_kernel, tuple(a for a in _TOKEN_AXES if a != mesh_axis("embed")))
     d_hidden = d_hidden.reshape(-1, channels)[: targets.size].reshape(hidden.shape)
     return objective, nll, weight, d_hidden, d_kernel
 

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.errors import UserError
-from qwen_jax.parallel import RULES, current_mesh, on_mesh
+from qwen_jax.parallel import current_mesh, mesh_axis, on_mesh
 
-_FSDP, _TENSOR = RULES["embed"], RULES["vocab"]
+_FSDP, _TENSOR = mesh_axis("embed"), mesh_axis("vocab")
 
 # Width of a TPU register. Parts that end elsewhere make the TPU compiler replace a reduce-scatter
 # by an all-reduce, which moves twice the bytes.

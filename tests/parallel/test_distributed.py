@@ -1,4 +1,4 @@
-"""Start-up of several processes: who is missing is named, in time; nothing hangs."""
+"""Start-up of several processes: errors name missing processes in time, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import distributed, launchers
-from qwen_jax.parallel.rendezvous import meet
+from qwen_jax.parallel.rendezvous import wait_for_all
 from tests import multiprocess
 
 NAMES = launchers.VARIABLES
@@ -27,16 +27,16 @@ def _clean_environment(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def _meet_all(
+def _run_barrier(
     reports: list[tuple[int, int]], timeout_s: float = 10.0, before=None, hosts=()
 ) -> list[str]:
-    """Runs `meet` for (index, count) pairs in threads; returns what each one raised, or ""."""
+    """Runs `wait_for_all` for (index, count) pairs in threads; returns their errors, or ""."""
     address = f"127.0.0.1:{multiprocess.free_port()}"
     messages = ["?"] * len(reports)
 
     def one(place: int, index: int, count: int) -> None:
         try:
-            meet(address, count, index, timeout_s=timeout_s, hosts=hosts)
+            wait_for_all(address, count, index, timeout_s=timeout_s, hosts=hosts)
             messages[place] = ""
         except UserError as error:
             messages[place] = str(error).replace(address, "ADDRESS")
@@ -53,7 +53,7 @@ def _meet_all(
     return messages
 
 
-def test_one_process_needs_no_start_up():
+def test_initialize_does_nothing_for_one_process():
     distributed.initialize()
     distributed.initialize("127.0.0.1:1", 1, 0)
     assert not jax.distributed.is_initialized()
@@ -68,10 +68,10 @@ def test_one_process_needs_no_start_up():
         (("10.0.0.2", 2, 0), r"Coordinator address '10.0.0.2' must be host:port"),
         (("10.0.0.2:http", 2, 0), "must be host:port"),
         (("10.0.0.2:1234", 2, 2), "Process id 2 of 2 processes must be from 0 to 1"),
-        (("10.0.0.2:1234", "two", 0), "JAX_NUM_PROCESSES='two' must be a whole number"),
+        (("10.0.0.2:1234", "two", 0), "JAX_NUM_PROCESSES='two' must be an integer"),
     ],
 )
-def test_malformed_settings_are_refused_by_name(monkeypatch, arguments, message):
+def test_malformed_settings_are_refused_with_their_name(monkeypatch, arguments, message):
     with pytest.raises(UserError, match=message):
         distributed.initialize(*arguments)
     for name, value in zip(NAMES, arguments, strict=True):
@@ -81,7 +81,7 @@ def test_malformed_settings_are_refused_by_name(monkeypatch, arguments, message)
         distributed.initialize()
 
 
-def test_all_present_meet_in_any_order_and_among_strangers():
+def test_barrier_passes_in_any_order_and_ignores_foreign_connections():
     def strangers(address: str) -> None:
         host, port = address.split(":")
         for data in (b"", b"GET / HTTP/1.1\r\n\r\n some browser"):
@@ -93,27 +93,27 @@ def test_all_present_meet_in_any_order_and_among_strangers():
                 except OSError:
                     time.sleep(0.01)
 
-    assert _meet_all([(2, 3), (0, 3), (1, 3)], before=strangers) == ["", "", ""]
+    assert _run_barrier([(2, 3), (0, 3), (1, 3)], before=strangers) == ["", "", ""]
 
 
-def test_a_missing_process_is_named_to_all_the_others():
+def test_all_processes_receive_the_indices_of_missing_ones():
     begin = time.monotonic()
-    messages = _meet_all([(0, 4), (2, 4)], timeout_s=1.0)
+    messages = _run_barrier([(0, 4), (2, 4)], timeout_s=1.0)
     wanted = (
-        "After 1 s at ADDRESS, 2 of 4 processes had not reported: 1, 3; see whether they started "
-        "and reach this address."
+        "After 1 s at ADDRESS, 2 of 4 processes had not connected: 1, 3; check that they started "
+        "and can reach this address."
     )
     assert messages == [wanted, wanted]
     assert time.monotonic() - begin < 10
 
 
-def test_a_missing_process_is_named_by_its_host():
-    (message,) = _meet_all([(0, 3)], timeout_s=0.3, hosts=("node1", "node2", "node3"))
-    assert "2 of 3 processes had not reported: 1 (host node2), 2 (host node3); see" in message
+def test_error_names_the_hosts_of_missing_processes():
+    (message,) = _run_barrier([(0, 3)], timeout_s=0.3, hosts=("node1", "node2", "node3"))
+    assert "2 of 3 processes had not connected: 1 (host node2), 2 (host node3); check" in message
 
 
-def test_a_missing_coordinator_is_named():
-    (message,) = _meet_all([(1, 2)], timeout_s=0.5)
+def test_error_names_an_unreachable_process_0():
+    (message,) = _run_barrier([(1, 2)], timeout_s=0.5)
     assert message.startswith("Process 1 did not reach process 0 at ADDRESS within 0.5 s (")
 
 
@@ -124,18 +124,18 @@ def test_a_missing_coordinator_is_named():
         ([(0, 3), (1, 3), (1, 3)], "Process id 1 was used twice at ADDRESS"),
     ],
 )
-def test_processes_that_disagree_are_told_at_once(reports, message):
+def test_inconsistent_numbers_of_processes_fail_at_once(reports, message):
     begin = time.monotonic()
-    messages = _meet_all(reports, timeout_s=20.0)
+    messages = _run_barrier(reports, timeout_s=20.0)
     assert all(message in text for text in messages), messages
     assert time.monotonic() - begin < 10
 
 
-def test_a_port_in_use_is_named():
+def test_error_names_a_port_in_use():
     with socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(UserError, match=f"Process 0 cannot listen at {address}"):
-            meet(address, 2, 0, timeout_s=1.0)
+            wait_for_all(address, 2, 0, timeout_s=1.0)
 
 
 def _start_from_the_environment() -> int:
@@ -164,7 +164,7 @@ def _raise_user_error() -> None:
     raise UserError("only here" if jax.process_index() == 0 else "nowhere")
 
 
-def test_two_processes_join_from_the_environment_and_end_together(monkeypatch):
+def test_two_processes_start_from_the_environment_and_end_together(monkeypatch):
     """One dies of an exception while the other works: the job is over in seconds, not minutes."""
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{multiprocess.free_port()}")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
@@ -179,7 +179,7 @@ def test_two_processes_join_from_the_environment_and_end_together(monkeypatch):
     assert time.monotonic() - begin < 60
 
 
-def test_a_process_that_exits_alone_does_not_wait_for_the_others():
+def test_process_that_exits_alone_does_not_wait_for_others():
     begin = time.monotonic()
     with (
         multiprocess.start(_exit_alone, processes=2, devices=1) as group,
@@ -189,7 +189,7 @@ def test_a_process_that_exits_alone_does_not_wait_for_the_others():
     assert time.monotonic() - begin < 60
 
 
-def test_one_process_exits_as_usual():
+def test_end_process_of_a_single_process_exits_normally():
     with pytest.raises(SystemExit) as caught:
         distributed.end_process(2)
     assert caught.value.code == 2
@@ -232,7 +232,7 @@ def _command(environment: dict[str, str]) -> subprocess.Popen:
     ],
     ids=["SLURM", "TPU pod"],
 )
-def test_one_of_three_never_starts_and_the_others_end_with_its_hosts_name(shared, number, missing):
+def test_two_of_three_processes_exit_naming_the_host_of_the_third(shared, number, missing):
     shared = {**shared, "JAX_COORDINATOR_PORT": str(multiprocess.free_port())}
     begin = time.monotonic()
     running = [_command({**shared, number: index}) for index in ("0", "2")]
@@ -246,5 +246,5 @@ def test_one_of_three_never_starts_and_the_others_end_with_its_hosts_name(shared
         assert status == 69 and "joined" not in out, err
         last = err.strip().splitlines()[-1]
         assert last.startswith("error: After 3 s at localhost:"), last
-        assert f"1 of 3 processes had not reported: {missing}; see whether they started" in last
+        assert f"1 of 3 processes had not connected: {missing}; check that they started" in last
         assert "Traceback" not in err

@@ -19,7 +19,7 @@ from qwen_jax.parallel import MeshConfig, make_mesh
         (MeshConfig(fsdp=2, context=2, tensor=2), (1, 2, 2, 2)),
     ],
 )
-def test_minus_one_is_the_rest(config, shape):
+def test_axis_of_minus_one_takes_the_remaining_devices(config, shape):
     mesh = make_mesh(config)
     assert tuple(mesh.shape.values()) == shape
     assert {d.id for d in mesh.devices.flat} == set(range(8))
@@ -34,7 +34,7 @@ def test_minus_one_is_the_rest(config, shape):
         (MeshConfig(tensor=0), "mesh.tensor is 0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(config, said):
+def test_sizes_that_do_not_match_the_devices_are_refused(config, said):
     with pytest.raises(UserError, match=said):
         make_mesh(config)
 
@@ -50,7 +50,7 @@ class Device:
     device_kind: str = "cpu"
 
 
-def test_only_data_crosses_slices():
+def test_only_the_data_axis_crosses_slices():
     devices = [Device(i, slice_index=i % 2) for i in range(16)]  # interleaved on purpose
     mesh = make_mesh(MeshConfig(data=4, fsdp=2, tensor=2), devices)
     slices = np.vectorize(lambda d: d.slice_index)(mesh.devices)
@@ -61,6 +61,6 @@ def test_only_data_crosses_slices():
         make_mesh(MeshConfig(fsdp=16), devices)
 
 
-def test_a_mesh_needs_no_order_of_devices():
+def test_mesh_is_independent_of_the_order_of_devices():
     mesh = make_mesh(MeshConfig(), list(reversed(jax.devices())))
     assert mesh.size == 8
