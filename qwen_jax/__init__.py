@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`load` when it is asked for: nothing else of this package should import all of it."""
+    """Returns `load`, imported on first use, so that importing this package stays fast."""
     if name == "load":
         from qwen_jax.generate.load import load
 

@@ -1,4 +1,4 @@
-"""Results that are computed once: a JSON file that also says what it was computed from."""
+"""Results on disk that are computed once: JSON files that also record what they depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes a UTF-8 file, whole or not at all; makes its folder."""
+    """Writes a UTF-8 file atomically, creating its folder if needed."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -19,15 +19,15 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def once(path: str | os.PathLike, key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
-    """Returns `compute()`, or what it returned in an earlier run with the same `key`.
+    """Returns the result stored by an earlier run with the same `key`, else computes and stores it.
 
     Args:
-      path: the file; one of another key, or one that is damaged, is replaced.
+      path: the file; if it has another key or is damaged, it is replaced.
       key: everything the result depends on, in JSON types.
-      compute: gives a result in JSON types; tuples come back as lists.
+      compute: returns the result, in JSON types.
 
     Returns:
-      the result as JSON gives it back, whether it was computed now or before.
+      The result as parsed from JSON (tuples become lists), whether it was computed or stored.
     """
     path = pathlib.Path(path)
     key = json.loads(json.dumps(key))

@@ -1,7 +1,8 @@
-"""Compiled programs kept on disk, so that a restart does not compile again.
+"""Persistent cache of compiled programs, so that a restart does not compile again.
 
-jax keeps an executable under a key made of the program, the compiler's options and version, and
-the devices. Process 0 writes, all processes read: on several hosts the folder must be shared.
+JAX stores an executable under a key made of the program, the options and version of the compiler,
+and the devices. Process 0 writes and all processes read: with several hosts the folder must be
+shared.
 """
 
 from __future__ import annotations
@@ -18,25 +19,30 @@ from qwen_jax.errors import UserError
 
 @dataclasses.dataclass
 class CacheCounts:
-    """What this process has done since: hits, programs taken from the cache; added, put there."""
+    """Number of programs this process has read from and added to the compile cache.
+
+    Attributes:
+      hits: programs read from the cache.
+      added: programs compiled and written to the cache.
+    """
 
     hits: int = 0
     added: int = 0
 
 
 def use_compile_cache(folder: str) -> CacheCounts:
-    """Turns jax's persistent compilation cache on; call it before anything is compiled.
+    """Enables JAX's persistent compilation cache; call it before anything is compiled.
 
-    Programs that compile in less than a second are not kept (jax's own default).
+    Programs that compile in less than a second are not stored (JAX's default).
 
     Args:
-      folder: local, NFS or gs://; made if absent.
+      folder: a local, NFS or gs:// folder; created if missing.
 
     Returns:
-      counts that grow as programs are compiled.
+      Counts that are updated as programs are compiled.
 
     Raises:
-      UserError: the folder cannot be made or written.
+      UserError: the folder cannot be created or written.
     """
     path = epath.Path(folder).expanduser()
     probe = path / f".writable-{socket.gethostname()}-{os.getpid()}"
@@ -54,6 +60,7 @@ def use_compile_cache(folder: str) -> CacheCounts:
     counts = CacheCounts()
 
     def listen(event: str, **_) -> None:
+        """Counts cache events as JAX reports them."""
         if event == "/jax/compilation_cache/cache_hits":
             counts.hits += 1
         elif event == "/jax/compilation_cache/cache_misses":  # recorded when an entry is written

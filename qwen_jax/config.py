@@ -1,7 +1,7 @@
-"""The one border between `ml_collections` configs and the library's frozen dataclasses.
+"""Conversion between `ml_collections` configs and the frozen dataclasses of the library.
 
-Recipes in `configs/` build a `ConfigDict`; programs in `launch/` turn it, once, into dataclasses
-with `from_config_dict`. The library itself never sees a `ConfigDict`.
+Recipes in `configs/` build a `ConfigDict`; programs in `launch/` convert it once, with
+`from_config_dict`. Only dataclasses are used below that.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import ml_collections
 
 from qwen_jax.errors import UserError, nearest
 
-T = TypeVar("T")
+if typing.TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def to_config_dict(value: Any) -> Any:
-    """A dataclass as a `ConfigDict` of the same fields (dataclasses inside it too)."""
+    """Returns a dataclass, with the dataclasses inside it, as a `ConfigDict` of the same fields."""
     if not dataclasses.is_dataclass(value):
         return value
     fields = {f.name: to_config_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -31,9 +34,14 @@ def to_config_dict(value: Any) -> Any:
 def from_config_dict(cls: type[T], config: Mapping[str, Any], path: str = "config") -> T:
     """Builds the frozen dataclass `cls` from a mapping with the same field names.
 
+    Args:
+      cls: the dataclass.
+      config: field name -> value; nested mappings for fields that are dataclasses.
+      path: dotted path of `config`, for error messages.
+
     Raises:
-      UserError: an unknown key (names the nearest), a missing one, or a value of another type; the
-        message gives the whole path, as on the command line.
+      UserError: a key is unknown (the message suggests the nearest) or missing, or a value has the
+        wrong type; the message has the complete path, as on the command line.
     """
     if not isinstance(config, Mapping | ml_collections.ConfigDict):
         raise UserError(f"{path} is {config!r}; it must be a group of keys ({cls.__name__})")
@@ -55,6 +63,16 @@ def from_config_dict(cls: type[T], config: Mapping[str, Any], path: str = "confi
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Returns a config value as the type of a field, converting lists, groups and int to float.
+
+    Args:
+      hint: type of the field.
+      value: the value in the config.
+      path: its dotted path, for error messages.
+
+    Raises:
+      UserError: the value does not have this type.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in args:
@@ -71,7 +89,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, list | tuple):
             raise UserError(f"{path} is {value!r}; it must be a list such as (1, 2)")
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_config_dict(hint, value, path)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

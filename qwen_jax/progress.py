@@ -1,4 +1,4 @@
-"""Numbers for people, and one log line every few seconds for long work."""
+"""Formatting of numbers and durations, and progress logs with a remaining time."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ def format_duration(seconds: float) -> str:
 
 
 class Progress:
-    """Logs `label: done of total unit (percent), rate, time left` at most every `every` seconds.
+    """Logger of the progress of long work, with its rate and remaining time.
+
+    The format is `label: done of total unit (percent), rate, time left`.
 
     Args:
-      label: what is being done.
-      total: amount of work, in `unit`; None when unknown (then no percentage and no time left).
-      unit: what is counted; "B" is shown in megabytes, or gigabytes when there are many.
-      every: seconds between lines.
+      label: name of the work.
+      total: amount of work, in `unit`; None if unknown (then no percentage and no time left).
+      unit: what is counted; "B" is shown in megabytes, or gigabytes for large totals.
+      every: minimum number of seconds between lines.
     """
 
     def __init__(self, label: str, total: int | None, unit: str, every: float = 10.0):
         self._label, self._total, self._every = label, total, every
-        self._scale, self._unit = (1, unit)
+        self._scale, self._unit = 1.0, unit
         if unit == "B":
             large = total is not None and total >= 1e10
             self._scale, self._unit = (1e9, "GB") if large else (1e6, "MB")
@@ -48,12 +50,12 @@ class Progress:
         self._start = self._last = time.monotonic()
 
     def skip(self, amount: int) -> None:
-        """Counts work found done already: it moves the position but not the rate."""
+        """Counts work that was already done: it changes the position but not the rate."""
         self._skipped += amount
         self.add(amount)
 
     def add(self, amount: int) -> None:
-        """Counts `amount` units as done and logs when a line is due."""
+        """Counts `amount` units as done, and logs if the last line is `every` seconds old."""
         self._done += amount
         now = time.monotonic()
         if now - self._last < self._every:

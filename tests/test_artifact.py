@@ -7,7 +7,7 @@ import pytest
 from qwen_jax.artifact import once, write_text
 
 
-def test_once(tmp_path):
+def test_result_is_computed_once_per_key(tmp_path):
     path, calls = tmp_path / "folder" / "result.json", []
 
     def compute():
@@ -27,7 +27,7 @@ def test_once(tmp_path):
     assert json.loads(path.read_text())["key"] == {"seed": 0}
 
 
-def test_a_failure_leaves_what_was_there(tmp_path):
+def test_failed_computation_keeps_the_old_file(tmp_path):
     path = tmp_path / "result.json"
     once(path, {"a": 1}, lambda: 5)
 

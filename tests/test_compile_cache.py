@@ -10,7 +10,7 @@ from tests.train import jobs
 
 
 @pytest.mark.slow
-def test_the_second_run_takes_every_program_from_the_cache(tmp_path):
+def test_second_run_reads_every_program_from_the_cache(tmp_path):
     """What the program says it did agrees with the files that are there."""
     jobs.write_data(tmp_path)
     config = ["--config=tests/train/recipe.py:" + str(tmp_path), "--cpu_devices=8"]
@@ -39,14 +39,14 @@ def _compile_with(cache: str) -> list[int]:
     return [counts.hits, counts.added]
 
 
-def test_processes_of_one_host_may_share_the_folder(tmp_path):
+def test_processes_of_one_host_can_share_the_folder(tmp_path):
     (first,) = multiprocess.run(_compile_with, processes=1, devices=1, cache=str(tmp_path))
     (second,) = multiprocess.run(_compile_with, processes=1, devices=1, cache=str(tmp_path))
     assert first[0] == 0 and first[1] > 0
     assert second == [first[1], 0]
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     before = jax.config.jax_compilation_cache_dir
     for folder in (tmp_path / "file" / "cache", "/proc/cache", "gs://no-such-bucket-9c1f/x"):

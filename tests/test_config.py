@@ -17,14 +17,14 @@ NAMES = (*recipes.TOKENS, "demo", "toy", *PRESETS)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_builds_and_comes_back_whole(name):
+def test_every_recipe_survives_conversion_to_config_dict_and_back(name):
     config = recipes.get_config(name)
     job = from_config_dict(PretrainJob, config)
     assert to_config_dict(job) == config
     assert from_config_dict(PretrainJob, to_config_dict(job).to_dict()) == job
 
 
-def test_the_reports_numbers():
+def test_recipes_have_the_numbers_of_the_report():
     """Table 1 and §2.4; 2.4T tokens at 4.19M a step."""
     for size, steps, layers in (("1.8b", 524_520, 24), ("7b", 572_204, 32), ("14b", 715_255, 40)):
         job = from_config_dict(PretrainJob, recipes.get_config(size))
@@ -38,7 +38,7 @@ def test_the_reports_numbers():
     assert to_config_dict(jobs.make("folder")).model.windows == (None, 6)
 
 
-def test_settings_on_the_command_line_are_under_a_hundred():
+def test_pretraining_has_fewer_than_a_hundred_settings():
     def count(node):
         return sum(count(v) if hasattr(v, "keys") else 1 for v in node.values())
 
@@ -82,12 +82,12 @@ class Outer:
         ({"count": 1, "yarn": {"factor": 2.0}}, "config.yarn.original_length is missing"),
     ],
 )
-def test_what_is_wrong_is_named_with_its_whole_path(config, said):
+def test_errors_name_the_complete_path_of_a_setting(config, said):
     with pytest.raises(UserError, match=said):
         from_config_dict(Outer, config)
 
 
-def test_values_of_every_kind_arrive():
+def test_values_of_every_type_are_converted():
     config = {
         "count": 3,
         "inner": {"rate": 2},
@@ -109,7 +109,7 @@ def test_values_of_every_kind_arrive():
         ({"rope_fraction": 0.4}, "gives 3 rotated channels; it must be an even number"),
     ],
 )
-def test_networks_that_cannot_be_are_refused(change, said):
+def test_impossible_network_shapes_are_refused(change, said):
     with pytest.raises(UserError, match=said):
         dataclasses.replace(jobs.MODEL, **change)
     assert isinstance(jobs.MODEL, ModelConfig)

@@ -33,12 +33,12 @@ def imported(path: pathlib.Path) -> set[str]:
     return {part[1] for part in parts} & set(ORDER)
 
 
-def test_the_order_names_every_subpackage():
+def test_import_order_lists_every_subpackage():
     assert sorted(ORDER) == sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 
 
 @pytest.mark.parametrize("package", ORDER)
-def test_a_subpackage_imports_only_from_lower_ones(package):
+def test_subpackages_import_only_from_lower_ones(package):
     allowed = set(ORDER[ORDER.index(package) :])
     for path in (ROOT / package).rglob("*.py"):
         assert imported(path) <= allowed, f"{path} imports {sorted(imported(path) - allowed)}"

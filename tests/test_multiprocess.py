@@ -43,14 +43,14 @@ def test_two_processes_compute_one_sum():
     ]
 
 
-def test_one_failing_process_fails_the_run_at_once_with_its_output():
+def test_failing_process_fails_the_run_at_once_with_its_output():
     begin = time.monotonic()
     with pytest.raises(multiprocess.ProcessFailed, match="the second one fails on purpose"):
         multiprocess.run(_fail_in_the_second, processes=2, devices=1)
     assert time.monotonic() - begin < 30
 
 
-def test_a_process_that_never_ends_is_killed_at_the_timeout():
+def test_process_that_never_ends_is_killed_at_the_timeout():
     with multiprocess.start(_sleep_forever, processes=1, devices=1) as group:
         group.wait_for_output(0, "asleep")
         with pytest.raises(multiprocess.ProcessFailed, match=r"no end after 0 s"):

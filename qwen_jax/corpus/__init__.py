@@ -1,6 +1,6 @@
-"""Documents to fixed-length training windows: collect, read, pack.
+"""Corpus: reads documents and packs them into fixed-length training windows.
 
-Nothing here imports jax: packing runs on machines without an accelerator.
+Nothing here imports JAX, so packing runs on machines without an accelerator.
 """
 
 from qwen_jax.corpus.documents import Document, JsonLines, Subset, write_jsonl

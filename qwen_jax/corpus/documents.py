@@ -1,7 +1,7 @@
-"""Documents as JSON lines: one `{"id", "text", "source"}` object per line, UTF-8, optionally gzip.
+"""Documents stored as JSON lines, one `{"id", "text", "source"}` object per line, UTF-8 or gzip.
 
-Lines end at "\\n" and nowhere else: U+0085 and U+2028, at which `str.splitlines` also breaks, are
-ordinary characters inside a text.
+Lines end at "\\n" only: U+0085 and U+2028, at which `str.splitlines` also splits, are ordinary
+characters inside a text.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
+from typing import IO, cast
 
 from qwen_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text.
+    """A text with an id.
 
     Attributes:
-      id: unique name within its corpus; shuffles and splits are keyed by it.
-      text: the text, at most one document of the world per `Document`.
-      source: name of the mixture component it belongs to ("" where there is only one).
+      id: unique name within its corpus, from which shuffles and splits are derived.
+      text: the complete text of one document.
+      source: name of the mixture component it belongs to ("" if there is only one).
     """
 
     id: str
@@ -35,17 +36,25 @@ class Document:
 
 
 def unit_hash(seed: int, key: str) -> float:
-    """Uniform number in [0, 1) that depends on `seed` and `key` alone (SHA-256, first 53 bits).
+    """Returns a uniform number in [0, 1) computed from `seed` and `key` (SHA-256, first 53 bits).
 
-    The base of every split and subsample: the same on every machine, in every run, whatever the
-    order or number of the other keys.
+    All splits and subsamples are based on it: its value is the same on every machine and in every
+    run, and does not depend on the order or number of other keys.
     """
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
 
 
 def _parse(line: bytes, where: str) -> Document:
-    """One line to a document; `where` ("file:line") starts every error."""
+    """Parses one line as a document.
+
+    Args:
+      line: a line of the file, UTF-8.
+      where: "file:line", with which every error begins.
+
+    Raises:
+      UserError: the line is not UTF-8, not JSON, or not a document.
+    """
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -59,7 +68,7 @@ def _parse(line: bytes, where: str) -> Document:
         ) from None
     if not isinstance(row, dict):
         raise UserError(
-            f"{where} holds a JSON {type(row).__name__}, not an object with the keys id and text."
+            f"{where} is a JSON {type(row).__name__}, not an object with the keys id and text."
         )
     for key in ("id", "text"):
         if not isinstance(row.get(key), str):
@@ -71,13 +80,14 @@ def _parse(line: bytes, where: str) -> Document:
     for key, value in (("id", row["id"]), ("text", row["text"])):
         if "\\u" in line.decode("utf-8") and not _encodable(value):
             raise UserError(
-                f"{where} holds a lone surrogate in {key!r}, which UTF-8 cannot represent; "
+                f"{where} has a lone surrogate in {key!r}, which UTF-8 cannot represent; "
                 "remove it or join the pair."
             )
     return Document(row["id"], row["text"], source)
 
 
 def _encodable(text: str) -> bool:
+    """Returns whether a text can be encoded as UTF-8, that is, has no lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -86,16 +96,16 @@ def _encodable(text: str) -> bool:
 
 
 class JsonLines:
-    """The documents of a JSONL file, in file order; each `iter()` starts a new pass.
+    """Iterable of the documents of a JSONL file, in file order; each `iter()` starts a new pass.
 
     Keys other than id, text and source are ignored. Blank lines are skipped.
 
     Args:
-      path: a `.jsonl` file, or gzip of one when the name ends in `.gz`.
+      path: a `.jsonl` file, or gzip of one if the name ends in `.gz`.
 
     Raises:
-      UserError: no such file (at construction); a line that is not a document, or a truncated gzip
-        stream (while iterating), naming file and line.
+      UserError: no such file (at construction); or, while iterating, a line that is not a document,
+        or a truncated gzip stream; the message names file and line.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -120,12 +130,12 @@ class JsonLines:
 
 @dataclasses.dataclass(frozen=True)
 class Subset:
-    """One side of a split by document id; each `iter()` starts a new pass over `documents`.
+    """Iterable of one side of a split by document id; each `iter()` starts a new pass.
 
     Attributes:
-      documents: what is split, iterable several times.
-      heldout: expected share of documents held out.
-      seed: of the split: a document is held out when `unit_hash(seed, id) < heldout`.
+      documents: documents to split, iterable several times.
+      heldout: expected share of documents held out, in [0, 1].
+      seed: seed of the split; a document is held out if `unit_hash(seed, id) < heldout`.
       held: True for the held-out documents, False for the others.
     """
 
@@ -141,9 +151,13 @@ class Subset:
 
 
 def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:
-    """Writes documents to `path` (gzip when it ends in `.gz`), atomically; returns their number.
+    """Writes documents to a JSONL file atomically and returns their number.
 
-    The bytes depend on the documents alone (no time stamp in the gzip header).
+    The bytes depend on the documents only (there is no time stamp in the gzip header).
+
+    Args:
+      path: the file; gzip-compressed if its name ends in `.gz`.
+      documents: the documents, written in order.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,9 +165,11 @@ def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:
     count = 0
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(open(temporary, "wb"))
-        file = raw
+        file: IO[bytes] = raw
         if path.suffix == ".gz":
-            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+            file = cast(
+                "IO[bytes]", stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))
+            )
         for document in documents:
             row = dataclasses.asdict(document)
             file.write(json.dumps(row, ensure_ascii=False).encode("utf-8") + b"\n")

@@ -1,23 +1,23 @@
-"""Documents to shuffled, tokenised, fixed-length training windows (report §2.1).
+"""Packing of documents into shuffled, tokenised, fixed-length training windows (report §2.1).
 
-As the report says: documents are shuffled and merged, then cut to the context length. Each document
-is followed by `<|endoftext|>`; documents are put in the order of a hash of (seed, document id), so
-the result does not depend on the order of the input; the stream is cut into windows of
-`seq_len + 1` tokens that overlap by one, so that each token of the stream is predicted exactly
-once. Not trained: the first token of a document, whose context is another document (the last one
-*is* trained to predict `<|endoftext|>`), and the padding of the last window.
+As in the report, documents are shuffled and merged, then cut to the context length. Documents are
+ordered by a hash of (seed, document id), so the result does not depend on the order of the input;
+each is followed by `<|endoftext|>`; and the stream is cut into windows of `seq_len + 1` tokens that
+overlap by one, so that each token of the stream is predicted exactly once. No loss is computed on
+the first token of a document, whose context is another document (the last token of a document *is*
+trained to predict `<|endoftext|>`), nor on the padding of the last window.
 
-How it is done, so that memory is bounded and a kill costs minutes:
+Three stages keep memory bounded and make an interruption cost only minutes:
 
-1. *Census*: one pass over the documents counts bytes and computes the digest that identifies them.
-2. *Runs*: the documents are taken `run_bytes` of text at a time, tokenised, sorted by key and
-   written to `<out>.partial/run-XXXXX.*`. A finished run survives a kill and is not done again.
-3. *Merge*: the sorted runs are read side by side in key order, windows are written to shards in
-   `<out>.partial/final`, which is renamed to `<out>` when complete.
+1. *Census*: one pass over the documents counts bytes and computes a digest that identifies them.
+2. *Runs*: documents are read `run_bytes` of text at a time, tokenised, sorted by key and written to
+  `<out>.partial/run-XXXXX.*`. A completed run is reused after an interruption.
+3. *Merge*: the sorted runs are merged in key order and windows are written to shards in
+  `<out>.partial/final`, which is renamed to `<out>` when complete.
 
-Memory: about 6 · `run_bytes` for the run in work, plus about 60 bytes per document of the whole
-corpus for the global order. (The merge maps the runs into memory; those pages are clean, the system
-takes them back when it needs room.) Disk: 4 bytes per token beside the output until the rename.
+Memory: about 6 · `run_bytes` for the current run, plus about 60 bytes per document of the corpus
+for the global order. (The merge maps the runs into memory; those pages are clean, so the system can
+reclaim them.) Disk: 4 bytes per token beside the output until the rename.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from qwen_jax.corpus.records import (
 from qwen_jax.errors import UserError
 from qwen_jax.progress import Progress
 
-# Text handed to the tokenizer at once; bounds the Python integers that exist at any time.
+# UTF-8 bytes per call of the tokenizer; bounds the number of Python integers in memory.
 _ENCODE_BYTES = 1 << 20
 _KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
 
 
 class PackTokenizer(Protocol):
-    """What packing needs of a tokenizer; `qwen_jax.tokenizer.Tokenizer` has it."""
+    """Interface of the tokenizers that packing accepts, such as `qwen_jax.tokenizer.Tokenizer`."""
 
     @property
     def eod_id(self) -> int: ...  # noqa: D102
@@ -78,17 +78,17 @@ class PackTokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-    """How documents become windows.
+    """Parameters of packing.
 
     Attributes:
       seq_len: targets per window T.
-      seed: of the document order.
-      shards: output files; fewer when there are fewer windows.
-      run_bytes: UTF-8 bytes of text tokenised and sorted in memory at a time; no effect on the
-        result.
+      seed: seed of the document order.
+      shards: number of output files; fewer if there are fewer windows.
+      run_bytes: UTF-8 bytes of text that are tokenised and sorted in memory at a time; does not
+        affect the result.
 
     Raises:
-      UserError: a number out of range.
+      UserError: a number is out of range.
     """
 
     seq_len: int
@@ -104,7 +104,13 @@ class PackConfig:
 
 @dataclasses.dataclass(frozen=True)
 class _Census:
-    """Number, UTF-8 bytes and order-independent digest of the documents."""
+    """Size and identity of a set of documents.
+
+    Attributes:
+      documents: number of documents.
+      text_bytes: UTF-8 bytes of all texts.
+      digest: order-independent hash of the set, hexadecimal.
+    """
 
     documents: int
     text_bytes: int
@@ -112,8 +118,15 @@ class _Census:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """Documents of one run in key order: keys [n], tokens per document [n], all tokens, ids."""
+class _SortedRun:
+    """Tokenised documents of one run, in key order; n is their number.
+
+    Attributes:
+      keys: sort key of each document, `_KEY` [n].
+      lengths: tokens of each document, uint64 [n].
+      tokens: tokens of all documents, concatenated, uint32.
+      ids: id of each document.
+    """
 
     keys: np.ndarray
     lengths: np.ndarray
@@ -127,22 +140,22 @@ def pack(
     tokenizer: PackTokenizer,
     config: PackConfig,
 ) -> Manifest:
-    """Packs `documents` into windows at `out`, or finds that this was done before.
+    """Packs `documents` into windows at `out`; does nothing if they are already packed there.
 
     Args:
-      documents: something that can be iterated several times (a sequence, a `JsonLines`); ids must
-        be unique.
-      out: folder to create. If it holds the windows of the same documents, tokenizer, seq_len,
+      documents: documents with unique ids, iterable several times (a sequence or a `JsonLines`).
+      out: folder to create. If it contains the windows of the same documents, tokenizer, seq_len,
         seed and shards, nothing is done.
-      tokenizer: see `PackTokenizer`; text is encoded without parsing special tokens.
-      config: see `PackConfig`.
+      tokenizer: encodes text without parsing special tokens.
+      config: parameters of packing.
 
     Returns:
       The manifest, as in `out/manifest.json`.
 
     Raises:
-      UserError: no documents or no tokens; an id twice; a text that encodes to the end-of-document
-        token; `out` is taken by something else; another process is packing into `out`.
+      UserError: there are no documents or no tokens; an id occurs twice; a text encodes to the
+        end-of-document token; `out` contains something else; or another process is packing into
+        `out`.
     """
     if iter(documents) is documents:
         raise TypeError("documents can be iterated only once; pass a list or a JsonLines.")
@@ -152,14 +165,14 @@ def pack(
         raise UserError(f"There are no documents to pack into {out}; check the corpus and split.")
     wanted = _fingerprint(census, tokenizer, config)
     partial = out.with_name(out.name + ".partial")
-    if (done := _existing(out, wanted)) is not None:
-        if partial.is_dir():  # Killed between the rename and the clean-up.
+    if (done := _existing_output(out, wanted)) is not None:
+        if partial.is_dir():  # An earlier run was killed between rename and clean-up.
             with _lock(partial / "lock", out):
                 shutil.rmtree(partial)
         return done
     partial.mkdir(parents=True, exist_ok=True)
     with _lock(partial / "lock", out):
-        _discard_foreign(partial, wanted)
+        _discard_other_packing(partial, wanted)
         empty = _write_runs(documents, census, partial, tokenizer, config)
         manifest = _merge(partial, wanted, empty, tokenizer, config)
         _publish(partial, out, manifest)
@@ -176,12 +189,16 @@ def pack(
 
 
 def _document_hash(document: Document) -> int:
+    """Returns a 128-bit hash of a document's id and text."""
     payload = f"{len(document.id)}:{document.id}:{document.text}".encode()
     return int.from_bytes(hashlib.blake2b(payload, digest_size=16).digest(), "big")
 
 
 def _take_census(documents: Iterable[Document]) -> _Census:
-    """Hashes add up modulo 2^128, so the digest names the set and not the order."""
+    """Counts the documents and computes their digest.
+
+    Hashes are added modulo 2^128, so the digest identifies the set of documents, not their order.
+    """
     count = total = digest = 0
     progress = Progress("Reading", None, "B")
     for document in documents:
@@ -194,7 +211,7 @@ def _take_census(documents: Iterable[Document]) -> _Census:
 
 
 def _fingerprint(census: _Census, tokenizer: PackTokenizer, config: PackConfig) -> dict[str, Any]:
-    """What two packings must share to be the same."""
+    """Returns everything that determines the result of packing, in JSON types."""
     return {
         "format": FORMAT,
         "seq_len": config.seq_len,
@@ -207,8 +224,14 @@ def _fingerprint(census: _Census, tokenizer: PackTokenizer, config: PackConfig) 
     }
 
 
-def _existing(out: pathlib.Path, wanted: dict[str, Any]) -> Manifest | None:
-    """The manifest at `out` when it is complete and the same; None when `out` is free."""
+def _existing_output(out: pathlib.Path, wanted: dict[str, Any]) -> Manifest | None:
+    """Returns the manifest at `out` if it is complete and has the wanted fingerprint.
+
+    None if `out` does not exist or is empty.
+
+    Raises:
+      UserError: `out` contains something else.
+    """
     if not out.exists():
         return None
     if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
@@ -221,16 +244,24 @@ def _existing(out: pathlib.Path, wanted: dict[str, Any]) -> Manifest | None:
     different = differences(found, wanted | {"shards": shards})
     if different:
         raise UserError(
-            f"{out} already holds other data: {different}; choose another output or delete it."
+            f"{out} already contains other data: {different}; choose another output or delete it."
         )
     check_shards(out, manifest, deep=True)
-    logging.info("%s already holds exactly this data; nothing to do.", out)
+    logging.info("%s already contains exactly this data; nothing to do.", out)
     return manifest
 
 
 @contextlib.contextmanager
 def _lock(path: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
-    """Exclusive advisory lock, released by the kernel when the process dies."""
+    """Context manager that holds an exclusive advisory lock, which ends with the process.
+
+    Args:
+      path: the lock file.
+      out: output folder, for the error message.
+
+    Raises:
+      UserError: another process holds the lock.
+    """
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,8 +272,8 @@ def _lock(path: pathlib.Path, out: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def _discard_foreign(partial: pathlib.Path, wanted: dict[str, Any]) -> None:
-    """Removes what an interrupted packing of something else left behind."""
+def _discard_other_packing(partial: pathlib.Path, wanted: dict[str, Any]) -> None:
+    """Deletes from `partial` what an interrupted packing with another fingerprint left there."""
     path = partial / "fingerprint.json"
     text = json.dumps(wanted)
     if path.is_file() and path.read_text("utf-8") == text:
@@ -254,6 +285,7 @@ def _discard_foreign(partial: pathlib.Path, wanted: dict[str, Any]) -> None:
 
 
 def _write_atomic(path: pathlib.Path, data: bytes) -> None:
+    """Writes a file through a temporary file, synchronised to disk."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(data)
@@ -263,6 +295,7 @@ def _write_atomic(path: pathlib.Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: pathlib.Path) -> None:
+    """Synchronises the entries of a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -270,8 +303,8 @@ def _sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
-def _chunks(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]:
-    """Consecutive documents of about `limit` UTF-8 bytes together (at least one document)."""
+def _batches_of_bytes(documents: Iterable[Document], limit: int) -> Iterator[list[Document]]:
+    """Yields lists of consecutive documents of about `limit` UTF-8 bytes, at least one each."""
     chunk, size = [], 0
     for document in documents:
         chunk.append(document)
@@ -290,18 +323,29 @@ def _write_runs(
     tokenizer: PackTokenizer,
     config: PackConfig,
 ) -> int:
-    """Writes the runs that are not there yet; returns the number of documents without a token."""
+    """Writes the runs that are missing and returns the number of documents without a token.
+
+    Args:
+      documents: all documents.
+      census: their size, for the progress log.
+      partial: folder of the runs.
+      tokenizer: tokenizer of the windows.
+      config: parameters of packing.
+
+    Raises:
+      UserError: as `_tokenise_and_sort`.
+    """
     progress = Progress("Tokenising", census.text_bytes, "B")
     empty = number = 0
-    for number, chunk in enumerate(_chunks(documents, config.run_bytes)):
+    for number, chunk in enumerate(_batches_of_bytes(documents, config.run_bytes)):
         wanted = f"{sum(map(_document_hash, chunk)) % 2**128:032x}"
-        # The index is written last and names the chunk, so that it marks a complete, right run.
+        # The index is written last and has the chunk's digest, so it marks a complete run.
         index = partial / f"run-{number:05d}.json"
         known = json.loads(index.read_text("utf-8")) if index.is_file() else {}
         if known.get("digest") == wanted:
             progress.skip(sum(len(document.text.encode()) for document in chunk))
         else:
-            run = _make_run(chunk, tokenizer, config.seed, progress)
+            run = _tokenise_and_sort(chunk, tokenizer, config.seed, progress)
             index.unlink(missing_ok=True)
             for name in ("keys", "lengths", "tokens"):
                 with open(partial / f"run-{number:05d}.{name}.npy", "wb") as file:
@@ -318,19 +362,23 @@ def _write_runs(
     return empty
 
 
-def _make_run(
+def _tokenise_and_sort(
     chunk: list[Document], tokenizer: PackTokenizer, seed: int, progress: Progress
-) -> _Run:
-    """Tokenises and sorts one chunk of documents."""
+) -> _SortedRun:
+    """Tokenises a chunk of documents and sorts it by key.
+
+    Raises:
+      UserError: a document encodes to the end-of-document token.
+    """
     ids, arrays = [], []
-    for batch in _chunks(chunk, _ENCODE_BYTES):
+    for batch in _batches_of_bytes(chunk, _ENCODE_BYTES):
         encoded = tokenizer.encode_batch([document.text for document in batch])
         for document, tokens in zip(batch, encoded, strict=True):
             array = np.asarray(tokens, "<u4")
             if (array == tokenizer.eod_id).any():
                 raise UserError(
                     f"Document {document.id!r} encodes to the end-of-document token "
-                    f"{tokenizer.eod_id}; use a tokenizer that takes special tokens for plain text."
+                    f"{tokenizer.eod_id}; use a tokenizer that does not parse special tokens."
                 )
             if array.size:
                 ids.append(document.id)
@@ -343,7 +391,7 @@ def _make_run(
         _KEY,
     )
     order = np.lexsort((keys["low"], keys["high"]))
-    return _Run(
+    return _SortedRun(
         keys=keys[order],
         lengths=np.array([array.size for array in arrays], "<u8")[order],
         tokens=np.concatenate([arrays[i] for i in order]) if arrays else np.zeros(0, "<u4"),
@@ -358,7 +406,21 @@ def _merge(
     tokenizer: PackTokenizer,
     config: PackConfig,
 ) -> Manifest:
-    """Writes the shards from the sorted runs to `partial/final`."""
+    """Merges the sorted runs and writes their windows to shards in `partial/final`.
+
+    Args:
+      partial: folder of the runs.
+      wanted: fingerprint of this packing.
+      empty: number of documents without a token.
+      tokenizer: tokenizer of the windows.
+      config: parameters of packing.
+
+    Returns:
+      The manifest; not written yet.
+
+    Raises:
+      UserError: there are no tokens, or an id occurs twice.
+    """
     final = partial / "final"
     shutil.rmtree(final, ignore_errors=True)
     final.mkdir()
@@ -373,7 +435,8 @@ def _merge(
     total = int(sum(int(part.sum()) for part in lengths)) + len(order)
     windows = max(1, -(-(total - 1) // config.seq_len))
 
-    def in_order() -> Iterator[np.ndarray]:
+    def documents_in_order() -> Iterator[np.ndarray]:
+        """Yields the tokens of all documents in key order."""
         tokens = [np.load(f"{stem}.tokens.npy", mmap_mode="r") for stem in stems]
         ends = [np.concatenate([[0], np.cumsum(part)]).astype(np.int64) for part in lengths]
         next_in_run = [0] * len(stems)
@@ -382,7 +445,7 @@ def _merge(
             next_in_run[run] += 1
             yield np.asarray(tokens[run][ends[run][at] : ends[run][at + 1]])
 
-    stream = cut_windows(in_order(), config.seq_len, tokenizer.eod_id)
+    stream = cut_windows(documents_in_order(), config.seq_len, tokenizer.eod_id)
     shards, target_tokens, target_bytes = _write_shards(
         stream, windows, final, config.shards, tokenizer.token_lengths
     )
@@ -405,18 +468,27 @@ def _merge(
 
 
 def _publish(partial: pathlib.Path, out: pathlib.Path, manifest: Manifest) -> None:
-    """Completes `partial/final`, makes it `out` in one step, and cleans up."""
+    """Completes `partial/final`, renames it to `out`, and deletes `partial`."""
     write_manifest(partial / "final", manifest)
     _sync_folder(partial / "final")
     if out.is_dir():
-        out.rmdir()  # Empty, as checked before; one that was filled meanwhile is not harmed.
+        out.rmdir()  # Empty, as checked before; fails if it was filled in the meantime.
     os.replace(partial / "final", out)
     _sync_folder(out.parent)
     shutil.rmtree(partial)
 
 
 def _check_unique(keys: np.ndarray, order: np.ndarray, stems: list[pathlib.Path]) -> None:
-    """Equal keys are neighbours in key order; they mean equal ids."""
+    """Checks that no document id occurs twice; equal ids have equal keys.
+
+    Args:
+      keys: keys of all documents, run after run, `_KEY` [n].
+      order: permutation that sorts `keys`.
+      stems: paths of the runs, without suffix.
+
+    Raises:
+      UserError: two documents have the same id.
+    """
     ordered = keys[order]
     same = np.flatnonzero(ordered[1:] == ordered[:-1])
     if not same.size:
@@ -439,7 +511,18 @@ def _write_shards(
     shards: int,
     token_lengths: np.ndarray,
 ) -> tuple[tuple[Shard, ...], int, int]:
-    """Writes `windows` records into `shards` nearly equal files; also sums targets and bytes."""
+    """Writes `windows` records into shards of nearly equal size.
+
+    Args:
+      stream: token ids, segment ids and loss mask of each window, as `cut_windows` yields them.
+      windows: number of windows in `stream`.
+      final: folder of the shards.
+      shards: number of files; fewer if there are fewer windows.
+      token_lengths: UTF-8 bytes of each token id, int [vocab_size].
+
+    Returns:
+      The shards, and the number and UTF-8 bytes of the targets that carry loss.
+    """
     shards = min(shards, windows)
     progress = Progress("Writing windows", windows, "windows")
     written, target_tokens, target_bytes = [], 0, 0

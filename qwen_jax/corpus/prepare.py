@@ -1,4 +1,4 @@
-"""A corpus as named sources, each split into a training and a held-out side, written to disk.
+"""Preparation of a corpus on disk: named sources, split into training and held-out documents.
 
 FOLDER/<source>/train.jsonl, FOLDER/<source>/heldout.jsonl     the documents
 FOLDER/<source>/train/,      FOLDER/<source>/heldout/          the packed windows
@@ -18,13 +18,23 @@ from qwen_jax.corpus.records import Manifest
 from qwen_jax.errors import UserError
 
 Sides = dict[str, Iterable[Document]]
-"""{"train": documents, "heldout": documents}; without the second where nothing is held out."""
+"""{"train": documents, "heldout": documents}; no "heldout" if nothing is held out."""
 
 
 def stdlib_sources(
     *, heldout: float, seed: int, max_bytes: int | None = None, tests: bool = False
 ) -> dict[str, Sides]:
-    """The standard library of this interpreter: sources `code` and `prose` (see `stdlib.load`)."""
+    """Returns the standard library of this interpreter as sources `code` and `prose`.
+
+    Args:
+      heldout: expected share of modules held out.
+      seed: seed of the split.
+      max_bytes: approximate limit of the text in bytes; None: no limit.
+      tests: whether to include the test suite where it is installed.
+
+    Returns:
+      Source name -> its training and held-out documents (see `stdlib.load`).
+    """
     corpus = stdlib.load(heldout=heldout, seed=seed, max_bytes=max_bytes, tests=tests)
     return {
         component: _sides(
@@ -37,7 +47,13 @@ def stdlib_sources(
 
 
 def jsonl_source(path: str | os.PathLike, *, heldout: float, seed: int) -> dict[str, Sides]:
-    """A JSONL file as one source, named after it."""
+    """Returns a JSONL file as a single source named after the file.
+
+    Args:
+      path: a `.jsonl` or `.jsonl.gz` file.
+      heldout: expected share of documents held out.
+      seed: seed of the split.
+    """
     lines = JsonLines(path)
     name = lines.path.name.removesuffix(".gz").removesuffix(".jsonl")
     train, held = (Subset(lines, heldout, seed, held=side) for side in (False, True))
@@ -45,14 +61,15 @@ def jsonl_source(path: str | os.PathLike, *, heldout: float, seed: int) -> dict[
 
 
 def _sides(train: Iterable[Document], held: Iterable[Document], heldout: float) -> Sides:
+    """Returns the sides of a source, without the held-out side if `heldout` is 0."""
     return {"train": train, "heldout": held} if heldout else {"train": train}
 
 
 def keep_documents(path: str | os.PathLike, documents: Iterable[Document]) -> int:
-    """Writes documents to a JSONL file unless they are there; returns their number.
+    """Writes documents to a JSONL file, unless it already contains them, and returns their number.
 
     Raises:
-      UserError: the file holds other documents.
+      UserError: the file contains other documents.
     """
     path = pathlib.Path(path)
     new = path.with_name(path.name + ".new")
@@ -60,20 +77,20 @@ def keep_documents(path: str | os.PathLike, documents: Iterable[Document]) -> in
     if path.exists() and not filecmp.cmp(new, path, shallow=False):
         new.unlink()
         raise UserError(
-            f"{path} already holds other documents; delete it or choose another folder."
+            f"{path} already contains other documents; delete it or choose another folder."
         )
     os.replace(new, path)
     return count
 
 
 def write_source(folder: str | os.PathLike, sides: Sides) -> dict[str, int]:
-    """Writes every side of a source as JSONL; returns the number of documents of each.
+    """Writes each side of a source as JSONL and returns side -> number of documents.
 
     Raises:
-      UserError: a side without documents, or other documents in its place.
+      UserError: a side has no documents, or its file contains other documents.
     """
     folder = pathlib.Path(folder)
-    _check_some(folder, sides)
+    _check_not_empty(folder, sides)
     counts = {}
     for side, documents in sides.items():
         counts[side] = keep_documents(folder / f"{side}.jsonl", documents)
@@ -83,15 +100,21 @@ def write_source(folder: str | os.PathLike, sides: Sides) -> dict[str, int]:
 def pack_source(
     folder: str | os.PathLike, sides: Sides, tokenizer: PackTokenizer, config: PackConfig
 ) -> dict[str, Manifest]:
-    """Packs every side of a source (held-out windows in one file); returns the manifests.
+    """Packs each side of a source, held-out windows into a single file; returns side -> manifest.
 
-    The held-out documents are kept beside their windows, for measures that read text.
+    The held-out documents are also written beside their windows, for evaluations that read text.
+
+    Args:
+      folder: folder of the source.
+      sides: its documents.
+      tokenizer: tokenizer of the windows.
+      config: packing of the training side.
 
     Raises:
-      UserError: a side without documents, or other data in its place.
+      UserError: a side has no documents, or its output contains other data.
     """
     folder = pathlib.Path(folder)
-    _check_some(folder, sides)
+    _check_not_empty(folder, sides)
     manifests = {}
     for side, documents in sides.items():
         one_file = PackConfig(config.seq_len, config.seed, 1, config.run_bytes)
@@ -102,8 +125,12 @@ def pack_source(
     return manifests
 
 
-def _check_some(folder: pathlib.Path, sides: Sides) -> None:
-    """Before anything is written."""
+def _check_not_empty(folder: pathlib.Path, sides: Sides) -> None:
+    """Checks that each side has documents, before anything is written.
+
+    Raises:
+      UserError: a side has none.
+    """
     for side, documents in sides.items():
         if next(iter(documents), None) is None:
             raise UserError(

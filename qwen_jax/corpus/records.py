@@ -1,17 +1,17 @@
-"""The fixed binary record that one training window is, and the manifest of a folder of them.
+"""Binary format of packed training windows, and the manifest of a folder of them.
 
 A *window* is `seq_len + 1` consecutive tokens of a source's stream: the first `seq_len` are inputs,
-the last `seq_len` targets. With T = seq_len, one ArrayRecord record (group_size 1, little endian,
-no header, no padding) is::
+the last `seq_len` targets. With T = seq_len, each ArrayRecord record (group_size 1, little endian,
+no header, no padding) is one window::
 
     offset        type           meaning
     0             uint32         UTF-8 bytes of the targets that carry loss
     4             uint32[T + 1]  tokens
     8 + 4T        uint32[T + 1]  segment ids: 1, 2, ... per document within the record, 0 = padding
-    12 + 8T       uint8[T]       loss mask of targets tokens[1:], 1 = trained
+    12 + 8T       uint8[T]       loss mask of targets tokens[1:], 1 = carries loss
     12 + 9T                      end
 
-A folder holds `windows-00000-of-0000N.array_record` files and `manifest.json` (`Manifest`).
+A folder contains `windows-00000-of-0000N.array_record` files and `manifest.json` (`Manifest`).
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MANIFEST = "manifest.json"
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """A batch of b decoded records.
+    """A batch of b decoded windows of T targets each.
 
     Attributes:
-      tokens: uint32[b, T+1].
-      segment_ids: uint32[b, T+1], 1-based per record, 0 for padding.
-      loss_mask: uint8[b, T], for the targets tokens[:, 1:].
-      n_bytes: uint32[b], UTF-8 bytes of the targets that carry loss.
+      tokens: token ids, uint32 [b, T+1].
+      segment_ids: document number within the window, from 1; 0 for padding; uint32 [b, T+1].
+      loss_mask: 1 where the target tokens[:, 1:] carries loss, uint8 [b, T].
+      n_bytes: UTF-8 bytes of the targets that carry loss, uint32 [b].
     """
 
     tokens: np.ndarray
@@ -51,14 +51,21 @@ class Windows:
 
 
 def record_size(seq_len: int) -> int:
-    """Bytes of a record with `seq_len` targets."""
+    """Returns the size in bytes of a record with `seq_len` targets."""
     return 12 + 9 * seq_len
 
 
 def encode_window(
     tokens: np.ndarray, segment_ids: np.ndarray, loss_mask: np.ndarray, n_bytes: int
 ) -> bytes:
-    """One record from integer arrays [T+1], [T+1] and [T]; see the module's layout."""
+    """Encodes one window as a record; the module docstring gives the layout.
+
+    Args:
+      tokens: token ids, integers [T+1].
+      segment_ids: document number of each token, integers [T+1].
+      loss_mask: 1 where a target carries loss, integers [T].
+      n_bytes: UTF-8 bytes of the targets that carry loss.
+    """
     return b"".join(
         (
             np.uint32(n_bytes).astype("<u4").tobytes(),
@@ -70,42 +77,45 @@ def encode_window(
 
 
 def decode_windows(records: Sequence[bytes], seq_len: int) -> Windows:
-    """Decodes b records of `record_size(seq_len)` bytes each at once."""
+    """Decodes b records of `record_size(seq_len)` bytes each."""
     size, width = record_size(seq_len), 4 * (seq_len + 1)
     rows = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), size)
 
-    def words(start: int, stop: int) -> np.ndarray:
+    def uint32_columns(start: int, stop: int) -> np.ndarray:
+        """Returns bytes [start, stop) of every record as uint32 [b, (stop - start) / 4]."""
         return np.ascontiguousarray(rows[:, start:stop]).view("<u4").astype(np.uint32)
 
     return Windows(
-        tokens=words(4, 4 + width),
-        segment_ids=words(4 + width, 4 + 2 * width),
+        tokens=uint32_columns(4, 4 + width),
+        segment_ids=uint32_columns(4 + width, 4 + 2 * width),
         loss_mask=rows[:, 4 + 2 * width :],
-        n_bytes=words(0, 4)[:, 0],
+        n_bytes=uint32_columns(0, 4)[:, 0],
     )
 
 
 def cut_windows(
     documents: Iterable[np.ndarray], seq_len: int, eod_id: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Documents in order to windows: append `eod_id` to each, join, cut with a stride of seq_len.
+    """Appends `eod_id` to each document, joins them and cuts windows with a stride of seq_len.
 
     Args:
-      documents: uint32 tokens of each document, none empty, without `eod_id`.
-      seq_len: targets per window T. eod_id: end-of-document token, also the padding.
+      documents: tokens of each document, uint32; none empty, none containing `eod_id`.
+      seq_len: targets per window T.
+      eod_id: end-of-document token, also used as padding.
 
     Yields:
-      tokens uint32[T+1], segment ids uint32[T+1] (1-based per window, 0 = padding), loss mask
-      uint8[T]. The first token of a window is the last of the one before.
+      Token ids uint32 [T+1], segment ids uint32 [T+1] (from 1 in each window, 0 = padding) and loss
+      mask uint8 [T]. The first token of a window is the last of the previous one.
     """
     size = seq_len + 1
     tokens = np.full(size, eod_id, np.uint32)
     segments = np.zeros(size, np.uint32)
     filled = segment = 0
-    fresh = False  # Does the window hold a token that no earlier window had as target?
+    has_new_target = False  # whether the window has a target that no earlier one had
 
-    def finished() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        # A target is trained when its input is of the same document; padding never is.
+    def window() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns copies of the arrays of the current window."""
+        # A target carries loss if its input is in the same document; padding never does.
         mask = (segments[1:] == segments[:-1]) & (segments[1:] != 0)
         return tokens.copy(), segments.copy(), mask.astype(np.uint8)
 
@@ -116,20 +126,27 @@ def cut_windows(
             take = min(size - filled, pieces.size)
             tokens[filled : filled + take] = pieces[:take]
             segments[filled : filled + take] = segment
-            filled, pieces, fresh = filled + take, pieces[take:], True
+            filled, pieces, has_new_target = filled + take, pieces[take:], True
             if filled == size:
-                yield finished()
+                yield window()
                 tokens[0] = tokens[-1]
                 tokens[1:], segments[1:] = eod_id, 0
                 segments[0] = segment = 1
-                filled, fresh = 1, False
-    if fresh:
-        yield finished()
+                filled, has_new_target = 1, False
+    if has_new_target:
+        yield window()
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One ArrayRecord file: name within the folder, records, size in bytes, SHA-256 of the file."""
+    """One ArrayRecord file of windows.
+
+    Attributes:
+      file: file name within the folder.
+      windows: number of records.
+      bytes: size of the file in bytes.
+      sha256: SHA-256 of the file, hexadecimal.
+    """
 
     file: str
     windows: int
@@ -139,18 +156,21 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of windows holds and what it was made from.
+    """Contents of a folder of windows and the inputs it was made from.
 
     Attributes:
-      format: `FORMAT`.
+      format: version of the format, `FORMAT`.
       seq_len: targets per window T.
-      seed: of the document order.
-      tokenizer_sha256, vocab_size: the tokenizer's identity.
-      documents: documents packed. empty_documents: those without a token, left out.
+      seed: seed of the document order.
+      tokenizer_sha256: hash of the tokenizer's vocabulary.
+      vocab_size: number of token ids of the tokenizer.
+      documents: number of packed documents.
+      empty_documents: number of documents without a token, which are left out.
       text_bytes: UTF-8 bytes of all documents.
       documents_digest: hash of the set of (id, text), independent of their order.
       tokens: length of the token stream, one end-of-document token per document included.
-      target_tokens: targets that carry loss. target_bytes: their UTF-8 bytes.
+      target_tokens: number of targets that carry loss.
+      target_bytes: UTF-8 bytes of the targets that carry loss.
       windows: records in all shards.
       shards: the files, in stream order.
     """
@@ -171,14 +191,14 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     def content(self) -> dict[str, Any]:
-        """The fields that determine every window, in JSON types; the same for any sharding."""
+        """Returns the fields that determine the windows, in JSON types; all except the shards."""
         fields = dataclasses.asdict(self)
         del fields["shards"]
         return fields
 
 
 def write_manifest(folder: pathlib.Path, manifest: Manifest) -> None:
-    """Writes `manifest.json` through a temporary file."""
+    """Writes `manifest.json` atomically."""
     temporary = folder / (MANIFEST + ".tmp")
     with open(temporary, "w", encoding="utf-8", newline="\n") as file:
         json.dump(dataclasses.asdict(manifest), file, indent=2)
@@ -210,21 +230,29 @@ def read_manifest(folder: str | os.PathLike) -> Manifest:
             return Manifest(**fields, shards=shards)
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); pack the data again.") from None
-    raise UserError(f"{path} is of format {found!r}, this code reads {FORMAT!r}; pack it again.")
+    raise UserError(
+        f"{path} has format {found!r}, but this version reads {FORMAT!r}; pack the data again."
+    )
 
 
 def check_shards(folder: str | os.PathLike, manifest: Manifest, *, deep: bool = False) -> list[str]:
-    """Compares size and record count of every shard with the manifest; returns their paths.
+    """Compares size and record count of every shard with the manifest and returns their paths.
 
     Cheap enough for every start (no record is read): it finds missing, truncated and half-copied
-    files. A flipped bit is found when its record is read, or here with `deep`, which reads
-    everything and compares SHA-256.
+    files. A flipped bit is found when its record is read.
+
+    Args:
+      folder: the packed folder.
+      manifest: its manifest.
+      deep: whether to read all files and compare their SHA-256 too.
 
     Raises:
-      UserError: naming the first file that differs.
+      UserError: a shard differs from the manifest; the message names the first one.
     """
     if manifest.windows == 0 or not manifest.shards:
-        raise UserError(f"{folder} holds no windows; give it documents or leave it out.")
+        raise UserError(
+            f"{folder} has no windows; pack some documents into it, or remove it from the sources."
+        )
     paths = []
     for shard in manifest.shards:
         path = pathlib.Path(folder) / shard.file
@@ -236,12 +264,18 @@ def check_shards(folder: str | os.PathLike, manifest: Manifest, *, deep: bool = 
 
 
 def _shard_problem(path: pathlib.Path, shard: Shard, deep: bool) -> str:
-    """What is wrong with a shard, or ""."""
+    """Returns what is wrong with a shard as a phrase such as "is missing", or "".
+
+    Args:
+      path: the file.
+      shard: its entry in the manifest.
+      deep: whether to compare its SHA-256.
+    """
     if not path.is_file():
         return "is missing"
     size = path.stat().st_size
     if size != shard.bytes:
-        return f"has {size} bytes, its manifest says {shard.bytes}"
+        return f"has {size} bytes, but its manifest says {shard.bytes}"
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
         records = reader.num_records()
@@ -249,16 +283,20 @@ def _shard_problem(path: pathlib.Path, shard: Shard, deep: bool) -> str:
     except RuntimeError as error:
         return f"is damaged ({error})"
     if records != shard.windows:
-        return f"has {records} records, its manifest says {shard.windows}"
+        return f"has {records} records, but its manifest says {shard.windows}"
     if deep:
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                return "has not the SHA-256 its manifest says"
+                return "differs from the SHA-256 in its manifest"
     return ""
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """ "key is X, not Y; ..." for every key of `wanted` whose value in `found` differs, or ""."""
+    """Compares two mappings on the keys of `wanted`.
+
+    Returns:
+      "key is X, not Y; …" for every key with another value in `found`; "" if there is none.
+    """
     return "; ".join(
         f"{key} is {found.get(key)!r}, not {value!r}"
         for key, value in wanted.items()

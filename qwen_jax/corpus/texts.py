@@ -1,4 +1,4 @@
-"""Whole documents to measure a model on, from whatever they lie in."""
+"""Reading of complete documents for evaluation, from any supported format."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from qwen_jax.errors import UserError
 
 
 def read_texts(path: str | os.PathLike) -> Iterator[Document]:
-    """The documents of one place, in its order.
+    """Yields the documents of a file or folder, in its order.
 
     Args:
-      path: JSON lines (`.jsonl`, `.jsonl.gz`); a held-out folder of launch.prepare, beside which
-        its documents are kept, or the source's folder around it; any other file is one document of
-        UTF-8 text.
+      path: JSON lines (`.jsonl`, `.jsonl.gz`); a held-out folder written by launch.prepare, or the
+        folder of its source, whose documents are in `heldout.jsonl`; or any other file, which is
+        one document of UTF-8 text.
 
     Raises:
-      UserError: nothing there, a folder of another kind, a file that is not what its name says.
+      UserError: the path does not exist, is a folder without documents, or has other contents than
+        its name says.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -30,7 +31,7 @@ def read_texts(path: str | os.PathLike) -> Iterator[Document]:
             beside = inside
         if not beside.is_file():
             raise UserError(
-                f"the corpus {path} is a folder without the documents {beside.name}; give a "
+                f"the corpus {path} is a folder without {beside.name}; give a "
                 "held-out folder of launch.prepare, a .jsonl or a text file"
             )
         path = beside

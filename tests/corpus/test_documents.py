@@ -38,15 +38,15 @@ def test_other_keys_and_blank_lines_are_ignored_and_escapes_decoded(tmp_path):
     ("line", "message"),
     [
         (b"{not json}", "bad.jsonl:2 is not JSON"),
-        (b'["id", "text"]', "bad.jsonl:2 holds a JSON list"),
+        (b'["id", "text"]', "bad.jsonl:2 is a JSON list"),
         (b'{"id": "a"}', "bad.jsonl:2 has nothing under 'text'"),
         (b'{"id": 7, "text": "t"}', "bad.jsonl:2 has int under 'id'"),
         (b'{"id": "a", "text": "t", "source": 1}', "bad.jsonl:2 has int under 'source'"),
         (b'{"id": "a", "text": "\xff"}', "bad.jsonl:2 is not UTF-8"),
-        (b'{"id": "a", "text": "\\ud800"}', "bad.jsonl:2 holds a lone surrogate in 'text'"),
+        (b'{"id": "a", "text": "\\ud800"}', "bad.jsonl:2 has a lone surrogate in 'text'"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, message):
+def test_error_names_file_and_line_of_a_bad_line(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"id": "ok", "text": "fine"}\n' + line + b"\n")
     with pytest.raises(UserError, match=message.replace("'", ".")):
@@ -64,7 +64,7 @@ def test_missing_file_and_truncated_gzip_are_refused(tmp_path):
         list(JsonLines(tmp_path / "half.jsonl.gz"))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "docs.jsonl"
     write_jsonl(path, TRICKY)
 

@@ -75,7 +75,7 @@ documents_strategy = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(documents_strategy, st.integers(1, 9))
-def test_windows_equal_the_definition(documents, seq_len):
+def test_windows_equal_a_direct_implementation_of_the_definition(documents, seq_len):
     arrays = [np.array(tokens, np.uint32) for tokens in documents]
     found = [(t.tolist(), s.tolist(), m.tolist()) for t, s, m in cut_windows(arrays, seq_len, EOD)]
     assert found == naive(documents, seq_len)
@@ -93,7 +93,7 @@ def test_every_token_is_predicted_exactly_once(documents, seq_len):
     assert targets == [t for tokens in documents for t in [*tokens, EOD]][1:]
 
 
-def test_packing_keeps_every_document_and_counts_right(tmp_path):
+def test_manifest_counts_match_the_documents_and_windows(tmp_path):
     documents, tokenizer = corpus(), ByteTokenizer()
     manifest = pack(documents, tmp_path / "out", tokenizer, PackConfig(seq_len=32, shards=3))
     again, windows = read(tmp_path / "out")
@@ -123,7 +123,7 @@ def test_packing_keeps_every_document_and_counts_right(tmp_path):
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_order_comes_from_ids_and_seed_alone(tmp_path):
+def test_order_depends_on_ids_and_seed_only(tmp_path):
     """Input order, run size and sharding do not move a token; another seed does."""
     documents, tokenizer = corpus(), ByteTokenizer()
     config = PackConfig(seq_len=16)
@@ -137,7 +137,7 @@ def test_order_comes_from_ids_and_seed_alone(tmp_path):
     assert (tokens["a"] != tokens["d"]).any()
 
 
-def test_the_same_is_reused_and_the_different_refused(tmp_path):
+def test_equal_packing_is_reused_and_different_packing_refused(tmp_path):
     documents, config = corpus(), PackConfig(seq_len=32, shards=2)
     out = tmp_path / "out"
     first = pack(documents, out, ByteTokenizer(), config)
@@ -162,7 +162,7 @@ class Killed(BaseException):
     """Stands for the process ending at this point."""
 
 
-def test_a_kill_at_any_point_leaves_no_output_and_the_work_goes_on(tmp_path, monkeypatch):
+def test_interrupted_packing_leaves_no_output_and_resumes(tmp_path, monkeypatch):
     documents = corpus()
     config = PackConfig(seq_len=32, shards=3, run_bytes=800)
     whole = pack(documents, tmp_path / "whole", ByteTokenizer(), config)
@@ -200,7 +200,7 @@ def test_a_kill_at_any_point_leaves_no_output_and_the_work_goes_on(tmp_path, mon
     assert len(set(reused)) > 4, "finished runs are not reused"
 
 
-def test_leftovers_of_other_inputs_are_not_used(tmp_path, monkeypatch):
+def test_partial_results_of_other_inputs_are_not_reused(tmp_path, monkeypatch):
     config = PackConfig(seq_len=32, run_bytes=800)
     out = tmp_path / "out"
 
@@ -217,7 +217,7 @@ def test_leftovers_of_other_inputs_are_not_used(tmp_path, monkeypatch):
     )
 
 
-def test_sigkill_in_the_middle(tmp_path):
+def test_packing_resumes_after_sigkill(tmp_path):
     """A real process, a real SIGKILL while it tokenises, and a second one that goes on."""
     program = """
 import sys, time
@@ -252,7 +252,7 @@ print(tokenizer.encoded_texts)
     assert read(out)[0] == want
 
 
-def test_empty_texts_are_counted_and_tiny_corpora_work(tmp_path):
+def test_empty_texts_are_counted_and_tiny_corpora_are_packed(tmp_path):
     documents = [Document("a", ""), Document("b", "x"), Document("c", "")]
     manifest = pack(documents, tmp_path / "out", ByteTokenizer(), PackConfig(seq_len=8, shards=4))
     assert (manifest.documents, manifest.empty_documents, manifest.windows) == (1, 2, 1)
@@ -296,7 +296,7 @@ def test_bad_input_is_refused(tmp_path):
     assert (out / "thesis.txt").read_text() == "precious"
 
 
-def test_a_damaged_output_is_refused_and_not_overwritten(tmp_path):
+def test_damaged_output_is_refused_and_not_overwritten(tmp_path):
     out, config = tmp_path / "out", PackConfig(seq_len=8)
     manifest = pack(corpus(), out, ByteTokenizer(), config)
     shard = out / manifest.shards[0].file
@@ -304,14 +304,14 @@ def test_a_damaged_output_is_refused_and_not_overwritten(tmp_path):
     flipped = bytearray(whole)
     flipped[200] ^= 1
     shard.write_bytes(flipped)
-    with pytest.raises(UserError, match="has not the SHA-256"):
+    with pytest.raises(UserError, match="differs from the SHA-256"):
         pack(corpus(), out, ByteTokenizer(), config)
     shard.write_bytes(whole[:-10])
-    with pytest.raises(UserError, match="bytes, its manifest says"):
+    with pytest.raises(UserError, match="bytes, but its manifest says"):
         pack(corpus(), out, ByteTokenizer(), config)
     fields = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(fields | {"format": "other"}))
-    with pytest.raises(UserError, match="is of format 'other'"):
+    with pytest.raises(UserError, match="has format 'other'"):
         read_manifest(out)
     (out / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):

@@ -10,7 +10,7 @@ from tests.byte_tokenizer import ByteTokenizer
 DOCUMENTS = [Document(f"d{i}", f"text number {i}") for i in range(50)]
 
 
-def test_both_sides_once(tmp_path):
+def test_both_sides_are_written_and_packed_once(tmp_path):
     write_jsonl(tmp_path / "web.jsonl.gz", DOCUMENTS)
     (name, sides), *others = jsonl_source(tmp_path / "web.jsonl.gz", heldout=0.3, seed=1).items()
     assert name == "web" and not others
@@ -26,12 +26,12 @@ def test_both_sides_once(tmp_path):
 
     other = jsonl_source(tmp_path / "web.jsonl.gz", heldout=0.3, seed=2)["web"]
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    with pytest.raises(UserError, match=r"train\.jsonl already holds other documents"):
+    with pytest.raises(UserError, match=r"train\.jsonl already contains other documents"):
         write_source(tmp_path / "out", other)
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
-def test_an_empty_side_is_refused_before_the_other_is_written(tmp_path):
+def test_empty_side_is_refused_before_anything_is_written(tmp_path):
     sides = {"train": DOCUMENTS, "heldout": []}
     for write in (write_source, lambda *a: pack_source(*a, ByteTokenizer(), PackConfig(32))):
         with pytest.raises(UserError, match="heldout side of out has no documents"):
@@ -39,7 +39,7 @@ def test_an_empty_side_is_refused_before_the_other_is_written(tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_nothing_held_out_means_one_side():
+def test_without_held_out_share_there_is_only_the_training_side():
     sources = stdlib_sources(heldout=0.0, seed=0, max_bytes=100_000)
     assert set(sources) == {"code", "prose"}
     assert all(set(sides) == {"train"} for sides in sources.values())

@@ -53,7 +53,7 @@ def test_no_text_of_a_held_out_module_reaches_training(library):
             assert unit_hash(0, path) < 0.3
 
 
-def test_a_module_is_not_held_out_while_its_copy_is_trained_on(library):
+def test_module_is_not_held_out_while_a_copy_is_trained_on(library):
     crossed = 0
     for seed in range(30):
         corpus = stdlib.load(root=library, heldout=0.4, seed=seed)
@@ -65,7 +65,7 @@ def test_a_module_is_not_held_out_while_its_copy_is_trained_on(library):
     assert crossed > 5
 
 
-def test_what_is_left_out_and_what_prose_is(library):
+def test_tables_and_generated_files_are_excluded_and_prose_is_extracted(library):
     corpus = stdlib.load(root=library, heldout=0)
     assert corpus.heldout == ()
     by_id = {d.id: d for d in corpus.train}
@@ -84,7 +84,7 @@ def test_what_is_left_out_and_what_prose_is(library):
     assert len(with_tests.train) == len(corpus.train) + 1
 
 
-def test_size_limit_takes_a_sample_that_does_not_depend_on_the_limit(library):
+def test_smaller_size_limit_selects_a_subset_of_a_larger_one(library):
     small = stdlib.load(root=library, max_bytes=6000)
     large = stdlib.load(root=library, max_bytes=12000)
     whole = stdlib.load(root=library)
@@ -94,7 +94,7 @@ def test_size_limit_takes_a_sample_that_does_not_depend_on_the_limit(library):
     assert set(small.heldout) <= set(large.heldout) <= set(whole.heldout)
 
 
-def test_the_real_library_of_this_interpreter():
+def test_library_of_this_interpreter_yields_both_components():
     """Large enough to train on, both components, and no held-out source line count surprises."""
     corpus = stdlib.load(max_bytes=3_000_000)
     assert corpus == stdlib.load(max_bytes=3_000_000)

@@ -11,7 +11,7 @@ from tests.byte_tokenizer import ByteTokenizer
 TEXTS = [Document("a", "Ein Wort.\u2028Noch eins.\n", "web"), Document("b", "東京" * 5, "web")]
 
 
-def test_every_place(tmp_path):
+def test_documents_are_read_from_every_supported_format(tmp_path):
     write_jsonl(tmp_path / "web.jsonl.gz", TEXTS)
     write_jsonl(tmp_path / "web.jsonl", TEXTS)
     pack_source(
@@ -26,12 +26,12 @@ def test_every_place(tmp_path):
     assert list(read_texts(tmp_path / "book.txt")) == [Document("book.txt", TEXTS[0].text)]
 
 
-def test_refusals(tmp_path):
+def test_missing_or_unsupported_paths_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     (tmp_path / "folder").mkdir()
     for place, message in (
         ("latin.txt", r"latin.txt is not UTF-8 \(byte 2\)"),
-        ("folder", "folder is a folder without the documents heldout.jsonl"),
+        ("folder", "folder is a folder without heldout.jsonl"),
         ("nothing.txt", "nothing.txt does not exist"),
         ("nothing.jsonl", "nothing.jsonl is not a file"),
     ):

@@ -310,7 +310,7 @@ def test_bad_sources_are_refused_before_training(packed, tmp_path):
     shards = sorted(folder.glob("*.array_record"))
     whole = shards[0].read_bytes()
     shards[0].write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"has \d+ bytes, its manifest says \d+"):
+    with pytest.raises(UserError, match=r"has \d+ bytes, but its manifest says \d+"):
         batches(folder)
     shards[0].write_bytes(bytes(len(whole)))
     with pytest.raises(UserError, match="is damaged"):
@@ -329,7 +329,7 @@ def test_an_empty_source_is_refused(packed, tmp_path):
     windows = WindowSource(folder).manifest.windows
     head = text[: text.index('"shards"')].replace(f'"windows": {windows}', '"windows": 0')
     (folder / "manifest.json").write_text(head + '"shards": []}')
-    with pytest.raises(UserError, match="holds no windows"):
+    with pytest.raises(UserError, match="has no windows"):
         Batches(DataConfig(str(folder), T, 4))
 
 

@@ -279,7 +279,7 @@ def test_the_recipe_is_checked_against_its_devices():
     given = jobs.make("/data", mesh=MeshConfig(data=4, fsdp=-1))
     assert fit_recipe(given, 8, 2) == ()
     for recipe, devices, count, message in (
-        (toy, 16, 1, "needs 8 devices but 16 are there"),
+        (toy, 16, 1, "needs 8 devices but there are 16"),
         (given, 12, 3, "mesh.data=4 is not a multiple of the 3 slices"),
         (two, 16, 1, "data.global_batch=8 is not a multiple of data×fsdp×microbatches"),
         (jobs.make("/data", data={"sources": ""}), 8, 1, "data.sources is empty"),
@@ -361,7 +361,7 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
         done[3:],
         (
             "--image is missing",
-            "devices but 256 are there",
+            "devices but there are 256",
             "config.mesh.fdsp is not a setting (did you mean 'fsdp'?)",
             "'gkee' is not one (did you mean 'gke'?); choose one of gke, xpk, tpu_vm, slurm, cost",
             "the first argument must be a command, none is given",

@@ -98,7 +98,10 @@ def test_demo_killed_and_started_again_ends_in_the_same_bits(tmp_path):
     assert results == {p: p.stat().st_mtime_ns for p in (killed / "results").iterdir()}
     # Another recipe in the same folder is refused and changes nothing.
     for change, what in (
-        ("--config.data.seq_len=32 --config.model.trained_length=32", "already holds other data"),
+        (
+            "--config.data.seq_len=32 --config.model.trained_length=32",
+            "contains other data",
+        ),
         ("--config.model.vocab_size=528", "another recipe"),
         ("--config.optimizer.peak_lr=0.5", "peak_lr"),
     ):

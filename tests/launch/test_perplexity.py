@@ -93,7 +93,7 @@ def test_every_checkpoint_and_mesh_gives_the_same_table(place):
         (["--step=3"], "is a Hugging Face folder, which has no steps"),
         (["--trained_length=1"], "trained_length is 1"),
         (["--tensor=3", "--cpu_devices=8"], "mesh.tensor=3 does not divide model.n_heads=4"),
-        (["--tensor=2"], "needs 2 devices but 1 are there"),
+        (["--tensor=2"], "needs 2 devices but there are 1"),
     ],
 )
 def test_bad_input_is_one_sentence(place, flags, message, refusals):

@@ -169,7 +169,7 @@ def refused_starts(data, new, tmp):
         (f"tokenizer={tmp}/foreign.tiktoken", "foreign.tiktoken"),
         (f"eval=h={data}/none", "none does not exist"),
         ("eval=h", "eval has 'h'; write name=FOLDER"),
-        ("mesh.fsdp=3", "needs 3 devices but 8 are there"),
+        ("mesh.fsdp=3", "needs 3 devices but there are 8"),
     ]
     for how in ("missing", "empty", "truncated"):
         folder = damaged_copy(data / "a", tmp / how, how)

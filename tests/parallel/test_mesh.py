@@ -28,8 +28,8 @@ def test_axis_of_minus_one_takes_the_remaining_devices(config, shape):
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (MeshConfig(fsdp=3), "fsdp=3.*needs 3 devices but 8"),
-        (MeshConfig(tensor=3), "needs a multiple of 3 devices but 8"),
+        (MeshConfig(fsdp=3), "fsdp=3.*needs 3 devices but there are 8"),
+        (MeshConfig(tensor=3), "needs a multiple of 3 devices but there are 8"),
         (MeshConfig(data=-1), "-1 on more than one axis"),
         (MeshConfig(tensor=0), "mesh.tensor is 0"),
     ],
