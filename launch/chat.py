@@ -30,7 +30,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.load import load
 from qwen_jax.generate.service import EngineFailed
-from qwen_jax.generate.session import with_options
+from qwen_jax.generate.session import override_params
 from qwen_jax.model import count_params
 from qwen_jax.progress import format_count
 
@@ -80,13 +80,13 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
     how |= {"weights": WEIGHTS.value, "layer_windows": LAYER_WINDOWS.value}
     sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
     given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
-    with_options(SamplingParams(), given)  # a bad value is better said before the weights are read
+    override_params(SamplingParams(), given)  # refuses bad values before the weights are read
     with load(MODEL.value, **place, **how, max_running_requests=1, **sizes) as qwen:
         session = qwen.session
-        session.params = with_options(session.params, given)
+        session.params = override_params(session.params, given)
         session.stop = (*session.stop, *STOP.value)
         if SYSTEM.value is not None:
-            if not session.chats:
+            if not session.is_chat_model:
                 raise UserError("--system is for chat models; this one only continues text.")
             session.system = SYSTEM.value or None
         yield qwen
@@ -95,7 +95,7 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
 def facts(qwen: Qwen) -> str:
     """What the model is, in one line."""
     config = qwen.config
-    kind = "chat model" if qwen.session.chats else "base model"
+    kind = "chat model" if qwen.session.is_chat_model else "base model"
     return (
         f"{qwen.name}: {kind} with {format_count(count_params(config))} parameters "
         f"({config.n_layers} layers of {config.d_model}), {qwen.service.max_length:,} tokens"
@@ -114,7 +114,7 @@ def converse(qwen: Qwen) -> None:
     repl = Repl(qwen.session, seed=SEED_FLAG.value, **how)
     if terminal:
         repl.say(f"{about}\n/help lists commands, Ctrl-D ends.")
-    if not qwen.session.chats:
+    if not qwen.session.is_chat_model:
         repl.say("This is a base model: it continues what you write, and keeps no conversation.")
     repl.run()
 
@@ -132,11 +132,11 @@ def history_file() -> pathlib.Path | None:
 def answer_once(qwen: Qwen, prompt: str) -> None:
     """One answer on stdout, as text or as JSON."""
     session = qwen.session
-    prompt = prompt.strip() if session.chats else prompt
+    prompt = prompt.strip() if session.is_chat_model else prompt
     reply = session.ask(prompt, stream=not JSON.value, seed=SEED_FLAG.value)
     if not JSON.value:
         shown = printable if sys.stdout.isatty() else str
-        begun = not session.chats
+        begun = not session.is_chat_model
         for piece in reply:
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)

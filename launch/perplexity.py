@@ -30,7 +30,7 @@ from qwen_jax.corpus.texts import read_texts
 from qwen_jax.errors import UserError
 from qwen_jax.evaluate.long_context import MODES, TablePlan, measure
 from qwen_jax.evaluate.long_context_report import as_json, as_text, plot_png
-from qwen_jax.generate.source import Source, find_model, load_weights
+from qwen_jax.generate.source import ModelSource, find_model, load_weights
 from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, batch_devices, make_mesh
 from qwen_jax.tokenizer import Tokenizer
@@ -59,7 +59,7 @@ CONTEXT = flags.DEFINE_integer("context", 1, "Size of the context mesh axis (seq
 TENSOR = flags.DEFINE_integer("tensor", 1, "Size of the tensor mesh axis (heads, FFN, vocabulary).")
 
 
-def identify_weights(source: Source) -> dict[str, Any]:
+def identify_weights(source: ModelSource) -> dict[str, Any]:
     """Returns facts that identify the weights without reading them: file names, sizes and times."""
     if source.step is None:
         files = source.folder.glob("*.safetensors")

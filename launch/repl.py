@@ -18,7 +18,7 @@ from qwen_jax.artifact import write_text
 from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.generate.service import Answer
-from qwen_jax.generate.session import Reply, Session, with_options
+from qwen_jax.generate.session import Reply, Session, override_params
 
 # What /set changes; Hugging Face's name is understood too.
 SETTINGS = (
@@ -150,7 +150,7 @@ class Repl:
 
     def _print(self, reply: Reply) -> None:
         # A chat model's answer may begin with a space or a newline, which belongs to its format.
-        begun = not self.session.chats
+        begun = not self.session.is_chat_model
         for piece in reply:
             piece = piece if begun else piece.lstrip()
             begun = begun or bool(piece)
@@ -165,7 +165,7 @@ class Repl:
         self.say("\n".join([HELP, *(f"  {usage:{width}}  {text}" for usage, text in rows)]))
 
     def system(self, rest: str) -> None:  # noqa: D102
-        if not self.session.chats:
+        if not self.session.is_chat_model:
             raise UserError("A base model has no system prompt; write it before your text.")
         if not rest:
             self.say(self.session.system or "There is no system prompt.")
@@ -187,7 +187,11 @@ class Repl:
             self.say(f"> {said}")
             self._out.write(printable(answer) + "\n")
         if not self.session.history:
-            self.say("Nothing was said yet." if self.session.chats else "A base model keeps none.")
+            self.say(
+                "Nothing was said yet."
+                if self.session.is_chat_model
+                else "A base model keeps none."
+            )
 
     def set_seed(self, rest: str) -> None:  # noqa: D102
         if rest:
@@ -207,7 +211,7 @@ class Repl:
         elif name == "stop":
             self.session.stop = _stop_strings(value)
             self.say(f"stop = {json.dumps(self.session.stop, ensure_ascii=False)}")
-        elif name == "thinking" and self.session.thinks:
+        elif name == "thinking" and self.session.has_thinking_switch:
             if value not in ("on", "off"):
                 raise UserError(f"thinking is {value!r}; it must be on or off.")
             self.session.thinking = value == "on"
@@ -217,7 +221,7 @@ class Repl:
             raise UserError(f"There is no setting {name!r}{nearest(name, known)}; /set lists them.")
         else:
             number = _number(name, value)
-            self.session.params = with_options(self.session.params, {name: number})
+            self.session.params = override_params(self.session.params, {name: number})
             self.say(f"{name} = {number}")
 
     def reset(self, rest: str) -> None:  # noqa: D102
@@ -227,7 +231,7 @@ class Repl:
 
     def show(self, rest: str) -> None:  # noqa: D102
         lines = [self._facts]
-        if self.session.chats:
+        if self.session.is_chat_model:
             lines.append(f"system prompt: {self.session.system or 'none'}")
             lines.append(f"{len(self.session.history)} questions and answers so far")
         self.say("\n".join(lines + self._settings()))
@@ -283,7 +287,7 @@ class Repl:
             value, was = getattr(params, name), getattr(first, name)
             lines.append(f"{name} = {value}" + ("" if value == was else f" (was {was})"))
         stop = json.dumps(list(self.session.stop), ensure_ascii=False)
-        if self.session.thinks:
+        if self.session.has_thinking_switch:
             lines.append(f"thinking = {'off' if self.session.thinking is False else 'on'}")
         return [*lines, f"seed = {self.seed}", f"stop = {stop}"]
 

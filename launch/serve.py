@@ -164,7 +164,7 @@ def serve(limits: ServerLimits) -> int:
         **sizes,
     ) as qwen:
         model = served_model(qwen, NAME.value, created=int(time.time()))
-        if not qwen.session.chats:
+        if not qwen.session.is_chat_model:
             logging.warning(
                 "%s is a base model: chats are continued as plain text without roles", model.name
             )

@@ -1,1 +1,1 @@
-"""Text generation on top of the engine: loading a model, chat sessions, a threaded service."""
+"""Text generation with the engine: load a model, chat sessions, threaded service, detokenizer."""

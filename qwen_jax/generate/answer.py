@@ -1,4 +1,7 @@
-"""One answer of the service: filled by the engine's thread, read by any other thread or loop."""
+"""The answer to one request: text chunks written by the engine thread and read by any other.
+
+`AnswerState` is shared by the engine thread and the readers; `Answer` is the reader's handle on it.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,24 @@ import dataclasses
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from qwen_jax.engine.request import Output, Request
-from qwen_jax.generate.detokenizer import TextStream
+from qwen_jax.generate.detokenizer import StreamDecoder
 from qwen_jax.tokenizer.tokenizer import Tokenizer
 
-# Arrays of an `Output` and a `Chunk` that have one row per token.
-_PER_TOKEN = ("tokens", "logprobs", "raw_logprobs", "top_ids", "top_logprobs")
+# Fields of `Output` and `TextChunk` that are arrays with one row per token, or None.
+_TOKEN_FIELDS = ("tokens", "logprobs", "raw_logprobs", "top_ids", "top_logprobs")
 
 
 class Overloaded(RuntimeError):
-    """Too many requests wait already.
+    """Error of a request that was refused because the queue is full.
 
     Attributes:
-      waiting: how many.
-      retry_after: seconds in which they should be done, judged by the latest ones.
+      waiting: number of requests in the queue.
+      retry_after: estimated seconds until they are finished, from the rate of recent requests.
     """
 
     def __init__(self, waiting: int, retry_after: float):
@@ -35,12 +38,12 @@ class Overloaded(RuntimeError):
         self.waiting, self.retry_after = waiting, retry_after
 
 
-class Closed(RuntimeError):
-    """The service has ended or is ending."""
+class ServiceClosed(RuntimeError):
+    """Error of a request that was submitted after `Service.close` was called."""
 
 
 class EngineFailed(RuntimeError):
-    """The engine has failed; `__cause__` is what it raised."""
+    """Error of all requests after the engine has raised; `__cause__` is the engine's exception."""
 
     def __init__(self, cause: BaseException):
         super().__init__(f"The engine has failed: {type(cause).__name__}: {cause}")
@@ -48,18 +51,21 @@ class EngineFailed(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunk:
-    """A piece of an answer. Joined, the chunks are the whole answer.
+class TextChunk:
+    """A piece of an answer; the pieces joined are the full answer.
 
     Attributes:
-      text: new text, whole characters; control tokens are not shown.
-      tokens: int32 [n], the tokens that belong to it: those of all chunks joined are the fewest
-        that spell the text up to a stop string, or all tokens where none was found. A token stands
-        in the chunk in which its text begins to be given out.
-      finish: None while it goes on; "stop" (a stop id or a stop string), "length", "cancelled".
-      stop: the stop string that ended it; None for a stop id.
-      logprobs, raw_logprobs, top_ids, top_logprobs: of `tokens`, as in `Output`; None unless asked
-        for.
+      text: new text, made of complete characters; control tokens are left out.
+      tokens: int32 [n], the tokens of this chunk. The tokens of all chunks together are the fewest
+        that spell the text before the stop string, or all tokens if no stop string was found. A
+        token belongs to the chunk in which the first character of its text is returned.
+      finish: None while the answer continues; "stop" (a stop id or a stop string), "length" or
+        "cancelled" in the last chunk.
+      stop: the stop string that ended the answer, else None (also for a stop id).
+      logprobs: as in `engine.request.Output`, for `tokens`; None unless requested.
+      raw_logprobs: as in `Output`.
+      top_ids: as in `Output`.
+      top_logprobs: as in `Output`.
     """
 
     text: str
@@ -72,204 +78,281 @@ class Chunk:
     top_logprobs: np.ndarray | None = None
 
 
-def join_chunks(chunks: Sequence[Chunk]) -> Chunk:
-    """One chunk out of consecutive ones; of none, an empty one."""
-    columns = {name: _join([getattr(chunk, name) for chunk in chunks]) for name in _PER_TOKEN}
-    if columns["tokens"] is None:
-        columns["tokens"] = np.zeros(0, np.int32)
-    last = chunks[-1] if chunks else None
-    return Chunk(
-        text="".join(chunk.text for chunk in chunks),
-        finish=last and last.finish,
-        stop=last and last.stop,
-        **columns,
+def join_chunks(chunks: Sequence[TextChunk]) -> TextChunk:
+    """Joins consecutive chunks of an answer into one; returns an empty chunk for no chunks."""
+    columns = {
+        name: _join_rows([getattr(chunk, name) for chunk in chunks]) for name in _TOKEN_FIELDS
+    }
+    finish = chunks[-1].finish if chunks else None
+    stop = chunks[-1].stop if chunks else None
+    return _make_chunk("".join(chunk.text for chunk in chunks), finish, stop, columns)
+
+
+def _make_chunk(
+    text: str, finish: str | None, stop: str | None, columns: dict[str, np.ndarray | None]
+) -> TextChunk:
+    """Returns a chunk with the arrays `columns`, by field name; `tokens` may be None for none."""
+    tokens = columns["tokens"]
+    return TextChunk(
+        text=text,
+        tokens=np.zeros(0, np.int32) if tokens is None else tokens,
+        finish=finish,
+        stop=stop,
+        logprobs=columns["logprobs"],
+        raw_logprobs=columns["raw_logprobs"],
+        top_ids=columns["top_ids"],
+        top_logprobs=columns["top_logprobs"],
     )
 
 
-def _join(parts: list[np.ndarray | None]) -> np.ndarray | None:
-    parts = [part for part in parts if part is not None]
-    if not parts:
+def _join_rows(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    """Concatenates the arrays among `parts` along their first axis; None if there are none."""
+    arrays = [part for part in parts if part is not None]
+    if not arrays:
         return None
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-class Job:
-    """What the service knows of a request. One lock guards its text and its chunks.
+class AnswerState:
+    """State of one request in the service: its text so far and the chunks not yet read.
+
+    The engine thread calls `add_output`, `cancel` and `fail`; readers take chunks from `chunks`
+    while they hold `condition`, which guards all of it.
 
     Attributes:
-      request: as the engine gets it.
-      ended: nothing more will come: finished, cancelled or failed.
-      abandoned: nobody can read the answer any more.
-      cached, new: tokens of the prompt found in the cache; tokens that the engine has given.
-      submitted_at, first_at, ended_at: seconds of `time.monotonic`; None until then.
+      request: the request as the engine receives it.
+      ended: whether no more chunks will be added: finished, cancelled or failed.
+      abandoned: whether the `Answer` was garbage-collected before the end, so nobody can read it.
+      cached_tokens: prompt tokens that were found in the prefix cache.
+      new_tokens: tokens received from the engine.
+      submitted_at: `time.monotonic` of the submission.
+      first_token_at: `time.monotonic` of the first output; None until then.
+      ended_at: `time.monotonic` of the end; None until then.
+      condition: lock, notified when a chunk is added or the answer ends.
+      chunks: chunks that no reader has taken yet, in order.
+      error: the exception that ended the answer, raised to every reader; None without one.
+      waiters: event loops and futures of `async for` readers that wait for the next chunk.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...]):
         self.request = request
         self.ended = self.abandoned = False
-        self.cached = self.new = 0
-        self.submitted_at, self.first_at, self.ended_at = time.monotonic(), None, None
-        self.ready = threading.Condition()
-        self.chunks: list[Chunk] = []
+        self.cached_tokens = self.new_tokens = 0
+        self.submitted_at = time.monotonic()
+        self.first_token_at: float | None = None
+        self.ended_at: float | None = None
+        self.condition = threading.Condition()
+        self.chunks: list[TextChunk] = []
         self.error: BaseException | None = None
-        self.waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
-        self._text = TextStream(tokenizer, stop)
-        self._held: dict[str, np.ndarray | None] = {}  # rows of tokens not given out yet
-        self._given = 0
-        self._later: list[Chunk] = []  # of a request that is not streamed, until its end
+        self.waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self._decoder = StreamDecoder(tokenizer, stop)
+        # Rows of the tokens received but not yet part of a chunk, by field name.
+        self._pending_rows: dict[str, np.ndarray | None] = {}
+        self._num_chunk_tokens = 0  # tokens in all chunks so far
+        self._unstreamed: list[TextChunk] = []  # joined at the end if the request does not stream
 
-    def take(self, output: Output) -> str | None:
-        """Takes new tokens from the engine; returns how the answer ended, if it did."""
-        with self.ready:
+    def add_output(self, output: Output) -> str | None:
+        """Decodes new tokens of the engine and makes their text available to the readers.
+
+        Returns:
+          How the answer ended ("stop" for a stop string too); None if it continues, or if it had
+          ended before.
+        """
+        with self.condition:
             if self.ended:
                 return None
-            if self.first_at is None:
-                self.first_at, self.cached = time.monotonic(), output.cached_tokens
-            self.new += len(output.tokens)
-            text, finish = self._text.push(output.tokens), output.finish
+            if self.first_token_at is None:
+                self.first_token_at = time.monotonic()
+                self.cached_tokens = output.cached_tokens
+            self.new_tokens += len(output.tokens)
+            text, finish = self._decoder.push(output.tokens), output.finish
             if finish is not None:
-                text += self._text.finish()
-            if self._text.stopped is not None:
+                text += self._decoder.finish()
+            if self._decoder.stop_string is not None:
                 finish = "stop"
-            self._post(self._chunk(text, finish, output))
+            self._publish(self._next_chunk(text, finish, output))
             return finish
 
     def cancel(self) -> bool:
-        """Ends the answer as "cancelled", with what was held back; False when it has ended."""
-        with self.ready:
+        """Ends the answer as "cancelled", with the text that was held back.
+
+        Returns:
+          False if the answer had ended before, else True.
+        """
+        with self.condition:
             if self.ended:
                 return False
-            self._post(self._chunk(self._text.finish(), "cancelled", None))
+            self._publish(self._next_chunk(self._decoder.finish(), "cancelled", None))
             return True
 
     def fail(self, error: BaseException) -> None:
-        """Ends the answer with an error, which every read raises after what came before it."""
-        with self.ready:
+        """Ends the answer with `error`, which is raised to readers after the remaining chunks."""
+        with self.condition:
             if not self.ended:
                 self.error = error
-                self._end()
-                self._wake()
+                self._mark_ended()
+                self._notify_readers()
 
-    def _chunk(self, text: str, finish: str | None, output: Output | None) -> Chunk:
-        """The chunk of `text`, with the rows of its tokens; keeps the rest."""
-        count = self._text.kept - self._given
-        self._given += count
-        given = {}
-        for name in _PER_TOKEN:
-            parts = [self._held.get(name), None if output is None else getattr(output, name)]
-            rows = _join(parts)
-            given[name] = None if rows is None else rows[:count]
-            self._held[name] = None if rows is None else rows[count:]
-        if given["tokens"] is None:
-            given["tokens"] = np.zeros(0, np.int32)
-        return Chunk(text=text, finish=finish, stop=self._text.stopped, **given)
+    def _next_chunk(self, text: str, finish: str | None, output: Output | None) -> TextChunk:
+        """Returns a chunk of `text` with the rows of its tokens; later tokens' rows stay pending.
 
-    def _post(self, chunk: Chunk) -> None:
+        Args:
+          text: text that has become certain.
+          finish: how the answer ended; None if it continues.
+          output: the engine output with the newest tokens; None if there are no new ones.
+        """
+        count = self._decoder.num_text_tokens - self._num_chunk_tokens
+        self._num_chunk_tokens += count
+        columns = {}
+        for name in _TOKEN_FIELDS:
+            new = None if output is None else getattr(output, name)
+            rows = _join_rows([self._pending_rows.get(name), new])
+            columns[name] = None if rows is None else rows[:count]
+            self._pending_rows[name] = None if rows is None else rows[count:]
+        return _make_chunk(text, finish, self._decoder.stop_string, columns)
+
+    def _publish(self, chunk: TextChunk) -> None:
+        """Makes a chunk available to the readers; without streaming, all chunks joined at the end.
+
+        Chunks without text, tokens or end are dropped.
+        """
         if chunk.finish is not None:
-            self._end()
+            self._mark_ended()
         if not self.request.stream:
-            self._later.append(chunk)
+            self._unstreamed.append(chunk)
             if chunk.finish is None:
                 return
-            chunk, self._later = join_chunks(self._later), []
+            chunk, self._unstreamed = join_chunks(self._unstreamed), []
         elif not (chunk.text or len(chunk.tokens) or chunk.finish):
             return
         self.chunks.append(chunk)
-        self._wake()
+        self._notify_readers()
 
-    def _end(self) -> None:
+    def _mark_ended(self) -> None:
+        """Records that and when the answer ended, and drops the rows that no chunk will have."""
         self.ended, self.ended_at = True, time.monotonic()
-        self._held = {}
+        self._pending_rows = {}
 
-    def _wake(self) -> None:
-        self.ready.notify_all()
+    def _notify_readers(self) -> None:
+        """Wakes the threads and event loops that wait for a chunk or the end."""
+        self.condition.notify_all()
         for loop, future in self.waiters:
-            with contextlib.suppress(RuntimeError):  # that loop is closed: nobody waits
+            with contextlib.suppress(RuntimeError):  # the loop is closed, so nothing waits there
                 loop.call_soon_threadsafe(_resolve, future)
         self.waiters.clear()
 
 
-def _resolve(future: asyncio.Future) -> None:
+def _resolve(future: asyncio.Future[None]) -> None:
+    """Completes a future unless it was completed or cancelled before."""
     if not future.done():
         future.set_result(None)
 
 
 class Canceller(Protocol):
-    """The part of the service that an answer needs."""
+    """The interface to the engine thread through which an answer cancels its request.
+
+    Attributes:
+      abandoned: ids of requests whose `Answer` was garbage-collected; the engine thread cancels
+        them. Appending to the list needs no lock.
+    """
 
     abandoned: list[str]
 
     def cancel(self, request_id: str) -> None:
-        """Frees a request in the engine."""
+        """Asks the engine thread to remove a request from the engine."""
+
+
+class AnswerTimes(NamedTuple):
+    """Times of an answer, in seconds of `time.monotonic`.
+
+    Attributes:
+      submitted: when the request was submitted.
+      first_token: when its first tokens were received from the engine; None until then.
+      ended: when the answer ended; None until then.
+    """
+
+    submitted: float
+    first_token: float | None
+    ended: float | None
 
 
 class Answer:
-    """A handle on one answer: iterate over it, once, by `for` or `async for`.
+    """Handle on one answer: an iterator over its chunks, for `for` or `async for`.
 
-    When nobody holds it any more before its end, the request is cancelled. As a context manager it
-    cancels at the end of the block what has not ended.
+    Each chunk is returned once. If the handle is garbage-collected before the answer has ended, the
+    request is cancelled. As a context manager it cancels an unfinished answer at the end of the
+    block.
     """
 
-    def __init__(self, job: Job, canceller: Canceller, keep: Any):
-        """Made by `Service.submit`; `keep` is held as long as the answer is."""
-        self._job, self._canceller, self._keep = job, canceller, keep
+    def __init__(self, state: AnswerState, canceller: Canceller, service: Any):
+        """Creates the handle; called by `Service.submit`.
+
+        Args:
+          state: the state that the engine thread updates.
+          canceller: removes the request from the engine.
+          service: kept alive as long as this handle exists.
+        """
+        self._state, self._canceller, self._service = state, canceller, service
 
     @property
     def id(self) -> str:
-        """The request's id in the engine."""
-        return self._job.request.id
+        """Id of the request in the engine."""
+        return self._state.request.id
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self._job.request.prompt)
+        """Number of tokens of the prompt."""
+        return len(self._state.request.prompt)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of the prompt that were not computed again; known with the first chunk."""
-        return self._job.cached
+        """Number of prompt tokens found in the prefix cache; 0 until the first output."""
+        return self._state.cached_tokens
 
     @property
     def new_tokens(self) -> int:
-        """Tokens generated so far, those after a stop string included."""
-        return self._job.new
+        """Number of tokens generated so far, including those after a stop string."""
+        return self._state.new_tokens
 
     @property
-    def times(self) -> tuple[float, float | None, float | None]:
-        """When it was submitted, had its first token, ended: seconds of `time.monotonic`."""
-        return self._job.submitted_at, self._job.first_at, self._job.ended_at
+    def times(self) -> AnswerTimes:
+        """Times of submission, first token and end."""
+        state = self._state
+        return AnswerTimes(state.submitted_at, state.first_token_at, state.ended_at)
 
     def cancel(self) -> None:
-        """Ends the answer, from any thread: the reader gets what there is, then "cancelled"."""
-        if self._job.cancel():
+        """Cancels the answer, from any thread; readers get the remaining text and "cancelled"."""
+        if self._state.cancel():
             self._canceller.cancel(self.id)
 
-    def result(self, timeout: float | None = None) -> Chunk:
-        """Waits for the end; returns everything not read yet as one chunk.
+    def result(self, timeout: float | None = None) -> TextChunk:
+        """Waits for the end and returns all chunks that were not read yet, joined into one.
 
         Args:
-          timeout: seconds to wait for the next chunk; None: as long as it takes.
+          timeout: seconds to wait for each next chunk; None waits without limit.
 
         Raises:
-          TimeoutError: nothing came in that time. EngineFailed, UserError: as in iteration.
+          TimeoutError: no chunk was added within `timeout`.
+          EngineFailed, UserError: as in iteration.
         """
         chunks = []
         while (chunk := self._next(timeout)) is not None:
             chunks.append(chunk)
         return join_chunks(chunks)
 
-    async def aresult(self) -> Chunk:
-        """`result` for an event loop."""
+    async def aresult(self) -> TextChunk:
+        """Returns the same as `result`, without blocking the event loop."""
         return join_chunks([chunk async for chunk in self])
 
     def __iter__(self) -> Answer:
         return self
 
-    def __next__(self) -> Chunk:
-        """The next chunk.
+    def __next__(self) -> TextChunk:
+        """Waits for the next chunk and returns it.
 
         Raises:
-          EngineFailed: the engine failed. UserError: it refused the request.
+          EngineFailed: the engine failed.
+          UserError: the engine refused the request.
         """
         chunk = self._next(None)
         if chunk is None:
@@ -279,51 +362,57 @@ class Answer:
     def __aiter__(self) -> Answer:
         return self
 
-    async def __anext__(self) -> Chunk:
-        """The next chunk, without blocking the event loop; raises as `__next__`."""
-        job = self._job
+    async def __anext__(self) -> TextChunk:
+        """Returns the next chunk without blocking the event loop; raises as `__next__`."""
+        state = self._state
         while True:
-            with job.ready:
-                if job.chunks:
-                    return job.chunks.pop(0)
-                if job.error is not None:
-                    raise job.error
-                if job.ended:
+            with state.condition:
+                if state.chunks:
+                    return state.chunks.pop(0)
+                if state.error is not None:
+                    raise state.error
+                if state.ended:
                     raise StopAsyncIteration
                 loop = asyncio.get_running_loop()
                 waiter = (loop, loop.create_future())
-                job.waiters.append(waiter)
+                state.waiters.append(waiter)
             try:
                 await waiter[1]
             finally:
-                with job.ready, contextlib.suppress(ValueError):
-                    job.waiters.remove(waiter)
+                with state.condition, contextlib.suppress(ValueError):
+                    state.waiters.remove(waiter)
 
-    def _next(self, timeout: float | None) -> Chunk | None:
-        job = self._job
-        with job.ready:
-            if not job.ready.wait_for(lambda: job.chunks or job.ended, timeout):
-                raise TimeoutError(f"no text came in {timeout} s")
-            if job.chunks:
-                return job.chunks.pop(0)
-            if job.error is not None:
-                raise job.error
+    def _next(self, timeout: float | None) -> TextChunk | None:
+        """Waits up to `timeout` seconds for the next chunk; returns None at the end.
+
+        Raises:
+          TimeoutError: no chunk was added within `timeout`.
+          EngineFailed, UserError: as `__next__`.
+        """
+        state = self._state
+        with state.condition:
+            if not state.condition.wait_for(lambda: state.chunks or state.ended, timeout):
+                raise TimeoutError(f"The answer had no new text within {timeout} s.")
+            if state.chunks:
+                return state.chunks.pop(0)
+            if state.error is not None:
+                raise state.error
             return None
 
     def __enter__(self) -> Answer:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.cancel()
 
     async def __aenter__(self) -> Answer:
         return self
 
-    async def __aexit__(self, *exc_info) -> None:
+    async def __aexit__(self, *exc_info: object) -> None:
         self.cancel()
 
     def __del__(self) -> None:
-        # May run in any thread, at any moment, under any lock: so it takes none.
-        if not self._job.ended:
-            self._job.abandoned = True
+        # The garbage collector may call this in any thread, under any lock, so it takes no lock.
+        if not self._state.ended:
+            self._state.abandoned = True
             self._canceller.abandoned.append(self.id)

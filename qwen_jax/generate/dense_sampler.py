@@ -1,14 +1,15 @@
-"""Sampling whole batches in one jitted call: prefill, then one token at a time over a dense cache.
+"""Batch sampling in one jitted call: prefill, then one token per step over a dense KV cache.
 
-For demos, tests and evaluation during training. Prompts of different lengths stand side by side,
-padded on the right: padding is never attended to, and the cache writes the first new token of a row
-over its padding, so a row computes what it would compute alone.
+For demos, tests and evaluation during training. Prompts of different lengths are padded on the
+right: padding is never attended to, and the first new token of a row overwrites its padding in the
+cache, so the result of a row is the same as alone.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ from qwen_jax.model import (
 )
 from qwen_jax.parallel import batch_devices, current_mesh, on_mesh, reshard, spec
 
-# Prompts are padded to a multiple of this, so that few lengths are ever compiled.
-_WIDTH = 64
+# Prompts are padded to a multiple of this length, to limit the number of compilations.
+_LENGTH_MULTIPLE = 64
 
 
 def sample(
@@ -43,42 +44,39 @@ def sample(
     stop_id: int | None = None,
     vocab_size: int | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt; a row's result depends on its prompt, its index and `seed` alone.
+    """Continues every prompt and returns the new token ids.
 
-    What the release turns on at inference acts here too: dynamic NTK with the factor of each
-    prompt's length, and LogN (report §2.5), where `config` has them.
+    The result of a row depends only on its prompt, its index and `seed`. Dynamic NTK, with the
+    factor of each prompt's length, and LogN (report §2.5) apply if `config` has them.
 
     Args:
-      params: the parameters of `config`, on a mesh that is in force or on one device.
+      params: parameters of `config`, sharded over the mesh in force or on one device.
       prompts: token ids of each prompt, at least one each.
-      config, options: the network and how it runs; the cache is in the compute dtype.
-      max_new_tokens: tokens to add to each prompt.
+      config: configuration of the network.
+      options: how to run it; the cache has its compute dtype.
+      max_new_tokens: maximum number of tokens to add to each prompt.
       temperature: divides the logits; 0 takes the most probable token.
-      top_k: draw among so many most probable tokens only (ties with the last one stay); 0: all.
-      seed: of the draws.
+      top_k: number of most probable tokens to sample from (ties with the last one are kept); 0
+        disables it.
+      seed: seed of the samples.
       stop_id: token that ends a row; it is not part of the result.
-      vocab_size: ids of the tokenizer; the model's rows from there on are padding and never drawn.
+      vocab_size: number of ids of the tokenizer; the model's ids from there on are padding and are
+        never sampled. By default `config.vocab_size`.
 
     Returns:
-      the new ids of each prompt, at most `max_new_tokens`.
+      The new ids of each prompt, at most `max_new_tokens`.
 
     Raises:
-      UserError: no prompts, an empty one, an id outside the vocabulary, or a number out of range.
+      UserError: there are no prompts, a prompt is empty or has an id outside the vocabulary, or a
+        number is out of range.
     """
     vocab_size = config.vocab_size if vocab_size is None else vocab_size
-    _check(prompts, config, vocab_size, max_new_tokens, temperature, top_k)
-    # On a mesh, rows of nothing but padding fill the batch up to what its devices can share.
-    devices = batch_devices(current_mesh()) if on_mesh() else 1
-    rows = -(-len(prompts) // devices) * devices
-    lengths = np.zeros(rows, np.int32)
-    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((rows, -(-lengths.max() // _WIDTH) * _WIDTH), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=False):
-        row[: len(prompt)] = prompt
+    _check_inputs(prompts, config, vocab_size, max_new_tokens, temperature, top_k)
+    tokens, lengths = _pad_prompts(prompts)
     alpha = None
     if config.dynamic_ntk:
         alpha = np.stack([ntk_alphas(int(n), config) for n in lengths])
-    drawn = _generate(
+    generated = _generate(
         params,
         tokens,
         lengths,
@@ -93,11 +91,23 @@ def sample(
         stop_id=-1 if stop_id is None else stop_id,
         vocab_size=vocab_size,
     )
-    drawn = np.asarray(drawn)[: len(prompts)]
-    return [row[row >= 0].tolist() for row in drawn]
+    rows = np.asarray(generated)[: len(prompts)]
+    return [row[row >= 0].tolist() for row in rows]
 
 
-def _check(prompts, config, vocab_size, max_new_tokens, temperature, top_k) -> None:
+def _check_inputs(
+    prompts: Sequence[Sequence[int]],
+    config: ModelConfig,
+    vocab_size: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+) -> None:
+    """Checks the arguments of `sample`.
+
+    Raises:
+      UserError: as `sample`.
+    """
     if not prompts:
         raise UserError("There are no prompts to continue; give at least one.")
     for i, prompt in enumerate(prompts):
@@ -113,20 +123,72 @@ def _check(prompts, config, vocab_size, max_new_tokens, temperature, top_k) -> N
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
     if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}; it must be a number from 0 up.")
+        raise UserError(f"temperature is {temperature}; it must be a finite number of 0 or more.")
     if top_k < 0:
         raise UserError(f"top_k is {top_k}; it must be positive, or 0 for all tokens.")
 
 
+def _pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Stacks prompts as rows, padded on the right with zeros.
+
+    On a mesh, empty rows extend the batch to a multiple of the devices that share it.
+
+    Returns:
+      Token ids, int32 [B, T] for B rows of T tokens, and the lengths of the prompts, int32 [B].
+    """
+    devices = batch_devices(current_mesh()) if on_mesh() else 1
+    rows = -(-len(prompts) // devices) * devices
+    lengths = np.zeros(rows, np.int32)
+    lengths[: len(prompts)] = [len(prompt) for prompt in prompts]
+    width = -(-lengths.max() // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    tokens = np.zeros((rows, width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=False):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=(*("config", "options", "steps", "greedy", "top_k", "stop_id", "vocab_size"),),
+    static_argnames=("config", "options", "steps", "greedy", "top_k", "stop_id", "vocab_size"),
 )
 def _generate(
-    params, tokens, lengths, alpha, key, temperature,
-    *, config, options, steps, greedy, top_k, stop_id, vocab_size,
-) -> jax.Array:  # fmt: skip
-    """Drawn ids int32 [B,steps], -1 from the stop on; tokens int32 [B,T], lengths int32 [B]."""
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    alpha: jax.Array | None,
+    key: jax.Array,
+    temperature: jax.Array,
+    *,
+    config: ModelConfig,
+    options: ForwardOptions,
+    steps: int,
+    greedy: bool,
+    top_k: int,
+    stop_id: int,
+    vocab_size: int,
+) -> jax.Array:
+    """Runs prefill and up to `steps` decode steps; stops early when all rows have ended.
+
+    Shapes: B rows, prompts padded to T tokens, W distinct attention windows.
+
+    Args:
+      params: parameters of `config`.
+      tokens: int32 [B, T], prompts padded on the right.
+      lengths: int32 [B], lengths of the prompts; 0 for a row that is not used.
+      alpha: float32 [B, W], NTK factors of each row (`ntk_alphas`); None without dynamic NTK.
+      key: PRNG key of the samples.
+      temperature: float32 scalar above 0.
+      config: configuration of the network.
+      options: how to run it.
+      steps: maximum number of new tokens.
+      greedy: whether to take the most probable token, ignoring `temperature` and `top_k`.
+      top_k: number of most probable tokens to sample from; 0 for all.
+      stop_id: id that ends a row; -1 for none.
+      vocab_size: ids from this one on are never sampled.
+
+    Returns:
+      New ids, int32 [B, steps]; -1 from the stop id on.
+    """
     rows, width = tokens.shape
     forward = functools.partial(
         hidden_states,
@@ -136,42 +198,30 @@ def _generate(
         ntk_alpha=None if alpha is None else reshard(alpha, "batch", None),
         logn=config.logn,
     )
+    next_logits = functools.partial(
+        _next_token_logits, params, config=config, vocab_size=vocab_size
+    )
+    choose = (
+        _greedy_tokens if greedy else functools.partial(_sample_tokens, key, temperature, top_k)
+    )
 
-    def scores(hidden, at):  # [B,T,D], slot of each row [B] -> float32 [B,V], whole everywhere
-        pick = jax.nn.one_hot(at, hidden.shape[1], dtype=hidden.dtype)
-        pick = reshard(pick, "batch", "sequence")
-        sharding = spec("batch", "channels")
-        last = jnp.einsum("BTD,BT->BD", hidden, pick, out_sharding=sharding)
-        out = reshard(logits(params, last[:, None], config)[:, 0], None, None)
-        return jnp.where(jnp.arange(out.shape[-1]) < vocab_size, out, -jnp.inf)
-
-    def draw(scores, step):
-        if greedy:
-            return scores.argmax(axis=-1).astype(jnp.int32)
-        scores = scores / temperature
-        if top_k:
-            scores = jnp.where(scores >= jax.lax.top_k(scores, top_k)[0][:, -1:], scores, -jnp.inf)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.fold_in(key, step), jnp.arange(rows)
-        )
-        return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
-
-    def more(carry):
+    def unfinished(carry: Any) -> jax.Array:
         step, *_, alive, _ = carry
         return (step < steps) & alive.any()
 
-    def decode(carry):
-        step, cache, scored, alive, out = carry
-        token = draw(scored, step)
+    def decode(carry: Any) -> Any:
+        """Chooses a token per row, then computes the logits [B, V] of the one after it."""
+        step, cache, scores, alive, out = carry
+        token = choose(scores, step)
         alive &= token != stop_id
         out = out.at[:, step].set(jnp.where(alive, token, -1))
         hidden, cache = forward(
             tokens=reshard(token[:, None], "batch", "sequence"),
-            # Finished rows append padding, which takes no slot.
+            # Finished rows append padding, which takes no cache slot.
             segment_ids=reshard(alive[:, None].astype(jnp.int32), "batch", "sequence"),
             cache=cache,
         )
-        return step + 1, cache, scores(hidden, jnp.zeros(rows, jnp.int32)), alive, out
+        return step + 1, cache, next_logits(hidden, jnp.zeros(rows, jnp.int32)), alive, out
 
     with jax.named_scope("prefill"):
         segments = (jnp.arange(width) < lengths[:, None]).astype(jnp.int32)
@@ -180,7 +230,65 @@ def _generate(
             segment_ids=reshard(segments, "batch", "sequence"),
             cache=init_cache(config, rows, width + steps, options.compute_dtype),
         )
-        scored = scores(hidden, jnp.maximum(lengths - 1, 0))
+        scores = next_logits(hidden, jnp.maximum(lengths - 1, 0))
     with jax.named_scope("decode"):
-        start = (jnp.int32(0), cache, scored, lengths > 0, jnp.full((rows, steps), -1, jnp.int32))
-        return jax.lax.while_loop(more, decode, start)[-1]
+        start = (jnp.int32(0), cache, scores, lengths > 0, jnp.full((rows, steps), -1, jnp.int32))
+        return jax.lax.while_loop(unfinished, decode, start)[-1]
+
+
+def _next_token_logits(
+    params: Params,
+    hidden: jax.Array,
+    position: jax.Array,
+    *,
+    config: ModelConfig,
+    vocab_size: int,
+) -> jax.Array:
+    """Computes the logits at one position of each row, replicated on all devices.
+
+    Args:
+      params: parameters of `config`.
+      hidden: [B, T, D], hidden states of B rows, T tokens and D channels.
+      position: int32 [B], which of the T tokens of each row.
+      config: configuration of the network.
+      vocab_size: logits of ids from this one on are -inf.
+
+    Returns:
+      Logits, float32 [B, V] with V = `config.vocab_size`.
+    """
+    one_hot = jax.nn.one_hot(position, hidden.shape[1], dtype=hidden.dtype)
+    one_hot = reshard(one_hot, "batch", "sequence")
+    sharding = spec("batch", "channels")
+    last = jnp.einsum("BTD,BT->BD", hidden, one_hot, out_sharding=sharding)
+    out = reshard(logits(params, last[:, None], config)[:, 0], None, None)
+    return jnp.where(jnp.arange(out.shape[-1]) < vocab_size, out, -jnp.inf)
+
+
+def _greedy_tokens(scores: jax.Array, step: jax.Array) -> jax.Array:
+    """Returns the id with the highest of the logits [B, V] of each row, int32 [B]."""
+    del step
+    return scores.argmax(axis=-1).astype(jnp.int32)
+
+
+def _sample_tokens(
+    key: jax.Array, temperature: jax.Array, top_k: int, scores: jax.Array, step: jax.Array
+) -> jax.Array:
+    """Samples an id for each row from its logits, with a key per step and row.
+
+    Args:
+      key: PRNG key.
+      temperature: divides the logits, above 0.
+      top_k: number of most probable ids to sample from; 0 for all.
+      scores: float32 [B, V], logits of B rows over V ids.
+      step: int32 scalar, index of the new token.
+
+    Returns:
+      int32 [B].
+    """
+    scores = scores / temperature
+    if top_k:
+        scores = jnp.where(scores >= jax.lax.top_k(scores, top_k)[0][:, -1:], scores, -jnp.inf)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.fold_in(key, step), jnp.arange(scores.shape[0])
+    )
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""How a model folder wants to be sampled: its generation_config.json and its chat template."""
+"""Generation defaults of a model folder, from its generation_config.json and chat template."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ CHAT_FORMATS = ("chatml", "raw")
 
 
 @dataclasses.dataclass(frozen=True)
-class Defaults:
-    """What holds unless a caller says otherwise.
+class GenerationDefaults:
+    """Values that a model's folder sets for everything that a caller leaves out.
 
     Attributes:
       chat_format: "chatml" for a chat model, "raw" for a base model, which only continues text.
-      params: sampling, stop ids included.
+      params: sampling parameters, including stop ids.
       stop: stop strings, from stop words of several tokens.
-      system: the system prompt; None: conversations start with the user's turn (Qwen3).
-      max_window: tokens of system prompt and history that a conversation keeps (`max_window_size`).
-      template: the folder's chat template (Qwen1.5 to Qwen3), Jinja; None where it has none.
+      system: the system prompt; None for conversations that start with the user's turn (Qwen3).
+      max_window: maximum number of tokens of system prompt and history in a prompt
+        (`max_window_size`).
+      template: source of the folder's chat template (Jinja; Qwen1.5 to Qwen3), or None.
     """
 
     chat_format: ChatFormat = "raw"
@@ -41,33 +42,40 @@ class Defaults:
     max_window: int = DEFAULT_MAX_WINDOW
     template: str | None = None
 
+    @property
+    def is_chat_model(self) -> bool:
+        """Whether the model was trained on ChatML; otherwise it only continues text."""
+        return self.chat_format == "chatml"
+
 
 def read_defaults(
     folder: pathlib.Path | None, tokenizer: Tokenizer, *, chat_format: str | None = None
-) -> Defaults:
-    """The defaults of a model folder.
+) -> GenerationDefaults:
+    """Reads the generation defaults of a model folder.
 
-    From generation_config.json come `chat_format`, `do_sample` (false: the most probable token),
-    `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`, `max_new_tokens`,
-    `max_window_size`, `eos_token_id` (an id or a list) and `stop_words_ids`. Qwen1.5 to Qwen3 name
-    no chat_format: there the model is one for chat when <|im_end|> is among its ends. Chat models
-    stop at <|im_end|> and <|im_start|> too (the release's `get_stop_words_ids`), every model at
-    <|endoftext|>. The system prompt is the one that the chat template puts there by itself.
+    generation_config.json sets `chat_format`, `do_sample` (false: temperature 0), `temperature`,
+    `top_k`, `top_p`, `min_p`, `repetition_penalty`, `max_new_tokens`, `max_window_size`,
+    `eos_token_id` (an id or a list) and `stop_words_ids`. Qwen1.5 to Qwen3 have no `chat_format`;
+    they are chat models if <|im_end|> is among the `eos_token_id`. Chat models also stop at
+    <|im_end|> and <|im_start|> (the release's `get_stop_words_ids`), and every model at
+    <|endoftext|>. The system prompt is the one that the chat template inserts by default.
 
     Args:
-      folder: a Hugging Face folder; None, or one without that file: a base model's defaults.
-      tokenizer: of the model.
-      chat_format: overrides the folder's.
+      folder: a Hugging Face folder; None, or a folder without that file, gives the defaults of a
+        base model.
+      tokenizer: tokenizer of the model.
+      chat_format: "chatml" or "raw", in place of the folder's.
 
     Raises:
-      UserError: a broken file, a value of another type, an unknown chat format.
+      UserError: the file is not valid JSON, a value has another type or is out of range, or the
+        chat format is unknown.
     """
     file = None if folder is None else folder / "generation_config.json"
     found = read_json(file) if file is not None and file.is_file() else {}
-    get = _Reader(found, file)
+    get = _TypedFields(found, file)
     ends = get("eos_token_id", (int, list), [])
-    ends = [ends] if isinstance(ends, int) else get.ids("eos_token_id", ends)
-    words = [get.ids("stop_words_ids", word) for word in get("stop_words_ids", list, [])]
+    ends = [ends] if isinstance(ends, int) else get.check_ids("eos_token_id", ends)
+    words = [get.check_ids("stop_words_ids", word) for word in get("stop_words_ids", list, [])]
     declared = chat_format or get("chat_format", str, None)
     if declared not in (None, *CHAT_FORMATS):
         raise UserError(
@@ -92,44 +100,63 @@ def read_defaults(
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     template = read_template(folder)
-    return Defaults(
+    return GenerationDefaults(
         chat_format="chatml" if chat else "raw",
         params=params,
         stop=tuple(tokenizer.decode(word) for word in words if len(word) > 1),
-        system=_template_system(template, folder) if chat else None,
-        # Only Qwen has windows; later chats keep what the engine has room for.
+        system=_default_system(template, folder) if chat else None,
+        # Only Qwen v1 has a window; later chat models are limited by the engine alone.
         max_window=get("max_window_size", int, sys.maxsize if template else DEFAULT_MAX_WINDOW),
         template=template,
     )
 
 
-class _Reader:
-    """Values of a JSON object; null and absent are the same, another type is refused."""
+class _TypedFields:
+    """Type-checked access to the fields of a JSON object; null counts as absent.
+
+    Called with a field's name, its type or types, and a default, returns the value or the default.
+    """
 
     def __init__(self, found: Mapping[str, Any], file: pathlib.Path | None):
+        """Wraps the object `found`, read from `file`, which error messages name."""
         self._found, self._file = found, file
 
     def __call__(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        """Returns the value of field `name`, or `default` if it is absent or null.
+
+        Raises:
+          UserError: the value is not of type `kind`.
+        """
         value = self._found.get(name)
         if value is None:
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"{self._file}: {name} is {value!r}; correct it or download the file.")
+            raise UserError(
+                f"{self._file}: {name} is {value!r}, which has the wrong type; correct it or "
+                "download the file again."
+            )
         return value
 
-    def ids(self, name: str, value: Any) -> list[int]:
-        """`value`, found under `name`, as a list of token ids."""
+    def check_ids(self, name: str, value: Any) -> list[int]:
+        """Returns `value`, found in field `name`, if it is a list of token ids.
+
+        Raises:
+          UserError: it is not.
+        """
         if isinstance(value, list) and all(type(i) is int and i >= 0 for i in value):
             return value
-        raise UserError(f"{self._file}: {name} has {value!r}; it must be ids of tokens.")
+        raise UserError(f"{self._file}: {name} has {value!r}; it must be a list of token ids.")
 
 
-def _template_system(source: str | None, folder: pathlib.Path | None) -> str | None:
-    """The system prompt that a chat template sets by itself; None when it sets none."""
-    if source is None:
+def _default_system(template: str | None, folder: pathlib.Path | None) -> str | None:
+    """Returns the system prompt that a chat template inserts by default; None if it inserts none.
+
+    Without a template, or with one that cannot be rendered, that of Qwen v1.
+    """
+    if template is None:
         return DEFAULT_SYSTEM
     try:
-        text = ChatTemplate(source).render([{"role": "user", "content": "-"}])
+        text = ChatTemplate(template).render([{"role": "user", "content": "-"}])
     except UserError as error:
         logging.warning("%s: %s", folder, error)
         return DEFAULT_SYSTEM

@@ -1,11 +1,11 @@
-"""Many readers, one engine: a thread owns the engine, answers come out as text.
+"""Service that runs the engine in a thread of its own and delivers answers as text.
 
     with Service(engine, tokenizer) as service:
         for chunk in service.submit(prompt_ids, params, stop=["\\n\\n"], stream=True):
             print(chunk.text, end="")
 
-Any thread may submit, read and cancel; an answer is read with `for`, with `async for`, or at once
-with `result()`. The engine's thread never waits for a reader.
+Any thread may submit, read and cancel. An answer is read with `for`, with `async for`, or complete
+with `result()`. The engine thread never waits for a reader.
 """
 
 from __future__ import annotations
@@ -18,67 +18,80 @@ import weakref
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from absl import logging
 
 from qwen_jax.engine.request import Output, Request, SamplingParams
 from qwen_jax.errors import UserError
-from qwen_jax.generate.answer import Answer, Chunk, Closed, EngineFailed, Job, Overloaded
-from qwen_jax.generate.detokenizer import check_stop
-from qwen_jax.generate.stats import Counters, ServiceStats
+from qwen_jax.generate.answer import (
+    Answer,
+    AnswerState,
+    EngineFailed,
+    Overloaded,
+    ServiceClosed,
+    TextChunk,
+)
+from qwen_jax.generate.detokenizer import check_stop_strings
+from qwen_jax.generate.stats import ServiceCounters, ServiceStats
 from qwen_jax.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
     "Answer",
-    "Chunk",
-    "Closed",
     "EngineFailed",
     "EngineLike",
     "Overloaded",
     "Service",
+    "ServiceClosed",
     "ServiceStats",
+    "TextChunk",
 ]
 
-# A round of the engine that took less and gave nothing had nothing to do: the thread then sleeps
-# as long before the next, so that an engine which holds requests back does not keep a core busy.
-_IDLE_ROUND_S = 0.0005
+# An engine step that took less time and returned nothing had nothing to do. The thread then sleeps
+# this long before the next one, so that an engine that holds requests back does not occupy a core.
+_IDLE_STEP_S = 0.0005
 
 
 class EngineLike(Protocol):
-    """What the service asks of an engine; see `qwen_jax.engine.engine.Engine`."""
+    """Engine interface that the service uses; implemented by `qwen_jax.engine.engine.Engine`."""
 
     max_length: int
 
     @property
     def busy(self) -> bool:
-        """Whether there is work, waiting or running."""
+        """Whether any request is waiting or running."""
 
     def add(self, request: Request) -> None:
-        """Takes a request; UserError when it can never fit."""
+        """Submits a request; raises UserError if it can never fit."""
 
     def cancel(self, request_id: str) -> None:
-        """Frees a request; no more outputs for it."""
+        """Ends a request; `step` returns no more outputs for it."""
 
     def step(self) -> list[Output]:
-        """One round of scheduling."""
+        """Runs one scheduling step and returns new outputs."""
 
     def stats(self) -> Any:
-        """Numbers, among them `waiting` and `running`."""
+        """Returns a dataclass of statistics, with `waiting` and `running` among its fields."""
 
 
 class Service:
-    """Runs an engine in a thread of its own.
+    """Thread-safe front of an engine, which runs in a thread of its own.
 
-    Ends with `close`, at the end of a `with` block, when it is garbage-collected, or with the
-    process.
+    The thread ends with `close`, at the end of a `with` block, when the service is
+    garbage-collected, or with the process.
+
+    Attributes:
+      tokenizer: the tokenizer of the model.
+      max_length: maximum number of tokens of a prompt and its answer together.
+      max_waiting: maximum number of requests in the queue.
     """
 
     def __init__(self, engine: EngineLike, tokenizer: Tokenizer, *, max_waiting: int = 1024):
-        """Starts the thread; from now on nobody else may touch `engine`.
+        """Starts the engine thread; no other thread may use `engine` from now on.
 
         Args:
           engine: the engine.
-          tokenizer: of the model.
-          max_waiting: requests that may wait for the engine to start on them; more are refused.
+          tokenizer: the tokenizer of the model.
+          max_waiting: maximum number of requests in the queue; further ones are refused.
 
         Raises:
           UserError: `max_waiting` is not positive.
@@ -88,34 +101,35 @@ class Service:
         self.tokenizer = tokenizer
         self.max_length = engine.max_length
         self.max_waiting = max_waiting
-        self._runner = _Runner(engine)
-        # The thread knows the runner only, so that a service nobody holds is collected, and ends.
-        self._end = weakref.finalize(self, self._runner.close, False, None)
+        self._engine_thread = _EngineThread(engine)
+        # The thread has no reference to the service, so an unused service can be collected.
+        self._finalizer = weakref.finalize(self, self._engine_thread.close, False, None)
 
     def submit(
         self,
-        prompt_ids: Sequence[int],
+        prompt_ids: Sequence[int] | np.ndarray,
         params: SamplingParams = SamplingParams(),
         *,
         stop: Sequence[str] = (),
         stream: bool = False,
     ) -> Answer:
-        """Asks for a continuation; returns at once.
+        """Submits a prompt to continue and returns its answer at once, before it is generated.
 
         Args:
           prompt_ids: token ids, at least one.
-          params: how to continue.
-          stop: strings that end the answer and are not part of it, also across tokens.
-          stream: give out text as it becomes certain; otherwise one chunk holds everything.
+          params: sampling parameters.
+          stop: strings that end the answer and are not part of it; they may span tokens.
+          stream: whether text is delivered as soon as it is certain; otherwise the answer is one
+            chunk.
 
         Raises:
-          UserError: bad input, or a prompt that can never fit. What only the engine can tell is
-            raised by the first read instead.
-          Overloaded: `max_waiting` requests wait already.
-          Closed: the service has ended, or is ending.
+          UserError: bad input, or a prompt that can never fit. Errors that only the engine can
+            detect are raised by the first read of the answer.
+          Overloaded: `max_waiting` requests are in the queue.
+          ServiceClosed: `close` was called.
           EngineFailed: the engine has failed.
         """
-        check_stop(stop)
+        check_stop_strings(stop)
         prompt = tuple(map(int, prompt_ids))
         if not prompt:
             raise UserError("The prompt has no tokens; give at least one.")
@@ -125,83 +139,101 @@ class Service:
                 f"{self.max_length:,}; shorten it."
             )
         request = Request(uuid.uuid4().hex, prompt, params, stream)
-        job = Job(request, self.tokenizer, tuple(stop))
-        self._runner.add(job, self.max_waiting)
-        return Answer(job, self._runner, keep=self)
+        state = AnswerState(request, self.tokenizer, tuple(stop))
+        self._engine_thread.add(state, self.max_waiting)
+        return Answer(state, self._engine_thread, service=self)
 
     def stats(self) -> ServiceStats:
-        """Counters and distributions since the start, and the engine's own numbers."""
-        return self._runner.stats()
+        """Returns totals and histograms since the start, and the engine's statistics."""
+        return self._engine_thread.stats()
 
     @property
     def failed(self) -> BaseException | None:
-        """What ended the engine; None while it works."""
-        return self._runner.failure
+        """The exception that ended the engine; None while it works."""
+        return self._engine_thread.failure
 
     def close(self, *, drain: bool = False, timeout: float | None = None) -> None:
-        """Ends the thread; new requests are refused from now on. Calling it again is harmless.
+        """Ends the engine thread; new requests are refused from now on.
+
+        May be called more than once.
 
         Args:
-          drain: let running and waiting requests come to their end; otherwise they end as
-            "cancelled".
-          timeout: seconds to drain for; those that are not done then are cancelled. None: no limit.
+          drain: whether to finish running and waiting requests; otherwise they are cancelled.
+          timeout: seconds after which draining stops and unfinished requests are cancelled; None
+            sets no limit.
         """
-        self._end.detach()
-        self._runner.close(drain, timeout)
+        self._finalizer.detach()
+        self._engine_thread.close(drain, timeout)
 
     def __enter__(self) -> Service:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
 
-class _Runner:
-    """The thread and what it shares with others, all under one lock.
+class _EngineThread:
+    """The thread that owns the engine, and the queues through which other threads reach it.
 
-    No two locks of this package are ever held at once: that of a job (its chunks) is taken after
-    this one is let go, and a collected answer only appends to `abandoned`, which needs none.
+    `_wake` guards everything that threads share. No thread holds two locks of this package at once:
+    the lock of an `AnswerState` is taken after `_wake` is released, and a garbage-collected answer
+    only appends to `abandoned`, which needs no lock.
+
+    Attributes:
+      failure: the exception that ended the engine; None while it works.
+      abandoned: ids of requests whose `Answer` was garbage-collected, to be cancelled.
     """
 
     def __init__(self, engine: EngineLike):
         self.failure: BaseException | None = None
-        self.abandoned: list[str] = []  # ids of answers that nobody can read any more
+        self.abandoned: list[str] = []
         self._engine = engine
         self._wake = threading.Condition()
-        self._new: list[Job] = []
+        self._submitted: list[AnswerState] = []  # not yet received by the engine thread
         self._cancelled: list[str] = []
         self._accepting = True
         self._ending = False
-        self._jobs: dict[str, Job] = {}  # the thread's own
-        self._counters = Counters()
+        # Requests in the engine by id; used by the engine thread only.
+        self._answers: dict[str, AnswerState] = {}
+        self._counters = ServiceCounters()
         self._engine_stats = engine.stats()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def add(self, job: Job, max_waiting: int) -> None:
+    def add(self, state: AnswerState, max_waiting: int) -> None:
+        """Queues a request for the engine.
+
+        Raises:
+          EngineFailed: the engine has failed.
+          ServiceClosed: `close` was called.
+          Overloaded: `max_waiting` requests are waiting.
+        """
         with self._wake:
             if self.failure is not None:
                 raise EngineFailed(self.failure)
             if not self._accepting:
-                raise Closed("The service is ending and takes no more requests.")
-            waiting = len(self._new) + self._engine_stats.waiting
+                raise ServiceClosed("The service is closed; it accepts no more requests.")
+            waiting = len(self._submitted) + self._engine_stats.waiting
             if waiting >= max_waiting:
                 self._counters.refused += 1
-                raise Overloaded(waiting, self._counters.seconds_until_free(waiting))
+                raise Overloaded(waiting, self._counters.estimate_wait(waiting))
             self._counters.submitted += 1
-            self._new.append(job)
+            self._submitted.append(state)
             self._wake.notify()
 
     def cancel(self, request_id: str) -> None:
+        """Asks the engine thread to remove a request from the engine; an ended one is ignored."""
         with self._wake:
             self._cancelled.append(request_id)
             self._wake.notify()
 
     def stats(self) -> ServiceStats:
+        """Returns the current statistics."""
         with self._wake:
-            return self._counters.snapshot(len(self._new), self._engine_stats)
+            return self._counters.snapshot(len(self._submitted), self._engine_stats)
 
     def close(self, drain: bool, timeout: float | None) -> None:
+        """Ends the thread; arguments as `Service.close`."""
         with self._wake:
             self._accepting = False
             self._ending |= not drain
@@ -213,97 +245,115 @@ class _Runner:
             self.close(False, None)
 
     def _run(self) -> None:
+        """Runs the engine until the end; if it raises, ends every request with `EngineFailed`."""
         try:
-            while self._round():
+            while self._run_once():
                 pass
         except BaseException as error:
             logging.exception("the engine has failed; every request ends with this error")
             with self._wake:
                 self.failure = error
-                unseen, self._new = self._new, []
-            for job in [*self._jobs.values(), *unseen]:
-                job.fail(EngineFailed(error))
-                self._count(job, "failed")
-        # What the engine holds (weights, cache) is let go, whoever still holds an answer.
-        self._jobs.clear()
+                unreceived, self._submitted = self._submitted, []
+            for state in [*self._answers.values(), *unreceived]:
+                state.fail(EngineFailed(error))
+                self._count_finished(state, "failed")
+        # Frees the weights and the cache, even if somebody still holds an answer.
+        self._answers.clear()
         del self._engine
 
-    def _round(self) -> bool:
-        """Takes what has come in, then one round of the engine; False when it is time to end."""
+    def _run_once(self) -> bool:
+        """Waits for work, passes new requests and cancellations on, and runs one engine step.
+
+        Returns:
+          Whether to continue; False when the service was closed and nothing is left to do.
+
+        Raises:
+          RuntimeError: the engine is idle although requests have not finished.
+        """
         with self._wake:
-            while not (self._new or self._cancelled or self._engine.busy or not self._accepting):
+            while not (
+                self._submitted or self._cancelled or self._engine.busy or not self._accepting
+            ):
                 self._wake.wait()
-            new, self._new = self._new, []
+            new, self._submitted = self._submitted, []
             cancelled, self._cancelled = self._cancelled, []
             ending, draining = self._ending, not self._accepting
-            # Until the engine has been asked again, they count as waiting there.
+            # They count as waiting in the engine until its statistics are refreshed.
             waiting = self._engine_stats.waiting + len(new)
             self._engine_stats = dataclasses.replace(self._engine_stats, waiting=waiting)
-        # All at once, so that a failure with the first reaches the others too.
-        self._jobs.update((job.request.id, job) for job in new)
-        for job in new:
-            self._start(job)
+        # All are entered first, so that an engine failure at one of them reaches the others too.
+        self._answers.update((state.request.id, state) for state in new)
+        for state in new:
+            self._start_request(state)
         while self.abandoned:
             cancelled.append(self.abandoned.pop())
-        for request_id in list(self._jobs) if ending else cancelled:
-            self._stop(request_id)
+        for request_id in list(self._answers) if ending else cancelled:
+            self._cancel_request(request_id)
         if ending or (draining and not self._engine.busy):
-            self._refresh()
+            self._refresh_engine_stats()
             return False
         started = time.monotonic()
         outputs = self._engine.step() if self._engine.busy else []
         for output in outputs:
             self._deliver(output)
-        if self._jobs and not self._engine.busy:
-            raise RuntimeError(f"the engine has dropped {len(self._jobs)} requests unfinished")
-        self._refresh()
-        if not outputs and time.monotonic() - started < _IDLE_ROUND_S:
-            with self._wake:
-                if self._engine.busy and self._accepting and not (self._new or self._cancelled):
-                    self._wake.wait(_IDLE_ROUND_S)
+        if self._answers and not self._engine.busy:
+            raise RuntimeError(f"The engine is idle with {len(self._answers)} requests unfinished.")
+        self._refresh_engine_stats()
+        if not outputs and time.monotonic() - started < _IDLE_STEP_S:
+            self._pause_if_idle()
         return True
 
-    def _start(self, job: Job) -> None:
-        """Gives a request to the engine, unless it was cancelled on the way there."""
-        if job.abandoned or job.ended:
-            job.cancel()
-            self._forget(job, "cancelled")
+    def _pause_if_idle(self) -> None:
+        """Sleeps for `_IDLE_STEP_S`, unless there are new requests or cancellations."""
+        with self._wake:
+            has_work = bool(self._submitted or self._cancelled)
+            if self._engine.busy and self._accepting and not has_work:
+                self._wake.wait(_IDLE_STEP_S)
+
+    def _start_request(self, state: AnswerState) -> None:
+        """Adds a request to the engine, unless it was cancelled or abandoned before."""
+        if state.abandoned or state.ended:
+            state.cancel()
+            self._remove(state, "cancelled")
             return
         try:
-            self._engine.add(job.request)
+            self._engine.add(state.request)
         except UserError as error:
-            job.fail(error)
-            self._forget(job, "refused")
+            state.fail(error)
+            self._remove(state, "refused")
 
-    def _stop(self, request_id: str) -> None:
-        """Frees a request in the engine; one that has ended meanwhile is none of its own."""
-        if (job := self._jobs.get(request_id)) is not None:
-            job.cancel()
-            self._forget(job, "cancelled")
+    def _cancel_request(self, request_id: str) -> None:
+        """Cancels a request in the engine; does nothing if it has ended."""
+        if (state := self._answers.get(request_id)) is not None:
+            state.cancel()
+            self._remove(state, "cancelled")
             self._engine.cancel(request_id)
 
     def _deliver(self, output: Output) -> None:
-        """Passes new tokens on; what a stop string ends is freed in the engine."""
-        job = self._jobs.get(output.request_id)
-        if job is None:
+        """Adds an output to its answer; cancels the request in the engine after a stop string."""
+        state = self._answers.get(output.request_id)
+        if state is None:
             return
-        finish = job.take(output)
+        finish = state.add_output(output)
         if finish is not None:
-            self._forget(job, finish)
+            self._remove(state, finish)
             if output.finish is None:
                 self._engine.cancel(output.request_id)
-        elif output.finish is not None:  # cancelled by a reader, whose word is on its way
-            self._forget(job, "cancelled")
+        elif output.finish is not None:  # cancelled by a reader; its message is still in the queue
+            self._remove(state, "cancelled")
 
-    def _forget(self, job: Job, finish: str) -> None:
-        del self._jobs[job.request.id]
-        self._count(job, finish)
+    def _remove(self, state: AnswerState, finish: str) -> None:
+        """Removes an ended request and counts it under `finish`, a key of `finished`."""
+        del self._answers[state.request.id]
+        self._count_finished(state, finish)
 
-    def _count(self, job: Job, finish: str) -> None:
+    def _count_finished(self, state: AnswerState, finish: str) -> None:
+        """Counts an ended request under `finish`, a key of `ServiceStats.finished`."""
         with self._wake:
-            self._counters.finished(job, finish)
+            self._counters.count_finished(state, finish)
 
-    def _refresh(self) -> None:
+    def _refresh_engine_stats(self) -> None:
+        """Stores the engine's current statistics for other threads."""
         stats = self._engine.stats()
         with self._wake:
             self._engine_stats = stats

@@ -1,4 +1,4 @@
-"""What a service has done, as plain numbers that any metrics library can export."""
+"""Statistics of a service as plain numbers, which any metrics library can export."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
-from qwen_jax.generate.answer import Job
+from qwen_jax.generate.answer import AnswerState
 
-# Upper bounds in seconds. To the first token: from a cache hit to a long queue; per token: from a
-# small model on an accelerator to a large one on a CPU.
+# Upper bounds of the histogram buckets, in seconds. Time to the first token ranges from a cache hit
+# to a long queue; time per token from a small model on an accelerator to a large one on a CPU.
 FIRST_TOKEN_BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 PER_TOKEN_BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 REQUEST_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
-_RECENT = 64  # ends of requests by which waiting times are judged
-_RETRY_S = (1.0, 60.0)  # shortest and longest time that a refused client is asked to wait
+_RECENT = 64  # ended requests from which the rate of completion is estimated
+_RETRY_S = (1.0, 60.0)  # limits of the time after which a refused client may retry
 
 
 @dataclasses.dataclass(frozen=True)
-class Distribution:
-    """A histogram.
+class Histogram:
+    """Immutable histogram of times in seconds.
 
     Attributes:
-      bounds: upper bounds, inclusive; one more bucket has no bound.
-      counts: of each bucket, len(bounds) + 1, not accumulated.
+      bounds: inclusive upper bounds of the buckets; one more bucket is unbounded.
+      counts: number of values in each of the len(bounds) + 1 buckets, not cumulative.
       total: sum of all values.
     """
 
@@ -38,24 +38,28 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """How many values."""
+        """Total number of values."""
         return sum(self.counts)
 
 
 @dataclasses.dataclass(frozen=True)
 class ServiceStats:
-    """A service since its start.
+    """Totals of a service since its start, and its current load.
 
     Attributes:
-      submitted: requests taken.
-      refused: requests refused because too many waited.
-      finished: requests ended, by "stop", "length", "cancelled", "refused" (by the engine) and
-        "failed".
-      waiting: requests that the engine has not started on; running: those it has.
-      prompt_tokens, cached_tokens, new_tokens: of ended requests.
-      first_token, per_token, request: seconds from submission to the first token, between tokens
-        (the mean of each request), from submission to the end; ended requests that had tokens.
-      engine: the engine's own numbers.
+      submitted: number of accepted requests.
+      refused: number of requests refused because the queue was full.
+      finished: number of ended requests by reason: "stop", "length", "cancelled", "refused" (by the
+        engine) and "failed".
+      waiting: requests that the engine has not started on.
+      running: requests that the engine has started on.
+      prompt_tokens: prompt tokens of ended requests.
+      cached_tokens: those of them that were found in the prefix cache.
+      new_tokens: output tokens of ended requests.
+      first_token: seconds from submission to the first token, of ended requests with tokens.
+      per_token: mean seconds between tokens, of ended requests with two or more tokens.
+      request: seconds from submission to the end, of ended requests with tokens.
+      engine: statistics of the engine (`EngineStats`).
     """
 
     submitted: int
@@ -66,64 +70,89 @@ class ServiceStats:
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
-    first_token: Distribution
-    per_token: Distribution
-    request: Distribution
+    first_token: Histogram
+    per_token: Histogram
+    request: Histogram
     engine: Any
 
 
-class _Histogram:
+class _HistogramBuilder:
+    """Histogram to which values are added; `bounds` as in `Histogram`."""
+
     def __init__(self, bounds: tuple[float, ...]):
         self._bounds, self._counts, self._total = bounds, [0] * (len(bounds) + 1), 0.0
 
     def add(self, value: float) -> None:
+        """Counts one value, in seconds."""
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._total += value
 
-    def snapshot(self) -> Distribution:
-        return Distribution(self._bounds, tuple(self._counts), self._total)
+    def snapshot(self) -> Histogram:
+        """Returns the histogram of all values so far."""
+        return Histogram(self._bounds, tuple(self._counts), self._total)
 
 
-class Counters:
-    """Counts under the lock of whoever owns it."""
+class ServiceCounters:
+    """Mutable counters behind `ServiceStats`; not thread-safe, the owner holds a lock.
 
-    def __init__(self):
+    Attributes:
+      submitted: number of accepted requests.
+      refused: number of requests refused because the queue was full.
+    """
+
+    def __init__(self) -> None:
         self.submitted = self.refused = 0
         self._finished = dict.fromkeys(("stop", "length", "cancelled", "refused", "failed"), 0)
-        self._tokens = collections.Counter()
-        self._first_token = _Histogram(FIRST_TOKEN_BOUNDS)
-        self._per_token = _Histogram(PER_TOKEN_BOUNDS)
-        self._request = _Histogram(REQUEST_BOUNDS)
+        self._tokens: collections.Counter[str] = collections.Counter()
+        self._first_token = _HistogramBuilder(FIRST_TOKEN_BOUNDS)
+        self._per_token = _HistogramBuilder(PER_TOKEN_BOUNDS)
+        self._request = _HistogramBuilder(REQUEST_BOUNDS)
         self._recent: collections.deque[float] = collections.deque(maxlen=_RECENT)
 
-    def finished(self, job: Job, finish: str) -> None:
-        """Counts a request that has ended."""
+    def count_finished(self, answer: AnswerState, finish: str) -> None:
+        """Counts an ended request with its tokens and times.
+
+        Args:
+          answer: the state of the request.
+          finish: why it ended, a key of `ServiceStats.finished`.
+        """
         self._finished[finish] += 1
         self._recent.append(time.monotonic())
-        self._tokens.update(prompt=len(job.request.prompt), cached=job.cached, new=job.new)
-        if job.first_at is None:
+        prompt_tokens = len(answer.request.prompt)
+        self._tokens.update(
+            prompt=prompt_tokens, cached=answer.cached_tokens, new=answer.new_tokens
+        )
+        if answer.first_token_at is None:
             return
-        ended = job.ended_at or time.monotonic()
-        self._first_token.add(job.first_at - job.submitted_at)
-        self._request.add(ended - job.submitted_at)
-        if job.new > 1:
-            self._per_token.add((ended - job.first_at) / (job.new - 1))
+        ended = answer.ended_at or time.monotonic()
+        self._first_token.add(answer.first_token_at - answer.submitted_at)
+        self._request.add(ended - answer.submitted_at)
+        if answer.new_tokens > 1:
+            self._per_token.add((ended - answer.first_token_at) / (answer.new_tokens - 1))
 
-    def seconds_until_free(self, waiting: int) -> float:
-        """In how many seconds so many requests should be done, at the rate of the latest."""
+    def estimate_wait(self, waiting: int) -> float:
+        """Returns the seconds in which `waiting` requests would end at the recent rate.
+
+        The result is clipped to 1 to 60 s.
+        """
         shortest, longest = _RETRY_S
         if len(self._recent) < 2:
             return shortest
-        each = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
-        return min(max(waiting * each, shortest), longest)
+        per_request = (self._recent[-1] - self._recent[0]) / (len(self._recent) - 1)
+        return min(max(waiting * per_request, shortest), longest)
 
-    def snapshot(self, new: int, engine: Any) -> ServiceStats:
-        """Everything as of now; `new` requests wait for the engine to take them."""
+    def snapshot(self, num_unsubmitted: int, engine: Any) -> ServiceStats:
+        """Returns the current statistics.
+
+        Args:
+          num_unsubmitted: accepted requests that the engine has not received yet.
+          engine: current statistics of the engine (`EngineStats`).
+        """
         return ServiceStats(
             submitted=self.submitted,
             refused=self.refused,
             finished=types.MappingProxyType(dict(self._finished)),
-            waiting=new + engine.waiting,
+            waiting=num_unsubmitted + engine.waiting,
             running=engine.running,
             prompt_tokens=self._tokens["prompt"],
             cached_tokens=self._tokens["cached"],

@@ -1,4 +1,4 @@
-"""One line that says what is being loaded or compiled, and goes away when it is done."""
+"""A status line for terminals and notebooks, which is overwritten in place and finally erased."""
 
 from __future__ import annotations
 
@@ -15,47 +15,49 @@ from absl import logging
 
 
 class StatusLine:
-    """Writes each text over the one before it; where nobody could see that, nothing at all.
+    """Context manager that shows one line of text with the elapsed time, and erases it at the end.
 
-    Terminals and notebooks can; a pipe or a file can't. The clock runs on its own, so that a person
-    sees that long work goes on.
+    The line is redrawn every second. Nothing is written if the stream is neither a terminal nor the
+    output of a notebook.
     """
 
     def __init__(self, stream: TextIO | None = None):
-        """Over `stream`, stderr by default."""
+        """Writes to `stream`, by default stderr."""
         self._stream = stream or sys.stderr
-        self._shows = self._stream.isatty() or "ipykernel" in sys.modules
+        self._visible = self._stream.isatty() or "ipykernel" in sys.modules
         self._text, self._width = "", 0
         self._start = time.monotonic()
         self._lock = threading.Lock()
-        self._over = threading.Event()
+        self._closed = threading.Event()
 
     def show(self, text: str) -> None:
-        """Puts `text` in place of what stands there."""
+        """Replaces the text of the line."""
         self._text = text
-        self._write()
+        self._draw()
 
     def __enter__(self) -> StatusLine:
-        if self._shows:
-            threading.Thread(target=self._tick, name="status", daemon=True).start()
+        if self._visible:
+            threading.Thread(target=self._redraw_until_closed, name="status", daemon=True).start()
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         with self._lock:
-            self._over.set()
+            self._closed.set()
             if self._width:
                 self._stream.write("\r" + " " * self._width + "\r")
                 self._stream.flush()
 
-    def _tick(self) -> None:
-        while not self._over.wait(1.0):
-            self._write()
+    def _redraw_until_closed(self) -> None:
+        """Redraws the line every second, so that the elapsed time advances."""
+        while not self._closed.wait(1.0):
+            self._draw()
 
-    def _write(self) -> None:
+    def _draw(self) -> None:
+        """Writes text and elapsed time over the previous line, cut to the width of the terminal."""
         seconds = f" ({time.monotonic() - self._start:.0f} s)"
         room = shutil.get_terminal_size().columns - 1 - len(seconds)
         with self._lock:
-            if not self._shows or self._over.is_set() or not self._text:
+            if not self._visible or self._closed.is_set() or not self._text:
                 return
             line = self._text[:room] + seconds
             self._stream.write("\r" + line.ljust(self._width))
@@ -64,21 +66,24 @@ class StatusLine:
 
 
 @contextlib.contextmanager
-def watch_log(show: Callable[[str], None]) -> Iterator[None]:
-    """Passes what this package logs to `show` too, also what is below the verbosity in force."""
+def forward_log(show: Callable[[str], None]) -> Iterator[None]:
+    """Passes this package's log messages to `show`, including INFO below the current verbosity.
+
+    What is logged otherwise does not change.
+    """
     logger = logging.get_absl_logger()
     level = logger.getEffectiveLevel()
 
-    def watch(record: python_logging.LogRecord) -> bool:
+    def forward(record: python_logging.LogRecord) -> bool:
         if "qwen_jax" in record.pathname and record.levelno <= python_logging.INFO:
             show(record.getMessage())
         return record.levelno >= level
 
-    before = logger.level
-    logger.addFilter(watch)
+    level_before = logger.level
+    logger.addFilter(forward)
     logger.setLevel(min(level, python_logging.INFO))
     try:
         yield
     finally:
-        logger.setLevel(before)
-        logger.removeFilter(watch)
+        logger.setLevel(level_before)
+        logger.removeFilter(forward)

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from qwen_jax.errors import nearest
-from qwen_jax.generate.service import Chunk, Service
+from qwen_jax.generate.service import Service, TextChunk
 from qwen_jax.server.completion_job import CompletionJob, PromptRequest
 from qwen_jax.server.config import ServedModel, ServerLimits
 from qwen_jax.server.errors import ApiError, JsonResponse, as_api_error
@@ -35,7 +35,7 @@ class ResponseWriter(Protocol):
     def first_events(self) -> list[dict[str, Any]]:
         """Returns the stream events that precede all generated text."""
 
-    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+    def push(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
         """Appends a chunk to answer `index` and returns the stream events for it."""
 
     def usage_event(self, usage: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +109,8 @@ class AppState:
           include_usage: whether a stream ends with an event that reports token counts.
 
         Raises:
-          ApiError, UserError, Overloaded, Closed, EngineFailed: the request failed before anything
-            was sent.
+          ApiError, UserError, Overloaded, ServiceClosed, EngineFailed: the request failed before
+            anything was sent.
         """
         answers, max_answers = sum(p.n for p in prompt_requests), self.service.max_waiting
         if answers > max_answers:  # it would never fit, so 429 (retry later) would be wrong

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qwen_jax.chat.reply import ReasoningPart, ReplyPart, TextPart, ToolCall
-from qwen_jax.generate.service import Chunk
+from qwen_jax.generate.service import TextChunk
 from qwen_jax.server.app_state import AppState, completion_endpoint, new_id
 from qwen_jax.server.completion_job import PromptRequest
 from qwen_jax.server.config import ServedModel
@@ -86,7 +86,7 @@ class ChatWriter:
         delta = {"role": "assistant", "content": ""}
         return [self._event([choice.event(delta)]) for choice in self._choices]
 
-    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+    def push(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
         """Appends a chunk to choice `index` and returns the events for it."""
         return [self._event([choice]) for choice in self._choices[index].push(chunk)]
 
@@ -133,7 +133,7 @@ class _ChatChoice:
             "finish_reason": finish_reason,
         }
 
-    def push(self, chunk: Chunk) -> list[dict[str, Any]]:
+    def push(self, chunk: TextChunk) -> list[dict[str, Any]]:
         """Parses a chunk and returns this choice as it appears in each stream event for the chunk.
 
         There may be no event, because the parser withholds text that may belong to a tool call.

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from qwen_jax.engine.request import SamplingParams
-from qwen_jax.generate.service import Answer, Chunk, Service
+from qwen_jax.generate.service import Answer, Service, TextChunk
 from qwen_jax.server.errors import SERVER_ERROR, ApiError
 
 _END = object()
@@ -49,7 +49,7 @@ class CompletionJob:
         """Submits all answers to `service`; if one is rejected, none is generated.
 
         Raises:
-          UserError, Overloaded, Closed, EngineFailed: as `Service.submit`.
+          UserError, Overloaded, ServiceClosed, EngineFailed: as `Service.submit`.
         """
         self.answers: list[Answer] = []
         self.new_tokens = 0
@@ -78,7 +78,7 @@ class CompletionJob:
 
     async def chunks(
         self, timeout_s: float, keep_alive_s: float = math.inf
-    ) -> AsyncIterator[tuple[int, Chunk] | None]:
+    ) -> AsyncIterator[tuple[int, TextChunk] | None]:
         """Yields (index of the answer, chunk) for all answers, in order of arrival.
 
         Args:

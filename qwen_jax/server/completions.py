@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from qwen_jax.generate.service import Chunk
+from qwen_jax.generate.service import TextChunk
 from qwen_jax.server.app_state import AppState, completion_endpoint, new_id
 from qwen_jax.server.completion_job import PromptRequest
 from qwen_jax.server.config import ServedModel
@@ -131,7 +131,7 @@ class CompletionWriter:
         """Returns one event per choice with its prompt if `echo` is set, else none."""
         return [self._event([c.event(c.echo)]) for c in self._choices if c.echo]
 
-    def push(self, index: int, chunk: Chunk) -> list[dict[str, Any]]:
+    def push(self, index: int, chunk: TextChunk) -> list[dict[str, Any]]:
         """Appends a chunk to choice `index` and returns the event for it."""
         return [self._event([self._choices[index].push(chunk)])]
 
@@ -181,7 +181,7 @@ class _CompletionChoice:
             "finish_reason": finish_reason,
         }
 
-    def push(self, chunk: Chunk) -> dict[str, Any]:
+    def push(self, chunk: TextChunk) -> dict[str, Any]:
         """Appends a chunk and returns this choice as it appears in the stream event for it."""
         logprobs = self._formatter.push(chunk)
         self._texts.append(chunk.text)

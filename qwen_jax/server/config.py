@@ -66,7 +66,7 @@ def served_model(qwen: Qwen, name: str | None, created: int) -> ServedModel:
         max_length=qwen.service.max_length,
         default_params=defaults.params,
         stop=defaults.stop,
-        is_chat_model=defaults.chat_format == "chatml",
+        is_chat_model=defaults.is_chat_model,
         default_system=defaults.system,
         template=ChatTemplate(defaults.template) if defaults.template else None,
         created=created,

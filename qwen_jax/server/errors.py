@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from qwen_jax.errors import UserError
-from qwen_jax.generate.service import Closed, EngineFailed, Overloaded
+from qwen_jax.generate.service import EngineFailed, Overloaded, ServiceClosed
 
 INVALID_REQUEST, SERVER_ERROR = "invalid_request_error", "server_error"
 """Values of `type` in OpenAI's error objects."""
@@ -91,7 +91,7 @@ def as_api_error(error: BaseException) -> ApiError:
                 code="overloaded",
                 headers={"retry-after": str(math.ceil(error.retry_after))},
             )
-        case Closed():
+        case ServiceClosed():
             return draining_error()
         case UserError():
             return ApiError(400, str(error))

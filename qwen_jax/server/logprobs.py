@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax.generate.service import Chunk
+from qwen_jax.generate.service import TextChunk
 from qwen_jax.tokenizer.tokenizer import IncrementalDecoder, Tokenizer
 
 MIN_LOGPROB = -9999.0
@@ -22,7 +22,7 @@ def json_logprob(logprob: float) -> float:
     return max(float(logprob), MIN_LOGPROB) if not np.isnan(logprob) else MIN_LOGPROB
 
 
-def chat_logprobs(chunk: Chunk, tokenizer: Tokenizer, logprobs_of: str) -> list[dict[str, Any]]:
+def chat_logprobs(chunk: TextChunk, tokenizer: Tokenizer, logprobs_of: str) -> list[dict[str, Any]]:
     """Returns a chunk's entries of `logprobs.content` in a chat completion, one per token.
 
     Args:
@@ -59,7 +59,7 @@ class CompletionLogprobs:
         self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens=True)
         self._offset = 0  # characters before the next token
 
-    def push(self, chunk: Chunk) -> dict[str, list[Any]] | None:
+    def push(self, chunk: TextChunk) -> dict[str, list[Any]] | None:
         """Returns OpenAI's `logprobs` object of the next chunk: parallel lists over its tokens.
 
         None if the chunk was generated without log-probabilities.
@@ -96,7 +96,9 @@ class CompletionLogprobs:
         return text
 
 
-def _rows(chunk: Chunk, logprobs_of: str) -> Iterator[tuple[int, float, np.ndarray, np.ndarray]]:
+def _rows(
+    chunk: TextChunk, logprobs_of: str
+) -> Iterator[tuple[int, float, np.ndarray, np.ndarray]]:
     """Yields (token, its log-probability, top ids [K], their log-probabilities [K]) for n tokens.
 
     Yields nothing if the chunk was generated without log-probabilities.

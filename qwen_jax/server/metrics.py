@@ -14,7 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 
 from qwen_jax.generate.service import Service
-from qwen_jax.generate.stats import Distribution
+from qwen_jax.generate.stats import Histogram
 
 # Clients can request any path; all others are counted as "other", so that the number of series is
 # bounded.
@@ -98,7 +98,7 @@ class _ServiceCollector:
             yield CounterMetricFamily(f"qwen_{field}", description, getattr(stats.engine, field))
 
 
-def _histogram(name: str, description: str, values: Distribution) -> HistogramMetricFamily:
+def _histogram(name: str, description: str, values: Histogram) -> HistogramMetricFamily:
     """Returns a distribution as a Prometheus histogram with cumulative buckets."""
     counts = itertools.accumulate(values.counts)
     bounds = [*map(str, values.bounds), "+Inf"]

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import serve_load
 from benchmarks.serve_requests import make_requests
-from qwen_jax.generate.answer import Answer, Job
+from qwen_jax.generate.answer import Answer, AnswerState
 from qwen_jax.generate.load import load
 from qwen_jax.server.completion_job import CompletionJob
 from qwen_jax.server.config import ServerLimits, served_model
@@ -46,7 +46,9 @@ def test_the_real_engine_passes_the_load_test(tmp_path):
             assert metrics['qwen_requests_ended_total{finish="cancelled"}'] > 0
             assert server.state.gate.active == 0
             gc.collect()
-            kept = [x for x in gc.get_objects() if isinstance(x, Answer | Job | CompletionJob)]
+            kept = [
+                x for x in gc.get_objects() if isinstance(x, Answer | AnswerState | CompletionJob)
+            ]
             assert kept == []
 
 

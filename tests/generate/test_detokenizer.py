@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen_jax.errors import UserError
-from qwen_jax.generate.detokenizer import TextStream
+from qwen_jax.generate.detokenizer import StreamDecoder
 from qwen_jax.tokenizer import Tokenizer
 
 # All bytes, and merges that make stop strings straddle tokens in every way.
@@ -59,7 +59,7 @@ def decoded(ids):
 @settings(max_examples=400, deadline=None)
 @given(IDS, STOPS, st.data())
 def test_pieces_are_the_whole_up_to_the_first_stop(ids, stops, data):
-    stream = TextStream(TOKENIZER, stops)
+    stream = StreamDecoder(TOKENIZER, stops)
     given_out, at = "", 0
     cut, stop = first_stop(decoded(ids), stops)
     while at < len(ids):
@@ -68,14 +68,14 @@ def test_pieces_are_the_whole_up_to_the_first_stop(ids, stops, data):
         at += size
         # Never more than the certain text, and the kept tokens are those that spell it.
         assert decoded(ids)[:cut].startswith(given_out)
-        if stream.stopped is None:
-            assert stream.seen == min(at, len(ids))
+        if stream.stop_string is None:
+            assert stream.num_tokens == min(at, len(ids))
         assert_kept(stream, ids, given_out)
     given_out += stream.finish()
     assert given_out == decoded(ids)[:cut]
-    assert stream.stopped == stop
+    assert stream.stop_string == stop
     if stop is None:
-        assert stream.kept == len(ids)
+        assert stream.num_text_tokens == len(ids)
     else:
         assert_kept(stream, ids, given_out)
     assert stream.finish() == "" and (stop is None or stream.push([97]) == "")
@@ -89,9 +89,9 @@ def assert_kept(stream, ids, text):
         return len(raw.decode("utf-8", "replace")) - unfinished(raw)
 
     if text:
-        assert spelt(stream.kept) >= len(text) > spelt(stream.kept - 1)
+        assert spelt(stream.num_text_tokens) >= len(text) > spelt(stream.num_text_tokens - 1)
     else:
-        assert stream.kept == 0
+        assert stream.num_text_tokens == 0
 
 
 def unfinished(raw):
@@ -106,19 +106,19 @@ def unfinished(raw):
 @settings(max_examples=200, deadline=None)
 @given(st.text("abc", max_size=30), STOPS)
 def test_exactly_the_longest_beginning_of_a_stop_is_held_back(text, stops):
-    stream = TextStream(TOKENIZER, stops)
+    stream = StreamDecoder(TOKENIZER, stops)
     out = ""
     for character in text:
         out += stream.push(TOKENIZER.encode(character))
-        if stream.stopped is not None:
+        if stream.stop_string is not None:
             return
-        done = text[: stream.seen]
+        done = text[: stream.num_tokens]
         held = max((n for s in stops for n in range(len(s)) if done.endswith(s[:n])), default=0)
         assert out == done[: len(done) - held]
 
 
 def test_half_a_character_is_never_given_out():
-    stream = TextStream(TOKENIZER)
+    stream = StreamDecoder(TOKENIZER)
     pieces = [stream.push([byte]) for byte in "你好😀".encode()]
     assert "".join(pieces) == "你好😀"
     assert [i for i, piece in enumerate(pieces) if piece] == [2, 5, 9]
@@ -126,16 +126,16 @@ def test_half_a_character_is_never_given_out():
 
 
 def test_a_stop_string_is_found_across_tokens_and_inside_one():
-    stream = TextStream(TOKENIZER, ["bca"])
+    stream = StreamDecoder(TOKENIZER, ["bca"])
     abc = 256 + MERGES.index(b"abc")
-    assert stream.push([abc]) == "a" and stream.stopped is None
-    assert stream.push([97, 98]) == "" and stream.stopped == "bca"
-    assert stream.kept == 1 and stream.finish() == ""
-    inside = TextStream(TOKENIZER, ["b"])
-    assert inside.push([abc, 97]) == "a" and (inside.kept, inside.seen) == (1, 1)
+    assert stream.push([abc]) == "a" and stream.stop_string is None
+    assert stream.push([97, 98]) == "" and stream.stop_string == "bca"
+    assert stream.num_text_tokens == 1 and stream.finish() == ""
+    inside = StreamDecoder(TOKENIZER, ["b"])
+    assert inside.push([abc, 97]) == "a" and (inside.num_text_tokens, inside.num_tokens) == (1, 1)
 
 
 def test_bad_stop_strings_are_refused():
     for stop in ("ab", [""], ["a", None], [3]):
         with pytest.raises(UserError, match="stop"):
-            TextStream(TOKENIZER, stop)
+            StreamDecoder(TOKENIZER, stop)

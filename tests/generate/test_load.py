@@ -19,7 +19,7 @@ from qwen_jax.generate.dense_sampler import sample
 from qwen_jax.generate.handle import Qwen
 from qwen_jax.generate.load import with_layer_windows
 from qwen_jax.generate.source import find_model, load_weights
-from qwen_jax.generate.status_line import StatusLine, watch_log
+from qwen_jax.generate.status_line import StatusLine, forward_log
 from qwen_jax.model import ForwardOptions
 from qwen_jax.model.quantised import weight_bytes
 from qwen_jax.progress import Progress
@@ -87,7 +87,7 @@ def test_layer_windows_act_past_the_trained_length(folder):
     without = dataclasses.replace(
         source, config=dataclasses.replace(tiny.CONFIG, dynamic_ntk=False)
     )
-    with pytest.raises(UserError, match="extend models of Qwen v1 with dynamic NTK"):
+    with pytest.raises(UserError, match="apply only to models of Qwen v1 with dynamic NTK"):
         with_layer_windows(without)
 
 
@@ -214,7 +214,7 @@ def test_progress_is_shown_where_somebody_sees_it():
 
     shown, hidden = Screen(), io.StringIO()
     for stream in (shown, hidden):
-        with StatusLine(stream) as status, watch_log(status.show):
+        with StatusLine(stream) as status, forward_log(status.show):
             status.show("reading a model")
             Progress("load", 100, "B", every=0.0).add(50)
     text = shown.getvalue()
@@ -242,7 +242,7 @@ def test_refusals(folder, workdir, tmp_path):
     refused("tensor is 16", tensor=16)
     refused("chat_format is 'chat'", chat_format="chat")
     bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.tiktoken"))
-    refused(r"No vocabulary lies in .*bare; name one", bare)
+    refused(r"There is no vocabulary in .*bare; name one", bare)
     assert find_model(bare, tokenizer=folder / "qwen.tiktoken").defaults.chat_format == "chatml"
     from qwen_jax.tokenizer import Tokenizer
 

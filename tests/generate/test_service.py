@@ -13,7 +13,7 @@ import pytest
 
 from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError
-from qwen_jax.generate.service import Closed, EngineFailed, Overloaded, Service
+from qwen_jax.generate.service import EngineFailed, Overloaded, Service, ServiceClosed
 from qwen_jax.tokenizer import Tokenizer
 from tests.generate.fake_engine import FakeEngine, default_answer, logprob_of
 
@@ -38,7 +38,7 @@ def run():
     yield start
     for service in made:
         service.close()
-        assert not service._runner._thread.is_alive()
+        assert not service._engine_thread._thread.is_alive()
 
 
 def expected(prompt, n):
@@ -178,7 +178,7 @@ def test_an_engine_that_drops_a_request_is_a_failure_and_no_hang(run):
             return []
 
     answer = run(Dropping()).submit([1])
-    with pytest.raises(EngineFailed, match="dropped 1"):
+    with pytest.raises(EngineFailed, match="idle with 1 requests"):
         answer.result(timeout=10)
 
 
@@ -189,7 +189,7 @@ def test_a_failure_while_adding_reaches_those_behind_too(run):
 
     engine = Refusing()
     service = run(engine)
-    with service._runner._wake:  # all three are taken in the same round
+    with service._engine_thread._wake:  # all three are taken in the same round
         answers = [service.submit([i + 1]) for i in range(3)]
     for answer in answers:
         with pytest.raises(EngineFailed, match="no pages"):
@@ -232,7 +232,7 @@ def test_a_cancelled_task_and_a_closed_loop_leave_nothing_behind(run):
         async with service.submit([1]) as answer:
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(answer.aresult(), 0.05)
-            assert not answer._job.waiters
+            assert not answer._state.waiters
         # Another one waits when its loop ends.
         other = service.submit([2])
         task = asyncio.ensure_future(other.aresult())
@@ -278,13 +278,13 @@ def test_the_end_drains_or_cancels(drain):
     answers = [service.submit([i + 1], SamplingParams(max_tokens=4)) for i in range(5)]
     closing = threading.Thread(target=service.close, kwargs={"drain": drain})
     closing.start()
-    until(lambda: not service._runner._accepting)
-    with pytest.raises(Closed):
+    until(lambda: not service._engine_thread._accepting)
+    with pytest.raises(ServiceClosed):
         service.submit([1])
     engine.release()
     closing.join(10)
     assert {a.result(timeout=10).finish for a in answers} == {"length" if drain else "cancelled"}
-    assert not service._runner._thread.is_alive() and not engine.busy
+    assert not service._engine_thread._thread.is_alive() and not engine.busy
     service.close()
 
 
@@ -315,7 +315,7 @@ def test_thousands_of_requests_leave_nothing_behind(run):
                 )
             except Overloaded:
                 continue
-            jobs.add(answer._job)
+            jobs.add(answer._state)
             kind = rng.integers(6)
             if kind == 0:
                 answer.cancel()
@@ -332,20 +332,20 @@ def test_thousands_of_requests_leave_nothing_behind(run):
     for thread in threads:
         thread.join(120)
     assert not wrong
-    until(lambda: not engine.busy and not service._runner._jobs)
+    until(lambda: not engine.busy and not service._engine_thread._answers)
     stats = service.stats()
     assert stats.submitted == 2000 == sum(stats.finished.values())
     assert stats.finished["length"] >= 1200 and stats.finished["cancelled"] > 100
     gc.collect()
     until(lambda: len(jobs) == 0)
-    assert not service._runner._cancelled and not service._runner.abandoned
+    assert not service._engine_thread._cancelled and not service._engine_thread.abandoned
 
 
 def test_an_idle_service_uses_no_cpu_and_ends_when_dropped(run):
     engine = FakeEngine()
     service = Service(engine, TOKENIZER)
     service.submit([1], SamplingParams(max_tokens=3)).result()
-    thread = service._runner._thread
+    thread = service._engine_thread._thread
     before = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before < 0.1

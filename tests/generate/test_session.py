@@ -6,9 +6,9 @@ import pytest
 from qwen_jax.chat.chatml import build_context, render
 from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError
-from qwen_jax.generate.generation_config import Defaults
+from qwen_jax.generate.generation_config import GenerationDefaults
 from qwen_jax.generate.service import Service
-from qwen_jax.generate.session import Session, chat_prompt
+from qwen_jax.generate.session import Session, build_chat_prompt
 from qwen_jax.tokenizer import Tokenizer
 from tests.generate.fake_engine import FakeEngine
 
@@ -26,7 +26,9 @@ def make():
 
         engine = FakeEngine(script or numbered, max_length=max_length)
         services.append(Service(engine, TOKENIZER))
-        given = Defaults(chat_format=chat_format, params=SamplingParams(max_tokens=64), **defaults)
+        given = GenerationDefaults(
+            chat_format=chat_format, params=SamplingParams(max_tokens=64), **defaults
+        )
         session = Session(services[-1], given)
         session.engine = engine
         return session
@@ -81,17 +83,17 @@ def test_the_oldest_pairs_are_dropped_to_leave_room(make):
 
 def test_without_a_system_prompt_the_user_begins():
     history = [("hi", "hello"), ("more", "of it")]
-    prompt = chat_prompt("go", history, None, TOKENIZER, 10_000)
+    prompt = build_chat_prompt("go", history, None, TOKENIZER, 10_000)
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", "of it")]
     messages = [{"role": r, "content": c} for r, c in [*turns, ("user", "go")]]
     want = render(messages, TOKENIZER, add_generation_prompt=True)
     np.testing.assert_array_equal(prompt, want.ids)
     # The window drops the same pairs: exactly when pair and kept ones reach it.
-    one = len(chat_prompt("go", history[1:], None, TOKENIZER, 10_000)) - len(
-        chat_prompt("go", [], None, TOKENIZER, 10_000)
+    one = len(build_chat_prompt("go", history[1:], None, TOKENIZER, 10_000)) - len(
+        build_chat_prompt("go", [], None, TOKENIZER, 10_000)
     )
     for window, kept in ((one + 1, 1), (one, 0)):
-        got = chat_prompt("go", history, None, TOKENIZER, window)
+        got = build_chat_prompt("go", history, None, TOKENIZER, window)
         assert TOKENIZER.decode(got).count("assistant") == kept + 1
 
 
@@ -115,7 +117,7 @@ def test_later_families_are_asked_by_their_own_template(make):
     messages = [{"role": r, "content": c} for r, c in [*turns, ("user", "go")]]
     want = render(messages, TOKENIZER, add_generation_prompt=True).ids
     np.testing.assert_array_equal(session.prompt("go"), want)
-    assert session.thinks and not make().thinks
+    assert session.has_thinking_switch and not make().has_thinking_switch
     session.thinking = False
     np.testing.assert_array_equal(
         session.prompt("go"), [*want, *TOKENIZER.encode("<think>\n\n</think>\n\n")]
@@ -126,7 +128,7 @@ def test_later_families_are_asked_by_their_own_template(make):
     kept = TOKENIZER.decode(session.prompt("go")).count("question")
     room = 600 - session.params.max_tokens
     assert 0 < kept < 20 and len(session.prompt("go")) <= room
-    assert len(session._templated("go", 19 - kept)) > room
+    assert len(session._apply_template("go", 19 - kept)) > room
     # A broken one is no reason not to talk: plain ChatML.
     broken = make(template="{% for %}")
     assert broken.prompt("go").tolist() == make().prompt("go").tolist()
@@ -171,5 +173,5 @@ def test_bad_input_is_refused_with_the_nearest_name(make):
     with pytest.raises(UserError, match="write something"):
         session.ask("  ")
     session.history.clear()
-    with pytest.raises(UserError, match="nothing to take back"):
+    with pytest.raises(UserError, match="nothing to undo"):
         session.undo()

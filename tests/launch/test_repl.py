@@ -9,7 +9,7 @@ import pytest
 from launch.repl import COMMANDS, Repl
 from launch.terminal import PlainLines
 from qwen_jax.engine.request import SamplingParams
-from qwen_jax.generate.generation_config import Defaults
+from qwen_jax.generate.generation_config import GenerationDefaults
 from qwen_jax.generate.service import Service
 from qwen_jax.generate.session import Session
 from qwen_jax.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ class Talk:
         self.engine = FakeEngine(script or self._answer, max_length=10_000)
         self.service = Service(self.engine, TOKENIZER)
         params = SamplingParams(max_tokens=500, top_p=0.8)
-        self.session = Session(self.service, Defaults(chat_format, params, **defaults))
+        self.session = Session(self.service, GenerationDefaults(chat_format, params, **defaults))
         self.interrupt_at = None
 
     def _answer(self, request):
@@ -156,7 +156,7 @@ def test_save_and_load_take_a_conversation_elsewhere(make, tmp_path):
         ("/set stop [1]", "stop is [1]; write a text, or a list"),
         ("/seed -1", "The seed is '-1'"),
         ("/seed x", "The seed is 'x'"),
-        ("/undo", "nothing to take back"),
+        ("/undo", "nothing to undo"),
         ("/retry", "nothing to try again"),
         ("/save", "Name a file: /save FILE."),
         ("/save /proc/nothing/x", "cannot be written"),
