@@ -1,1 +1,1 @@
-"""One program per job: it parses a config, calls one stage, and nothing else."""
+"""Programs with absl flags, one per job: each parses its flags and calls one library stage."""

@@ -1,30 +1,32 @@
-"""Talk with a model in the terminal.
+"""Chat with a model in the terminal, or answer prompts in scripts.
 
     python -m launch.chat --model=Qwen-7B-Chat          a conversation; /help lists the commands
-    python -m launch.chat --model=runs/demo             what `make demo` trained: it continues text
+    python -m launch.chat --model=runs/demo             the result of `make demo` continues text
     python -m launch.chat --model=DIR --prompt="Why?"   one answer on stdout
     git diff | python -m launch.chat --model=DIR --prompt="Review this:" --json
 
---model is a Hugging Face folder, a working folder of a training, or a folder of checkpoints. Text
-on a pipe is one prompt (after --prompt, if that is given), unless --lines makes each line one.
-Sampling is the model's own unless flags say otherwise.
+--model is a Hugging Face folder, the working folder of a training run, or a folder of checkpoints.
+Text on a pipe is one prompt, appended to --prompt; with --lines, each line is a message of a
+conversation. Sampling parameters that are not given come from the model's generation config.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pathlib
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import flags, logging
 
 from launch import program
-from launch.repl import SETTINGS, WORDS, Repl
-from launch.terminal import PlainLines, Terminal, printable
+from launch.repl import COMMAND_WORDS, SETTINGS, Repl, visible_pieces
+from launch.terminal import InputReader, PipeReader, TerminalReader, printable
 from qwen_jax.engine.request import SamplingParams
 from qwen_jax.errors import UserError
 from qwen_jax.generate.handle import Qwen
@@ -34,56 +36,86 @@ from qwen_jax.generate.session import override_params
 from qwen_jax.model import count_params
 from qwen_jax.progress import format_count
 
-SEED = 1234  # of the release's cli_demo.py
+SEED = 1234  # the default of the release's cli_demo.py
 
 MODEL = flags.DEFINE_string("model", None, "Model folder or checkpoints.", required=True)
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Vocabulary, where --model has none.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint; the newest by default.")
-FORMAT = flags.DEFINE_enum("chat_format", None, ["chatml", "raw"], "Chat, or continue text.")
-DTYPE = flags.DEFINE_string("dtype", None, "float32 (CPU) or bfloat16 (elsewhere) by default.")
-WEIGHTS = flags.DEFINE_string("weights", None, "int8 or int4: quantise plain weights.")
-PROMPT = flags.DEFINE_string("prompt", None, "Answer this once, and end.")
-JSON = flags.DEFINE_bool("json", False, "Print one JSON object with text and numbers.")
-LINES = flags.DEFINE_bool("lines", False, "Text on a pipe is a conversation, line by line.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Vocabulary, if --model contains none.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; the newest by default.")
+FORMAT = flags.DEFINE_enum("chat_format", None, ["chatml", "raw"], "Overrides the model's own.")
+DTYPE = flags.DEFINE_string("dtype", None, "Default: float32 on CPUs, bfloat16 elsewhere.")
+WEIGHTS = flags.DEFINE_string("weights", None, "int8 or int4: quantise unquantised weights.")
+PROMPT = flags.DEFINE_string("prompt", None, "Answer this prompt and exit.")
+JSON = flags.DEFINE_bool("json", False, "Print the answer as a JSON object with statistics.")
+LINES = flags.DEFINE_bool("lines", False, "Read a conversation from a pipe, one line per message.")
 SYSTEM = flags.DEFINE_string("system", None, "System prompt.")
-SEED_FLAG = flags.DEFINE_integer("seed", SEED, "Of the draws: the same seed, the same answer.")
-STOP = flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
+SEED_FLAG = flags.DEFINE_integer("seed", SEED, "Seed of the answers.")
+STOP = flags.DEFINE_multi_string("stop", [], "Stop string; may be given more than once.")
 VERBOSE = flags.DEFINE_bool("verbose", False, "Log what is loaded and compiled.")
 HISTORY = flags.DEFINE_string(
     "history",
     os.path.join(os.environ.get("XDG_STATE_HOME", "~/.local/state"), "qwen_jax", "chat_history"),
-    "File that keeps what was typed; empty: none.",
+    "File that keeps the typed inputs; empty to keep none.",
 )
 LAYER_WINDOWS = flags.DEFINE_bool(
-    "layer_windows", False, "Qwen v1: lower layers see less far back; for texts beyond its length."
+    "layer_windows",
+    False,
+    "Qwen v1: smaller attention windows in lower layers, for texts beyond its training length.",
 )
-TENSOR = flags.DEFINE_integer("tensor", None, "Devices that share the model.")
+TENSOR = flags.DEFINE_integer("tensor", None, "Number of devices that share the model.")
 SIZES = {
-    "max_length": flags.DEFINE_integer("max_length", None, "Longest prompt and answer."),
-    "memory": flags.DEFINE_float("memory", None, "Share of a device's memory to use."),
-    "kv_dtype": flags.DEFINE_string("kv_dtype", None, "Of the cache: auto, or uint8 (half)."),
-    "page_size": flags.DEFINE_integer("page_size", None, "Tokens a page of the cache."),
-    "prefill_tokens": flags.DEFINE_integer("prefill_tokens", None, "Of a prompt, in one call."),
+    "max_length": flags.DEFINE_integer(
+        "max_length", None, "Maximum number of tokens of prompt and answer together."
+    ),
+    "memory": flags.DEFINE_float("memory", None, "Fraction of a device's memory to use."),
+    "kv_dtype": flags.DEFINE_string(
+        "kv_dtype", None, "Data type of the KV cache: auto, or uint8 (half the memory)."
+    ),
+    "page_size": flags.DEFINE_integer("page_size", None, "Tokens per page of the KV cache."),
+    "prefill_tokens": flags.DEFINE_integer(
+        "prefill_tokens", None, "Maximum number of prompt tokens per prefill call."
+    ),
 }
-_DEFINE = {int: flags.DEFINE_integer, float: flags.DEFINE_float}
+_DEFINE: dict[type, Callable[..., flags.FlagHolder[Any]]] = {
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+}
 SAMPLING = {
-    name: _DEFINE[type(getattr(SamplingParams, name))](name, None, "Sampling; see /set.")
+    name: _DEFINE[type(getattr(SamplingParams, name))](name, None, "Sampling parameter; see /set.")
     for name in SETTINGS
 }
 
 
 @contextlib.contextmanager
 def open_model(*, warm_up: bool) -> Iterator[Qwen]:
-    """The model that the flags name, with the settings they give."""
-    place = {"tokenizer": TOKENIZER.value, "step": STEP.value, "chat_format": FORMAT.value}
-    how = {"dtype": DTYPE.value, "tensor": TENSOR.value, "warm_up": warm_up}
-    how |= {"weights": WEIGHTS.value, "layer_windows": LAYER_WINDOWS.value}
-    sizes = {name: flag.value for name, flag in SIZES.items() if flag.value is not None}
-    given = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
-    override_params(SamplingParams(), given)  # refuses bad values before the weights are read
-    with load(MODEL.value, **place, **how, max_running_requests=1, **sizes) as qwen:
+    """Context manager that loads the model of --model and applies the flags to its session.
+
+    Args:
+      warm_up: whether to compile all programs at once.
+
+    Raises:
+      UserError: there is no model, or a flag has a bad value; sampling flags are checked before the
+        weights are read.
+    """
+    sizes: dict[str, Any] = {
+        name: flag.value for name, flag in SIZES.items() if flag.value is not None
+    }
+    sampling = {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
+    override_params(SamplingParams(), sampling)
+    with load(
+        MODEL.value,
+        tokenizer=TOKENIZER.value,
+        step=STEP.value,
+        chat_format=FORMAT.value,
+        dtype=DTYPE.value,
+        weights=WEIGHTS.value,
+        layer_windows=LAYER_WINDOWS.value,
+        tensor=TENSOR.value,
+        warm_up=warm_up,
+        max_running_requests=1,
+        **sizes,
+    ) as qwen:
         session = qwen.session
-        session.params = override_params(session.params, given)
+        session.params = override_params(session.params, sampling)
         session.stop = (*session.stop, *STOP.value)
         if SYSTEM.value is not None:
             if not session.is_chat_model:
@@ -92,8 +124,8 @@ def open_model(*, warm_up: bool) -> Iterator[Qwen]:
         yield qwen
 
 
-def facts(qwen: Qwen) -> str:
-    """What the model is, in one line."""
+def describe_model(qwen: Qwen) -> str:
+    """Returns name, kind, size and maximum length of a model in one line."""
     config = qwen.config
     kind = "chat model" if qwen.session.is_chat_model else "base model"
     return (
@@ -102,25 +134,33 @@ def facts(qwen: Qwen) -> str:
     )
 
 
-def converse(qwen: Qwen) -> None:
-    """A conversation in the terminal, or line by line from a pipe."""
-    terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    if terminal:
-        lines = Terminal(history_file(), WORDS)
-    else:
-        lines = PlainLines(sys.stdin)
-    about = facts(qwen)
-    how = {"lines": lines, "out": sys.stdout, "facts": about, "colour": terminal}
-    repl = Repl(qwen.session, seed=SEED_FLAG.value, **how)
-    if terminal:
-        repl.say(f"{about}\n/help lists commands, Ctrl-D ends.")
+def run_conversation(qwen: Qwen) -> None:
+    """Runs a conversation until its end, in the terminal or with messages from a pipe."""
+    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    reader: InputReader = PipeReader(sys.stdin)
+    if is_terminal:
+        reader = TerminalReader(history_file(), COMMAND_WORDS)
+    description = describe_model(qwen)
+    repl = Repl(
+        qwen.session,
+        reader=reader,
+        out=sys.stdout,
+        description=description,
+        seed=SEED_FLAG.value,
+        colour=is_terminal,
+    )
+    if is_terminal:
+        repl.print_note(f"{description}\n/help lists commands, Ctrl-D ends.")
     if not qwen.session.is_chat_model:
-        repl.say("This is a base model: it continues what you write, and keeps no conversation.")
+        repl.print_note("This is a base model: it continues your text and keeps no conversation.")
     repl.run()
 
 
 def history_file() -> pathlib.Path | None:
-    """The file that keeps what was typed, in a folder for this user alone; None without a place."""
+    """Returns the file of --history, whose folder is created with access for this user only.
+
+    Returns None if the flag is empty or the file is not writable.
+    """
     if not HISTORY.value:
         return None
     file = pathlib.Path(HISTORY.value).expanduser()
@@ -130,23 +170,21 @@ def history_file() -> pathlib.Path | None:
 
 
 def answer_once(qwen: Qwen, prompt: str) -> None:
-    """One answer on stdout, as text or as JSON."""
+    """Prints the answer to one prompt, as text while it is generated or as a JSON object."""
     session = qwen.session
     prompt = prompt.strip() if session.is_chat_model else prompt
     reply = session.ask(prompt, stream=not JSON.value, seed=SEED_FLAG.value)
     if not JSON.value:
-        shown = printable if sys.stdout.isatty() else str
-        begun = not session.is_chat_model
-        for piece in reply:
-            piece = piece if begun else piece.lstrip()
-            begun = begun or bool(piece)
-            sys.stdout.write(shown(piece))
+        escape = printable if sys.stdout.isatty() else str
+        for piece in visible_pieces(reply, session.is_chat_model):
+            sys.stdout.write(escape(piece))
             sys.stdout.flush()
         sys.stdout.write("\n")
         return
     text = reply.text()
     submitted, first, ended = reply.answer.times
-    found = {
+    assert first is not None and ended is not None, "the answer has been read to its end"
+    result = {
         "model": qwen.name,
         "prompt": prompt,
         "text": text,
@@ -157,13 +195,17 @@ def answer_once(qwen: Qwen, prompt: str) -> None:
         "seconds": round(ended - submitted, 4),
         "seconds_to_first_token": round(first - submitted, 4),
     }
-    sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
 
 
 def read_prompt() -> str | None:
-    """What is to be answered once: --prompt, and the text on a pipe; None for a conversation."""
+    """Returns the prompt to answer once, --prompt and the text on a pipe; None for a conversation.
+
+    Raises:
+      UserError: --json without a prompt.
+    """
     parts = [] if PROMPT.value is None else [PROMPT.value]
-    if not LINES.value and _is_pipe(sys.stdin.fileno()):
+    if not LINES.value and _is_pipe_or_file(sys.stdin.fileno()):
         parts.append(sys.stdin.read())
     if not parts:
         if JSON.value:
@@ -172,27 +214,28 @@ def read_prompt() -> str | None:
     return "\n".join(part for part in parts if part.strip())
 
 
-def _is_pipe(descriptor: int) -> bool:
-    """Whether somebody writes to it: a pipe or a file, and no terminal or /dev/null."""
+def _is_pipe_or_file(descriptor: int) -> bool:
+    """Returns whether a file descriptor is a pipe or a file, not a terminal or /dev/null."""
     mode = os.fstat(descriptor).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def main() -> int:
-    """One answer, or a conversation."""
+    """Answers one prompt or runs a conversation; returns the exit status."""
     if not VERBOSE.value:
         logging.set_verbosity(logging.WARNING)
     if not 0 <= SEED_FLAG.value < 2**63:
         raise UserError(f"--seed is {SEED_FLAG.value}; it must be from 0 to 2^63 - 1.")
-    if sys.stdin is None:  # closed by whoever started this
+    if sys.stdin is None:  # closed by the parent process
         sys.stdin = open(os.devnull)  # noqa: SIM115
-    for stream in (sys.stdin, sys.stdout):  # odd bytes must end nothing
-        stream.reconfigure(encoding="utf-8", errors="replace")
+    for stream in (sys.stdin, sys.stdout):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(encoding="utf-8", errors="replace")  # invalid bytes raise no error
     prompt = read_prompt()
     try:
         with open_model(warm_up=prompt is None) as qwen:  # one answer needs few programs
             if prompt is None:
-                converse(qwen)
+                run_conversation(qwen)
             else:
                 answer_once(qwen, prompt)
     except KeyboardInterrupt:
@@ -200,7 +243,7 @@ def main() -> int:
     except EngineFailed as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
-    except BrokenPipeError:  # whoever read it has enough
+    except BrokenPipeError:  # the reader of stdout has ended, as in `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0

@@ -1,12 +1,12 @@
-"""Hugging Face folder ⇄ native checkpoint.
+"""Converts a Hugging Face folder to a native checkpoint, or a checkpoint to such a folder.
 
     python -m launch.convert --hf_dir=DIR --out=CHECKPOINTS
     python -m launch.convert --checkpoint=CHECKPOINTS --out=DIR --assets=FOLDER_WITH_TOKENIZER
 
-The first writes step 0 of a checkpoint folder, float32 unless --dtype says otherwise; stages start
-from it. The second writes a folder that transformers loads, bfloat16 unless --dtype says otherwise,
-from any training checkpoint. The model must fit in the memory of this host's devices together (on
-CPU: in RAM).
+The first command writes step 0 of a checkpoint folder, from which training stages start; --dtype is
+float32 by default. The second writes a folder that transformers loads, from any checkpoint; --dtype
+is bfloat16 by default. The model must fit in the combined memory of this host's devices (on CPU: in
+RAM).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qwen_jax.train.checkpoint import Checkpoints, read_header, restore_params
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-# Files of a model folder that are not weights: carried along unchanged.
+# Files of a model folder that are copied unchanged, beside the weights.
 ASSETS = (
     "qwen.tiktoken", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -39,20 +39,29 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def to_native(hf_dir: str, out: str, *, dtype: str = "float32") -> ModelConfig:
-    """Writes the weights of `hf_dir` as checkpoint 0 of the folder `out`; returns their network.
+    """Writes the weights of a Hugging Face folder as step 0 of a checkpoint folder.
 
-    The state is `{"params": tree}`, the fingerprint `{"model": ModelConfig as a dict}`, the info
-    names source and `param_dtype`.
+    The state of the checkpoint is `{"params": tree}`, its fingerprint `{"model": ModelConfig as a
+    dict}`, its info the name of the source folder and `param_dtype`.
+
+    Args:
+      hf_dir: Hugging Face model folder.
+      out: checkpoint folder to write; it must not contain checkpoints.
+      dtype: dtype name of the written parameters.
+
+    Returns:
+      The configuration of the model.
 
     Raises:
-      UserError: a bad model folder or dtype, or checkpoints already in `out`.
+      UserError: the model folder is missing or damaged, the dtype is unknown, or `out` is not
+        empty.
     """
     _check_dtype(dtype)
     cfg = interop.read_config(hf_dir)
     target = pathlib.Path(out)
-    if target.exists() and (not target.is_dir() or any(map(_finished, target.iterdir()))):
+    if target.exists() and (not target.is_dir() or any(map(_is_result, target.iterdir()))):
         raise UserError(f"{out} already exists and is not an empty folder; choose a new one")
-    params = interop.load_params(hf_dir, cfg, _abstract(cfg, dtype))
+    params = interop.load_params(hf_dir, cfg, _abstract_params(cfg, dtype))
     fingerprint = {"model": dataclasses.asdict(cfg)}
     info = {"source": pathlib.Path(hf_dir).resolve().name, "param_dtype": dtype}
     with Checkpoints(out, keep_last=1, keep_every=None, fingerprint=fingerprint) as checkpoints:
@@ -68,46 +77,59 @@ def to_hf(
     step: int | None = None,
     assets: str | None = None,
 ) -> ModelConfig:
-    """Writes the parameters of a checkpoint as a Hugging Face folder; returns their network.
+    """Writes the parameters of a checkpoint as a Hugging Face folder.
 
     Args:
-      checkpoint: folder that has the `step_N` folders.
-      out: folder to write; it must not exist or be empty.
-      dtype: of the written tensors.
-      step: which checkpoint; the newest by default.
-      assets: folder whose tokenizer files, generation config and special token ids are carried
-        along.
+      checkpoint: folder with the `step_N` folders.
+      out: folder to write; it must be empty or not exist.
+      dtype: dtype name of the written tensors.
+      step: step of the checkpoint; the newest by default.
+      assets: model folder from which tokenizer files, generation config and special token ids are
+        copied; None copies none.
+
+    Returns:
+      The configuration of the model.
 
     Raises:
-      UserError: no such checkpoint, damage, or anything `interop.save_hf` refuses.
+      UserError: the checkpoint is missing or damaged, the dtype is unknown, or as
+        `interop.save_hf`.
     """
     _check_dtype(dtype)
-    extras = _assets(assets) if assets else {}
+    extras = _read_assets(assets) if assets else {}
     header = read_header(checkpoint, step)
     if "model" not in header.fingerprint:
-        raise UserError(f"{checkpoint} does not say which model it is of; give one of a training")
+        raise UserError(
+            f"{checkpoint} has no model configuration; give the checkpoints of a training run"
+        )
     cfg = from_config_dict(ModelConfig, header.fingerprint["model"], "model")
-    # Training keeps float32 parameters; only converted checkpoints may have another dtype.
-    stored = header.info.get("param_dtype", "float32")
-    params = restore_params(checkpoint, _abstract(cfg, stored), step=header.step)
+    # Training writes float32 parameters; only converted checkpoints can have another dtype.
+    stored_dtype = header.info.get("param_dtype", "float32")
+    params = restore_params(checkpoint, _abstract_params(cfg, stored_dtype), step=header.step)
     interop.save_hf(out, params, cfg, dtype=dtype, **extras)
     return cfg
 
 
-def _finished(path: pathlib.Path) -> bool:
-    """Whether an entry is more than what a killed conversion leaves, which a new one replaces."""
+def _is_result(path: pathlib.Path) -> bool:
+    """Returns whether a file or folder is not a remainder of an interrupted conversion.
+
+    Remainders are replaced by the next conversion.
+    """
     return not path.name.endswith(".orbax-checkpoint-tmp")
 
 
 def _check_dtype(dtype: str) -> None:
+    """Raises UserError unless `dtype` is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise UserError(
             f"dtype is {dtype!r}{nearest(dtype, DTYPES)}; it must be one of {', '.join(DTYPES)}"
         )
 
 
-def _abstract(cfg: ModelConfig, dtype: str) -> Any:
-    """The parameter tree in `dtype`, spread over as many devices as divide the channels."""
+def _abstract_params(cfg: ModelConfig, dtype: str) -> Any:
+    """Returns the abstract parameter tree in `dtype`, sharded over this host's devices.
+
+    The number of devices is the largest that divides both their total and `cfg.d_model`.
+    """
     devices = jax.devices()[: math.gcd(len(jax.devices()), cfg.d_model)]
     mesh = parallel.make_mesh(parallel.MeshConfig(fsdp=len(devices)), devices)
     return jax.tree.map(
@@ -116,8 +138,12 @@ def _abstract(cfg: ModelConfig, dtype: str) -> Any:
     )
 
 
-def _assets(path: str) -> dict[str, Any]:
-    """Arguments of `save_hf` that carry a model folder's tokenizer and token ids along."""
+def _read_assets(path: str) -> dict[str, Any]:
+    """Returns the arguments of `save_hf` that copy tokenizer, token ids and generation config.
+
+    Args:
+      path: Hugging Face model folder to copy them from.
+    """
     source = pathlib.Path(path)
     config = hf_folder.read_config_json(source)
     extras: dict[str, Any] = {
@@ -130,23 +156,26 @@ def _assets(path: str) -> dict[str, Any]:
 
 
 def _define_flags() -> None:
+    """Defines the flags; only called when run as a program."""
     flags.DEFINE_string("hf_dir", None, "Hugging Face model folder to read")
-    flags.DEFINE_string("checkpoint", None, "native checkpoint folder to read")
+    flags.DEFINE_string("checkpoint", None, "folder of native checkpoints to read")
     flags.DEFINE_string("out", None, "folder to write", required=True)
-    flags.DEFINE_string("dtype", None, "float32 (default into native), bfloat16 (out) or float16")
-    flags.DEFINE_integer("step", None, "checkpoint to read; the newest by default")
-    flags.DEFINE_string("assets", None, "model folder whose tokenizer files go into --out")
+    flags.DEFINE_string(
+        "dtype", None, "float32 (default with --hf_dir), bfloat16 (with --checkpoint) or float16"
+    )
+    flags.DEFINE_integer("step", None, "step of the checkpoint; the newest by default")
+    flags.DEFINE_string("assets", None, "model folder whose tokenizer files are copied")
 
 
 def main() -> None:
-    """Converts in the direction that the flags say."""
+    """Converts in the direction that --hf_dir or --checkpoint determines."""
     args = flags.FLAGS
     dtype = {"dtype": args.dtype} if args.dtype else {}
     if (args.hf_dir is None) == (args.checkpoint is None):
-        raise UserError("give one of --hf_dir (into native) and --checkpoint (out of it)")
+        raise UserError("give either --hf_dir (to a checkpoint) or --checkpoint (to a folder)")
     if args.hf_dir is not None:
         if args.step is not None or args.assets is not None:
-            raise UserError("--step and --assets go with --checkpoint; leave them out")
+            raise UserError("--step and --assets apply to --checkpoint only; leave them out")
         cfg = to_native(args.hf_dir, args.out, **dtype)
     else:
         cfg = to_hf(args.checkpoint, args.out, step=args.step, assets=args.assets, **dtype)

@@ -21,6 +21,7 @@ import platform
 import statistics
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import flags
@@ -65,7 +66,7 @@ PROMPTS = (
     "    for name in sorted(",
     "This module provides",
 )
-SAMPLE = {"max_new_tokens": 96, "temperature": 0.8, "top_k": 40, "seed": 0}
+SAMPLE: dict[str, Any] = {"max_new_tokens": 96, "temperature": 0.8, "top_k": 40, "seed": 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,9 @@ class TrainingStopped(Exception):
     """Error of training that was asked to stop after saving; the argument is its step."""
 
 
-def baselines(demo: Demo, packed: dict[str, dict[str, Manifest]]) -> dict[str, Baselines]:
+def compute_source_baselines(
+    demo: Demo, packed: dict[str, dict[str, Manifest]]
+) -> dict[str, Baselines]:
     """Computes bits per byte of each source's held-out text under gzip, xz and an n-gram model.
 
     Args:
@@ -196,7 +199,7 @@ def baselines(demo: Demo, packed: dict[str, dict[str, Manifest]]) -> dict[str, B
     return found
 
 
-def samples(demo: Demo, tokenizer: Tokenizer, result: dict) -> list[Sample]:
+def generate_samples(demo: Demo, tokenizer: Tokenizer, result: dict) -> list[Sample]:
     """Generates continuations of `PROMPTS` by the last checkpoint, greedily and by sampling.
 
     Args:
@@ -240,26 +243,26 @@ def samples(demo: Demo, tokenizer: Tokenizer, result: dict) -> list[Sample]:
 
 
 def make_report(
-    demo: Demo, result: dict, others: dict[str, Baselines], written: list[Sample]
+    demo: Demo, result: dict, baseline_scores: dict[str, Baselines], generated: list[Sample]
 ) -> TrainingReport:
     """Returns the content of the report page.
 
     Args:
       demo: the job and the folder of its metrics.
       result: source -> fields of `HeldOut` of the trained model.
-      others: source -> bits per byte of the baselines.
-      written: continuations by the model.
+      baseline_scores: source -> bits per byte of the baselines.
+      generated: continuations by the model.
     """
     job = demo.job
     model = f"Qwen, {format_count(count_params(job.model))} parameters"
     scores = {model: {name: found["bits_per_byte"] for name, found in result.items()}}
     notes = {
-        model: "the probability of every token but a document's first, its end included (which has "
-        f"bits but no bytes), given at most {job.data.seq_len} tokens of the same document; "
+        model: "the probability of every token but a document's first, including its end (which "
+        f"has bits but no bytes), given at most {job.data.seq_len} tokens of the same document; "
         "trained on part of the training text"
     }
     for field, (baseline, note) in CONTEXT_OF.items():
-        scores[baseline] = {name: getattr(found, field) for name, found in others.items()}
+        scores[baseline] = {name: getattr(found, field) for name, found in baseline_scores.items()}
         notes[baseline] = note
     metrics = read_metrics(demo.workdir / "metrics.jsonl")
     rates = [row["tokens_per_second"] for row in metrics if "tokens_per_second" in row]
@@ -285,7 +288,7 @@ def make_report(
         scores=scores,
         notes=notes,
         metrics=metrics,
-        samples=written,
+        samples=generated,
         config=json.dumps(dataclasses.asdict(job), indent=2),
     )
 
@@ -323,16 +326,16 @@ def main() -> None:
         tokenizer = make_tokenizer(demo)
         print(f"    {tokenizer.n_ranks:,} ranks and {len(CONTROL_TOKENS)} control tokens")
     with stage("pack"):
-        how = PackConfig(demo.job.data.seq_len)
+        pack_config = PackConfig(demo.job.data.seq_len)
         packed = {
-            name: pack_source(demo.data / name, sides, tokenizer, how)
+            name: pack_source(demo.data / name, sides, tokenizer, pack_config)
             for name, sides in sources.items()
         }
-        for name, sides in packed.items():
-            tokens = ", ".join(f"{m.tokens:,} tokens {side}" for side, m in sides.items())
+        for name, manifests in packed.items():
+            tokens = ", ".join(f"{m.tokens:,} tokens {side}" for side, m in manifests.items())
             print(f"    {name}: {tokens}")
     with stage("baselines: gzip, xz and an n-gram model of the same text"):
-        others = baselines(demo, packed)
+        baseline_scores = compute_source_baselines(demo, packed)
     with stage(f"pretrain: {format_count(count_params(demo.job.model))} parameters"):
         try:
             result = pretrain_demo(demo, tokenizer, packed)
@@ -340,9 +343,9 @@ def main() -> None:
             print(f"stopped at step {stopped}; run the same command to resume")
             return
     with stage("samples"):
-        written = samples(demo, tokenizer, result)
+        generated = generate_samples(demo, tokenizer, result)
     with stage("report"):
-        report = make_report(demo, result, others, written)
+        report = make_report(demo, result, baseline_scores, generated)
         write_report(demo.workdir / "report.html", report)
     print(f"\n{score_table(report.scores)}\n\n* lowest   report: {demo.workdir / 'report.html'}")
 

@@ -73,35 +73,35 @@ def identify_weights(source: ModelSource) -> dict[str, Any]:
 
 
 def long_documents(
-    paths: Sequence[str], tokenizer: Tokenizer, longest: int, most: int | None
+    paths: Sequence[str], tokenizer: Tokenizer, longest: int, max_documents: int | None
 ) -> list[list[int]]:
     """Returns the token ids of the first documents with more than `longest` tokens.
 
     Args:
       paths: text files, JSON lines, held-out folders.
       tokenizer: encodes the documents.
-      longest: documents of at most so many tokens are skipped.
-      most: maximum number of documents; None for all.
+      longest: documents with this many tokens or fewer are skipped.
+      max_documents: maximum number of documents; None for all.
 
     Raises:
       UserError: as `read_texts`, or no document is long enough.
     """
     found: list[list[int]] = []
-    seen = 0
+    num_read = 0
     for path in paths:
         for document in read_texts(path):
-            seen += 1
+            num_read += 1
             # A token is a byte or more; normalisation makes three bytes of one at most.
             if 3 * len(document.text.encode()) > longest:
                 ids = tokenizer.encode(document.text)
                 if len(ids) > longest:
                     found.append(ids)
-            if most is not None and len(found) == most:
+            if max_documents is not None and len(found) == max_documents:
                 return found
     if not found:
         raise UserError(
-            f"none of the {seen} documents of --corpus has more than {longest} tokens; give longer "
-            "ones, or smaller --lengths"
+            f"none of the {num_read} documents of --corpus has more than {longest} tokens; give "
+            "longer ones, or smaller --lengths"
         )
     return found
 
@@ -118,7 +118,7 @@ def make_plan(config: ModelConfig) -> TablePlan:
         lengths = tuple(int(text) for text in LENGTHS.value)
     except ValueError:
         raise UserError(
-            f"--lengths={','.join(LENGTHS.value)} must be whole numbers joined by commas"
+            f"--lengths={','.join(LENGTHS.value)} must be integers joined by commas"
         ) from None
     trained = config.trained_length
     return TablePlan(
@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def _write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes a file atomically."""
+    """Writes `data` to a file, which appears complete or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     os.replace(partial, path)

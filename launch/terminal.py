@@ -1,4 +1,4 @@
-"""Reading what a person or a pipe says: lines, several lines between triple quotes, history."""
+"""User input for `launch.chat` from a terminal or a pipe, and escaping of control characters."""
 
 from __future__ import annotations
 
@@ -8,105 +8,113 @@ from typing import Protocol, TextIO
 
 import prompt_toolkit
 from prompt_toolkit.completion import WordCompleter
-from prompt_toolkit.history import FileHistory, InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 QUOTES = '"""'
 
-# Control characters are shown, not obeyed: text must not move the cursor or set colours.
-_SHOWN = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)}
-_SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+# Control characters are replaced by visible ones, so that a text cannot move the cursor or change
+# colours: C0 codes by Unicode's control pictures, C1 codes by U+FFFD.
+_VISIBLE = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)}
+_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def printable(text: str) -> str:
-    """`text` with control characters, but for tabs and newlines, as visible signs."""
-    return text.translate(_SHOWN)
+    """Replaces control characters in `text`, except tabs and newlines, by visible characters."""
+    return text.translate(_VISIBLE)
 
 
-class Lines(Protocol):
-    """Where input comes from."""
+class InputReader(Protocol):
+    """Source of user input for `Repl`."""
 
     def read(self) -> str:
-        """One input, perhaps of many lines, with its triple quotes if it has some.
+        """Reads one input, which may have several lines; triple quotes around it are kept.
 
-        EOFError at the end, KeyboardInterrupt for Ctrl-C.
+        Raises:
+          EOFError: there is no more input.
+          KeyboardInterrupt: Ctrl-C was pressed.
         """
 
 
-class PlainLines:
-    """Lines of a pipe; one that begins with triple quotes goes on to the closing ones."""
+class PipeReader:
+    """Reads inputs from a pipe or file: one line each, or several lines between triple quotes."""
 
-    def __init__(self, source: TextIO):
-        self._source = source
+    def __init__(self, stream: TextIO):
+        self._stream = stream
 
     def read(self) -> str:
-        """The next input."""
-        text = self._line()
-        while open_quotes(text):
-            text += "\n" + self._line()
+        """Reads the next input; raises EOFError at the end."""
+        text = self._read_line()
+        while has_open_quotes(text):
+            text += "\n" + self._read_line()
         return text
 
-    def _line(self) -> str:
-        line = self._source.readline()
+    def _read_line(self) -> str:
+        """Reads a line without its newline; raises EOFError at the end."""
+        line = self._stream.readline()
         if not line:
             raise EOFError
         return line.removesuffix("\n")
 
 
-class Terminal:
-    """A prompt with editing, history and several lines, by prompt_toolkit."""
+class TerminalReader:
+    """Reads inputs from a terminal with editing, history and completion, by prompt_toolkit."""
 
     def __init__(self, history: pathlib.Path | None, commands: Sequence[str]):
-        """`history`: file that keeps what was typed, or None; `commands`: words to complete."""
+        """Creates the prompt.
+
+        Args:
+          history: file in which inputs are kept; None keeps them in memory.
+          commands: words that the Tab key completes.
+        """
         keys = KeyBindings()
 
         @keys.add("enter")
-        @keys.add("c-j")  # Enter, when it was typed before the prompt stood there
-        def _(event) -> None:
+        @keys.add("c-j")  # Enter, if it was typed before the prompt was shown
+        def _submit_or_break_line(event: KeyPressEvent) -> None:
             buffer = event.current_buffer
-            if open_quotes(buffer.text):
+            if has_open_quotes(buffer.text):
                 buffer.insert_text("\n")
             else:
                 buffer.validate_and_handle()
 
         @keys.add("escape", "enter")
-        def _(event) -> None:
+        def _break_line(event: KeyPressEvent) -> None:
             event.current_buffer.insert_text("\n")
 
         @keys.add("c-c")
-        def _(event) -> None:
+        def _clear_or_interrupt(event: KeyPressEvent) -> None:
             if event.current_buffer.text:
                 event.current_buffer.reset()
             else:
                 event.app.exit(exception=KeyboardInterrupt())
 
-        kept = InMemoryHistory()
+        inputs: History = InMemoryHistory()
         if history is not None:
-            kept = FileHistory(str(history))
-        words = WordCompleter(list(commands), sentence=True)
-        self._session = prompt_toolkit.PromptSession(
+            inputs = FileHistory(str(history))
+        self._session: prompt_toolkit.PromptSession[str] = prompt_toolkit.PromptSession(
             "> ",
             multiline=True,
             prompt_continuation="· ",
             key_bindings=keys,
-            history=kept,
-            completer=words,
+            history=inputs,
+            completer=WordCompleter(list(commands), sentence=True),
             complete_while_typing=False,
             enable_open_in_editor=True,
         )
 
     def read(self) -> str:
-        """The next input, edited by a person."""
+        """Shows the prompt and reads the next input; raises as `InputReader.read`."""
         return self._session.prompt()
 
 
-def open_quotes(text: str) -> bool:
-    """Whether triple quotes were opened at the beginning of `text` and not closed yet."""
+def has_open_quotes(text: str) -> bool:
+    """Returns whether `text` begins with triple quotes that are not closed yet."""
     return text.lstrip().startswith(QUOTES) and text.count(QUOTES) < 2
 
 
 def unquote(text: str) -> str:
-    """The text between triple quotes, where it begins with them; else the text itself."""
+    """Returns the text between triple quotes if `text` begins with them, else `text` itself."""
     if not text.lstrip().startswith(QUOTES):
         return text
     return text.lstrip().removeprefix(QUOTES).partition(QUOTES)[0].strip("\n")

@@ -1,10 +1,10 @@
-"""Learns a vocabulary from JSONL documents and writes it in the tiktoken format.
+"""Trains a BPE vocabulary on JSONL documents and writes it in the tiktoken format.
 
     python -m launch.train_tokenizer --input=a.jsonl,b.jsonl --vocab_size=4096 \
         --output=runs/demo/qwen.tiktoken
 
-4,000 merges on 10 MB of text take a few seconds on one core. The report's own way, more tokens on
-top of cl100k_base: --base=cl100k_base.tiktoken (numbers of several digits are left out of it).
+4,000 merges on 10 MB of text take a few seconds on one core. --base=cl100k_base.tiktoken extends
+cl100k_base, as the report does, without its tokens of several digits.
 """
 
 import os
@@ -18,18 +18,22 @@ from qwen_jax.tokenizer import Tokenizer, load_tokenizer
 from qwen_jax.tokenizer.train import JsonlTexts, train_bpe, without_long_numbers
 
 INPUT = flags.DEFINE_list("input", [], "JSONL files, separated by commas.")
-FIELD = flags.DEFINE_string("field", "text", "Field of each line that holds the document.")
+FIELD = flags.DEFINE_string("field", "text", "Field of each line that contains the document.")
 VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 4_096, "Number of BPE tokens, the 256 bytes included; control tokens add 208."
+    "vocab_size", 4_096, "Number of BPE tokens, including the 256 bytes; control tokens add 208."
 )
-MIN_COUNT = flags.DEFINE_integer("min_count", 2, "Least number of occurrences of a merge.")
-BASE = flags.DEFINE_string("base", None, "Vocabulary to go on from; its ranks stay in order.")
+MIN_COUNT = flags.DEFINE_integer("min_count", 2, "Minimum number of occurrences of a merge.")
+BASE = flags.DEFINE_string("base", None, "Vocabulary to extend; its ranks stay in order.")
 OUTPUT = flags.DEFINE_string("output", None, "File to write, for example qwen.tiktoken.")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --output if it is there.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace --output if it exists.")
 
 
 def main() -> None:
-    """Trains and writes; every flag is checked before the first document is read."""
+    """Trains and writes a vocabulary; all flags are checked before documents are read.
+
+    Raises:
+      UserError: a flag is missing or invalid, or a document cannot be read.
+    """
     if not INPUT.value:
         raise UserError("--input is missing: give one or more JSONL files, separated by commas.")
     if not OUTPUT.value:
@@ -39,7 +43,7 @@ def main() -> None:
             raise UserError(f"--input names {path}, which is not a file.")
     if os.path.exists(OUTPUT.value) and not OVERWRITE.value:
         raise UserError(
-            f"--output={OUTPUT.value} is already there: choose another name, or replace it with "
+            f"--output={OUTPUT.value} already exists: choose another name, or replace it with "
             "--overwrite."
         )
     folder = os.path.dirname(os.path.abspath(OUTPUT.value))

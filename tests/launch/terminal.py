@@ -19,7 +19,7 @@ _TAKE = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
 _TAKE += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 
 
-class Terminal:
+class PseudoTerminal:
     """Runs `python -m module flags…`; `type` sends keys, `wait` looks at the screen."""
 
     def __init__(self, module, flags, env, columns=100, lines=40):

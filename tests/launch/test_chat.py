@@ -12,7 +12,7 @@ import pytest
 from launch.terminal import printable
 from tests import programs
 from tests.generate import tiny
-from tests.launch.terminal import Terminal
+from tests.launch.terminal import PseudoTerminal
 from tests.programs import ROOT
 
 SIZES = ["--max_length=4096", "--page_size=256", "--prefill_tokens=256"]
@@ -42,7 +42,7 @@ def home(place):
 def chat(place, home):
     """One conversation in a terminal; it ends by Ctrl-D."""
     flags = [f"--model={place / 'tiny-chat'}", *SIZES, "--seed=5"]
-    terminal = Terminal("launch.chat", flags, home)
+    terminal = PseudoTerminal("launch.chat", flags, home)
     terminal.wait("Ctrl-D ends", timeout=400)
     yield terminal
     terminal.type(CTRL_D)
@@ -96,7 +96,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
     chat.type(CTRL_C)
     chat.wait("stopped; this answer is not part")
     chat.type("/history\r")
-    chat.wait("Nothing was said yet.")
+    chat.wait("There are no messages yet.")
     chat.type("/set max_tokens 5\r")
     chat.type("/retry\r")  # the stopped question once more
     chat.wait("cut at max_tokens")

@@ -83,7 +83,7 @@ def test_every_checkpoint_and_mesh_gives_the_same_table(place):
     [
         (["--corpus="], "--corpus is missing"),
         (["--checkpoint={place}/none"], "none does not exist"),
-        (["--lengths=16,x"], "--lengths=16,x must be whole numbers"),
+        (["--lengths=16,x"], "--lengths=16,x must be integers"),
         (["--lengths=16,20"], "lengths has 16, which does not divide the longest, 20"),
         (["--lengths=256"], "none of the 3 documents of --corpus has more than 256 tokens"),
         (["--modes=window,nkt"], "has 'nkt' (did you mean 'ntk'?)"),

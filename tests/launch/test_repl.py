@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from launch.repl import COMMANDS, Repl
-from launch.terminal import PlainLines
+from launch.terminal import PipeReader
 from qwen_jax.engine.request import SamplingParams
 from qwen_jax.generate.generation_config import GenerationDefaults
 from qwen_jax.generate.service import Service
@@ -37,9 +37,9 @@ class Talk:
     def run(self, *lines, **options):
         """What is printed when these lines are typed."""
         out = io.StringIO()
-        source = PlainLines(io.StringIO("".join(line + "\n" for line in lines)))
-        given = {"facts": "a model", "seed": 1234, "colour": False} | options
-        self.repl = Repl(self.session, lines=source, out=out, **given)
+        source = PipeReader(io.StringIO("".join(line + "\n" for line in lines)))
+        given = {"description": "a model", "seed": 1234, "colour": False} | options
+        self.repl = Repl(self.session, reader=source, out=out, **given)
         self.repl.run()
         return out.getvalue()
 
@@ -114,7 +114,7 @@ def test_system_clear_undo_and_history(make):
     assert TOKENIZER.decode(talk.asked[0][1].prompt).startswith(
         "<|im_start|>system\nBe brief.<|im_end|>"
     )
-    assert "forgotten: two" in out and "> one\n1: one 1234" in out
+    assert "removed: two" in out and "> one\n1: one 1234" in out
     assert [said for said, _ in talk.session.history] == ["three"]
     assert "one" not in TOKENIZER.decode(talk.asked[2][1].prompt)
     talk.run("/system -", "four")
@@ -149,7 +149,7 @@ def test_save_and_load_take_a_conversation_elsewhere(make, tmp_path):
         ("/hlep", "no command /hlep (did you mean 'help'?)"),
         (":)", "no command :)"),
         ("/set temprature 1", "did you mean 'temperature'?"),
-        ("/set top_k 1.5", "top_k is '1.5'; it must be a whole number."),
+        ("/set top_k 1.5", "top_k is '1.5'; it must be an integer."),
         ("/set top_p 2", "top_p is 2.0; it must be above 0"),
         ("/set temperature nan", "temperature is nan; it must be a finite number"),
         ("/set top_k", "top_k is ''"),
@@ -157,11 +157,11 @@ def test_save_and_load_take_a_conversation_elsewhere(make, tmp_path):
         ("/seed -1", "The seed is '-1'"),
         ("/seed x", "The seed is 'x'"),
         ("/undo", "nothing to undo"),
-        ("/retry", "nothing to try again"),
+        ("/retry", "nothing to retry"),
         ("/save", "Name a file: /save FILE."),
         ("/save /proc/nothing/x", "cannot be written"),
         ("/load /nothing.json", "/nothing.json cannot be read (No such file or directory)."),
-        ("/load /proc/self/environ", "no JSON"),
+        ("/load /proc/self/environ", "is not JSON"),
         ("word " * 3000, "15,0"),
     ],
 )
@@ -183,7 +183,9 @@ def test_a_base_model_continues_text_and_keeps_nothing(make):
     assert talk.run("def f():", "x").splitlines()[::2] == ["  more", "  more"]
     assert talk.session.history == []
     out = talk.run("/system Be brief.", "/history", "/show")
-    assert "has no system prompt" in out and "keeps none" in out and "questions" not in out
+    assert (
+        "has no system prompt" in out and "keeps no conversation" in out and "questions" not in out
+    )
 
 
 def test_control_characters_are_shown_and_not_obeyed(make):
@@ -210,8 +212,8 @@ def test_ctrl_c_stops_the_answer_and_nothing_else(make):
     talk.session.params = SamplingParams(max_tokens=9000)
     talk.session.history.append(("before", "answer"))
     out = Interrupting(at=20)
-    lines = PlainLines(io.StringIO("one\n/retry\n"))
-    repl = Repl(talk.session, lines=lines, out=out, facts="", seed=1, colour=False)
+    lines = PipeReader(io.StringIO("one\n/retry\n"))
+    repl = Repl(talk.session, reader=lines, out=out, description="", seed=1, colour=False)
     first = threading.Thread(target=repl.run)
     first.start()
     first.join(30)
@@ -225,8 +227,8 @@ def test_a_stopped_retry_keeps_the_answer_there_was(make):
     talk.run("one")
     talk.engine._script = lambda request: iter(b"." * 9000)
     repl = Repl(
-        talk.session, lines=PlainLines(io.StringIO("/retry\n")), out=Interrupting(at=5),
-        facts="", seed=1, colour=False,
+        talk.session, reader=PipeReader(io.StringIO("/retry\n")), out=Interrupting(at=5),
+        description="", seed=1, colour=False,
     )  # fmt: skip
     repl.run()
     assert talk.session.history == [("one", "1: one 1234")]
@@ -246,7 +248,7 @@ def test_ctrl_c_twice_at_the_prompt_hints_at_exit(make):
     def run(*events):
         out = io.StringIO()
         lines = Pressing(*events, EOFError())
-        Repl(make().session, lines=lines, out=out, facts="", seed=1, colour=False).run()
+        Repl(make().session, reader=lines, out=out, description="", seed=1, colour=False).run()
         return out.getvalue()
 
     press = KeyboardInterrupt()

@@ -239,7 +239,7 @@ def test_program_writes_a_loadable_vocabulary_and_does_not_overwrite(tmp_path, c
     # An existing vocabulary is not replaced.
     before = output.read_bytes()
     again = launch(*arguments[:1], "--vocab_size=300", f"--output={output}")
-    assert again.returncode == 2 and "is already there" in again.stderr
+    assert again.returncode == 2 and "already exists" in again.stderr
     assert output.read_bytes() == before
 
 
