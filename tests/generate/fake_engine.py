@@ -1,8 +1,9 @@
-"""A deterministic engine without a model, in the protocol of `qwen_jax.engine.engine.Engine`.
+"""Deterministic stand-in for `qwen_jax.engine.engine.Engine` that needs no model.
 
-By default a request is answered with ids that follow from its prompt alone (`default_answer`), one
-token per step, `rows` requests at a time; it ends with "stop" at a stop id and with "length" after
-`max_tokens`. `hold()` lets requests wait until `release()`; `fail(error)` makes the next step fail.
+By default the answer of a request depends only on its prompt (`default_answer`), with one token per
+step and `rows` requests running. It ends with "stop" at a stop id and with "length" after
+`max_tokens`. `hold()` suspends all requests until `release()`; `fail(error)` makes the next step
+raise.
 """
 
 import dataclasses
@@ -28,31 +29,32 @@ class EngineStats:
 
 
 def default_answer(request: Request, vocab: int = 256):
-    """An endless stream of ids that depends on the prompt and on nothing else."""
+    """Yields endless ids below `vocab` that depend only on the prompt of `request`."""
     rng = np.random.default_rng(list(request.prompt))
     while True:
         yield int(rng.integers(vocab))
 
 
 def logprob_of(token: int) -> float:
-    """What the fake reports for a token; of alternative k it is so much less."""
+    """Returns the reported log-probability of a token; alternative k has k less."""
     return -(token % 7) / 8 - 0.125
 
 
 class FakeEngine:
-    """Answers with `script(request)`, an iterable of ids, which may end by itself ("stop").
+    """Engine that answers each request with the ids of `script(request)`.
 
     Args:
-      script: ids of the answer of a request.
-      rows: requests at a time. per_step: tokens per step when nobody streams.
-      max_length: longest prompt and answer.
+      script: returns the ids of an answer, which ends with "stop" after the last id.
+      rows: maximum number of running requests.
+      per_step: tokens per step of a request that does not stream.
+      max_length: maximum number of tokens of prompt and answer together.
     """
 
     def __init__(self, script=default_answer, *, rows=8, per_step=4, max_length=256):
         self.max_length = max_length
-        self.added: list[Request] = []  # every request ever taken
+        self.added: list[Request] = []  # all requests so far
         self.cancelled: list[str] = []
-        self.threads: set[int] = set()  # who called
+        self.threads: set[int] = set()  # threads that called a method
         self._script, self._rows, self._per_step = script, rows, per_step
         self._waiting: dict[str, Request] = {}
         self._running: dict[str, tuple[Request, object, list[int]]] = {}
@@ -60,7 +62,7 @@ class FakeEngine:
         self._error: BaseException | None = None
         self._counts = {"prompt_tokens": 0, "new_tokens": 0}
 
-    # For tests, from any thread.
+    # Control by tests, from any thread.
 
     def hold(self) -> None:
         self._held = True
@@ -71,7 +73,7 @@ class FakeEngine:
     def fail(self, error: BaseException) -> None:
         self._error = error
 
-    # The protocol.
+    # The interface of an engine.
 
     @property
     def busy(self) -> bool:

@@ -1,4 +1,4 @@
-"""Cached, batched, padded sampling gives what one prompt at a time without a cache gives."""
+"""Sampling with cache, batch and padding equals uncached sampling of single prompts."""
 
 import dataclasses
 import functools
@@ -35,8 +35,8 @@ def run(params):
     return functools.partial(sample, params, config=MODEL, options=FLOAT32)
 
 
-def test_released_greedy_ids(qwen1_small):
-    """Below and past the trained length, all three prompts in one padded batch."""
+def test_greedy_ids_equal_those_of_the_released_code(qwen1_small):
+    """Prompts below and past the trained length, all in one padded batch."""
     config = read_config(qwen1_small)
     params = load_params(qwen1_small, config, abstract_params(config))
     with np.load(qwen1_small / "greedy.npz") as stored:
@@ -48,11 +48,11 @@ def test_released_greedy_ids(qwen1_small):
     assert found == want
 
 
-def test_greedy_is_the_argmax_of_a_full_recomputation(params):
-    """No cache, no padding, switches off (dynamic NTK would be another factor at each length)."""
+def test_greedy_ids_are_the_argmax_of_an_uncached_forward_pass(params):
+    """Without dynamic NTK and LogN, whose factors would differ at each length."""
     plain = dataclasses.replace(MODEL, dynamic_ntk=False, logn=False)
     found = sample(params, PROMPTS, plain, FLOAT32, max_new_tokens=8)
-    texts = np.zeros((len(PROMPTS), 80), np.int32)  # What comes later changes nothing earlier.
+    texts = np.zeros((len(PROMPTS), 80), np.int32)  # Later tokens do not change earlier logits.
     for row, prompt, new in zip(texts, PROMPTS, found, strict=True):
         row[: len(prompt) + 8] = prompt + new
     best = forward(params, jnp.asarray(texts), plain, FLOAT32)[0].argmax(-1)
@@ -60,18 +60,18 @@ def test_greedy_is_the_argmax_of_a_full_recomputation(params):
         np.testing.assert_array_equal(row[len(prompt) - 1 : len(prompt) + 7], new)
 
 
-def test_rows_do_not_depend_on_the_batch(run):
+def test_rows_are_independent_of_the_batch(run):
     together = run(PROMPTS, max_new_tokens=12)
     assert len({tuple(row) for row in together}) == len(PROMPTS)
     for prompt, row in zip(PROMPTS, together, strict=True):
         assert run([prompt], max_new_tokens=12) == [row]
-    # Draws too: a row has its own stream, named by its index.
+    # Samples too: the key of a row depends on its index.
     draw = functools.partial(run, max_new_tokens=12, temperature=1.0, seed=7)
     assert draw(PROMPTS)[:2] == draw(PROMPTS[:2])
 
 
-def test_a_mesh_changes_nothing(run, params):
-    """Three rows on four batch devices; equal draws need equal logits."""
+def test_sharded_sampling_equals_single_device(run, params):
+    """Three rows on four batch devices."""
     options = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 5}
     want = run(PROMPTS[:3], **options)
     with toy.use("2 × 2 × 2 data, fsdp, tensor") as mesh:
@@ -80,7 +80,7 @@ def test_a_mesh_changes_nothing(run, params):
         assert sample(sharded, PROMPTS[:3], MODEL, FLOAT32, **options) == want
 
 
-def test_stop_ends_only_its_row_and_is_left_out(run):
+def test_stop_id_ends_its_row_only_and_is_not_returned(run):
     free = run(PROMPTS, max_new_tokens=12)
     stop = free[1][5]
     want = [row[: row.index(stop)] if stop in row else row for row in free]
@@ -88,7 +88,7 @@ def test_stop_ends_only_its_row_and_is_left_out(run):
     assert run(PROMPTS, max_new_tokens=12, stop_id=stop) == want
 
 
-def test_padding_rows_of_the_embedding_are_never_drawn(run):
+def test_ids_from_vocab_size_on_are_never_sampled(run):
     greedy = run(PROMPTS, max_new_tokens=12)
     rows = max(map(max, greedy))
     found = run(PROMPTS, max_new_tokens=12, vocab_size=rows)
@@ -97,8 +97,8 @@ def test_padding_rows_of_the_embedding_are_never_drawn(run):
     assert max(map(max, found)) < 64
 
 
-def test_draws_follow_the_tempered_distribution_of_the_top_k(run, params):
-    """First tokens of 4,096 rows of one prompt against the softmax, within sampling error."""
+def test_samples_follow_the_tempered_top_k_distribution(run, params):
+    """Frequencies in 4,096 rows of one prompt equal the softmax within sampling error."""
     prompt, n, k, temperature = [7, 11], 4096, 5, 2.0
     plain = dataclasses.replace(MODEL, dynamic_ntk=False, logn=False)
     scores = np.asarray(forward(params, jnp.asarray([prompt]), plain, FLOAT32)[0][0, -1])
@@ -111,12 +111,12 @@ def test_draws_follow_the_tempered_distribution_of_the_top_k(run, params):
     np.testing.assert_allclose(counts[top] / n, p, atol=5 * np.sqrt(0.25 / n))
 
 
-def test_seeds_give_other_draws(run):
+def test_samples_are_determined_by_the_seed(run):
     draws = [run(PROMPTS, max_new_tokens=12, temperature=1.0, seed=s) for s in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_bad_input_is_one_sentence(run):
+def test_bad_input_is_refused(run):
     for prompts, change, message in [
         ([], {}, "no prompts"),
         ([[1], []], {}, "Prompt 1 has no tokens"),

@@ -1,4 +1,4 @@
-"""Text as it comes: joined, it is the whole decode up to the first stop string, for any pushes."""
+"""Incremental text joined equals the full decode up to the first stop string, for any split."""
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +8,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.generate.detokenizer import StreamDecoder
 from qwen_jax.tokenizer import Tokenizer
 
-# All bytes, and merges that make stop strings straddle tokens in every way.
+# All bytes, and merges such that stop strings begin and end inside tokens.
 MERGES = (
     b"ab",
     b"ba",
@@ -23,7 +23,7 @@ MERGES = (
 TOKENIZER = Tokenizer((*(bytes([i]) for i in range(256)), *MERGES))
 SPECIAL = [TOKENIZER.eod_id, TOKENIZER.im_start_id, TOKENIZER.vocab_size + 3]
 
-# Mostly a small alphabet, so that stop strings are met; then any byte, merges, control tokens.
+# Mostly a small alphabet, so that stop strings occur; also any byte, merges, control tokens.
 IDS = st.lists(
     st.one_of(
         st.sampled_from([*b"abc\n"]),
@@ -44,7 +44,10 @@ STOPS = st.lists(
 
 
 def first_stop(text, stops):
-    """(cut, stop string): the stop complete first, the longest of several; by brute force."""
+    """Returns (end of the text, stop string) by brute force.
+
+    It is the stop string that is completed first, and the longest of several.
+    """
     for end in range(1, len(text) + 1):
         for stop in sorted(stops, key=len, reverse=True):
             if text[:end].endswith(stop):
@@ -53,49 +56,54 @@ def first_stop(text, stops):
 
 
 def decoded(ids):
+    """Returns the text of the ids without control tokens."""
     return TOKENIZER.decode(ids, skip_special_tokens=True)
 
 
 @settings(max_examples=400, deadline=None)
 @given(IDS, STOPS, st.data())
-def test_pieces_are_the_whole_up_to_the_first_stop(ids, stops, data):
+def test_pieces_joined_are_the_text_up_to_the_first_stop_string(ids, stops, data):
     stream = StreamDecoder(TOKENIZER, stops)
-    given_out, at = "", 0
+    returned, at = "", 0
     cut, stop = first_stop(decoded(ids), stops)
     while at < len(ids):
         size = data.draw(st.integers(0, 5)) if at else data.draw(st.integers(1, 5))
-        given_out += stream.push(ids[at : at + size])
+        returned += stream.push(ids[at : at + size])
         at += size
-        # Never more than the certain text, and the kept tokens are those that spell it.
-        assert decoded(ids)[:cut].startswith(given_out)
+        # The pieces are a prefix of the final text, and `num_text_tokens` tokens spell them.
+        assert decoded(ids)[:cut].startswith(returned)
         if stream.stop_string is None:
             assert stream.num_tokens == min(at, len(ids))
-        assert_kept(stream, ids, given_out)
-    given_out += stream.finish()
-    assert given_out == decoded(ids)[:cut]
+        assert_fewest_tokens(stream, ids, returned)
+    returned += stream.finish()
+    assert returned == decoded(ids)[:cut]
     assert stream.stop_string == stop
     if stop is None:
         assert stream.num_text_tokens == len(ids)
     else:
-        assert_kept(stream, ids, given_out)
+        assert_fewest_tokens(stream, ids, returned)
     assert stream.finish() == "" and (stop is None or stream.push([97]) == "")
 
 
-def assert_kept(stream, ids, text):
-    """`kept` tokens spell at least the text and one fewer does not."""
+def assert_fewest_tokens(stream, ids, text):
+    """Asserts that `num_text_tokens` is the smallest number of tokens that spell the text."""
 
-    def spelt(n):  # characters that n tokens have completed
+    def num_characters(n):  # complete characters in the first n tokens
         raw = b"".join(TOKENIZER.token_bytes(i) for i in ids[:n] if not TOKENIZER.n_ranks <= i)
-        return len(raw.decode("utf-8", "replace")) - unfinished(raw)
+        return len(raw.decode("utf-8", "replace")) - num_incomplete(raw)
 
     if text:
-        assert spelt(stream.num_text_tokens) >= len(text) > spelt(stream.num_text_tokens - 1)
+        assert (
+            num_characters(stream.num_text_tokens)
+            >= len(text)
+            > num_characters(stream.num_text_tokens - 1)
+        )
     else:
         assert stream.num_text_tokens == 0
 
 
-def unfinished(raw):
-    """1 when `raw` ends inside a character that more bytes may still complete."""
+def num_incomplete(raw):
+    """Returns 1 if `raw` ends with an incomplete character, else 0."""
     import codecs
 
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -105,7 +113,7 @@ def unfinished(raw):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text("abc", max_size=30), STOPS)
-def test_exactly_the_longest_beginning_of_a_stop_is_held_back(text, stops):
+def test_longest_suffix_that_starts_a_stop_string_is_held_back(text, stops):
     stream = StreamDecoder(TOKENIZER, stops)
     out = ""
     for character in text:
@@ -117,7 +125,7 @@ def test_exactly_the_longest_beginning_of_a_stop_is_held_back(text, stops):
         assert out == done[: len(done) - held]
 
 
-def test_half_a_character_is_never_given_out():
+def test_incomplete_characters_are_held_back():
     stream = StreamDecoder(TOKENIZER)
     pieces = [stream.push([byte]) for byte in "你好😀".encode()]
     assert "".join(pieces) == "你好😀"
@@ -125,7 +133,7 @@ def test_half_a_character_is_never_given_out():
     assert stream.push([0xE4]) == "" and stream.finish() == "\ufffd"
 
 
-def test_a_stop_string_is_found_across_tokens_and_inside_one():
+def test_stop_string_is_found_across_tokens_and_inside_a_token():
     stream = StreamDecoder(TOKENIZER, ["bca"])
     abc = 256 + MERGES.index(b"abc")
     assert stream.push([abc]) == "a" and stream.stop_string is None
@@ -135,7 +143,7 @@ def test_a_stop_string_is_found_across_tokens_and_inside_one():
     assert inside.push([abc, 97]) == "a" and (inside.num_text_tokens, inside.num_tokens) == (1, 1)
 
 
-def test_bad_stop_strings_are_refused():
+def test_invalid_stop_strings_are_refused():
     for stop in ("ab", [""], ["a", None], [3]):
         with pytest.raises(UserError, match="stop"):
             StreamDecoder(TOKENIZER, stop)

@@ -1,4 +1,4 @@
-"""Defaults of released folders, as their files spell them, and refusals of broken ones."""
+"""Generation defaults of released folders, and refusal of invalid files."""
 
 import json
 
@@ -11,7 +11,7 @@ from qwen_jax.tokenizer import Tokenizer
 TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 EOD, START, END = TOKENIZER.eod_id, TOKENIZER.im_start_id, TOKENIZER.im_end_id
 
-# The template of Qwen2.5 (no tools) and of Qwen3 (no tools, no thinking kept), shortened.
+# The chat templates of Qwen2.5 and Qwen3, without tools and thinking.
 QWEN25 = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
 {%- else %}
@@ -35,8 +35,8 @@ def folder(tmp_path, generation=None, template=None, jinja=None):
     return tmp_path
 
 
-def test_qwen_7b_chat(tmp_path):
-    """The last file of Qwen-7B-Chat, with this vocabulary's ids."""
+def test_defaults_of_qwen_7b_chat(tmp_path):
+    """The file of the last release of Qwen-7B-Chat, with the ids of the test vocabulary."""
     found = read_defaults(
         folder(
             tmp_path,
@@ -60,11 +60,11 @@ def test_qwen_7b_chat(tmp_path):
     params = found.params
     assert (params.max_tokens, params.temperature, params.top_k) == (512, 1.0, 0)
     assert (params.top_p, params.repetition_penalty) == (0.8, 1.1)
-    # An int as eos, and what the release stops a chat at.
+    # `eos_token_id` is an int; the others are the release's stop words of a chat.
     assert params.stop_ids == (EOD, END, START)
 
 
-def test_a_base_model_continues_text(tmp_path):
+def test_defaults_of_a_base_model_and_without_a_file(tmp_path):
     found = read_defaults(
         folder(
             tmp_path,
@@ -87,7 +87,9 @@ def test_a_base_model_continues_text(tmp_path):
 
 @pytest.mark.parametrize(("template", "system"), [(QWEN25, "You are Qwen."), (QWEN3, None)])
 @pytest.mark.parametrize("place", ["template", "jinja"])
-def test_later_families_name_their_ends_and_their_system_prompt(tmp_path, template, system, place):
+def test_end_tokens_and_template_determine_a_chat_model_and_its_system_prompt(
+    tmp_path, template, system, place
+):
     generation = {
         "do_sample": True, "eos_token_id": [END, EOD], "temperature": 0.7, "top_k": 20,
         "top_p": 0.8, "repetition_penalty": 1.05,
@@ -98,7 +100,7 @@ def test_later_families_name_their_ends_and_their_system_prompt(tmp_path, templa
     assert (found.params.temperature, found.params.top_k) == (0.7, 20)
 
 
-def test_a_base_model_that_carries_a_template_is_still_one(tmp_path):
+def test_base_model_with_a_chat_template_is_a_base_model(tmp_path):
     generation = {"do_sample": False, "eos_token_id": EOD, "max_new_tokens": 2048}
     found = read_defaults(folder(tmp_path, generation, QWEN25), TOKENIZER)
     assert found.chat_format == "raw" and found.params.temperature == 0
@@ -106,8 +108,8 @@ def test_a_base_model_that_carries_a_template_is_still_one(tmp_path):
 
 
 @pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{% for %}", "{{ ''.__class__.__mro__ }}x"])
-def test_a_template_that_fails_costs_nothing(tmp_path, template):
-    """Broken ones, and one that reaches for Python's insides, which the sandbox refuses."""
+def test_failing_chat_template_gives_the_default_system_prompt_or_none(tmp_path, template):
+    """Broken templates, and one with access to Python internals, which the sandbox blocks."""
     found = read_defaults(folder(tmp_path, {"eos_token_id": [END]}, template), TOKENIZER)
     assert found.chat_format == "chatml"
     assert found.system in ("You are a helpful assistant.", None)
@@ -127,13 +129,13 @@ def test_a_template_that_fails_costs_nothing(tmp_path, template):
         {"eos_token_id": list(range(9))},
     ],
 )
-def test_a_broken_file_is_refused(tmp_path, broken):
+def test_invalid_values_are_refused(tmp_path, broken):
     name = next(iter(broken))
     names = {"eos_token_id": "eos_token_id|stop_ids", "max_new_tokens": "max_new_tokens|max_tokens"}
     with pytest.raises(UserError, match=rf"generation_config.*({names.get(name, name)})"):
         read_defaults(folder(tmp_path, {"chat_format": "chatml"} | broken), TOKENIZER)
 
 
-def test_an_unknown_chat_format_is_refused(tmp_path):
+def test_unknown_chat_format_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"'chatlm' .did you mean 'chatml'"):
         read_defaults(folder(tmp_path, {"chat_format": "chatlm"}), TOKENIZER)

@@ -1,4 +1,4 @@
-"""From a path to answers: every kind of folder, the same ids as the reference, and refusals."""
+"""Loading and generating: every kind of model folder, ids equal to the reference, bad input."""
 
 import dataclasses
 import io
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """What a training leaves: checkpoints, and the vocabulary beside them."""
+    """Working folder of a training run: checkpoints, and the vocabulary beside them."""
     place = tmp_path_factory.mktemp("runs") / "demo"
     fingerprint = {
         "model": dataclasses.asdict(tiny.CONFIG),
@@ -56,15 +56,19 @@ def qwen(folder):
 
 
 def greedy(prompt, n, params=None, config=tiny.CONFIG):
+    """Returns `n` greedily decoded ids of the dense sampler, by default of the tiny model."""
     return sample(
-        *(params or tiny.params(), [list(prompt)], config, ForwardOptions(dtype="float32")),
+        params or tiny.params(),
+        [list(prompt)],
+        config,
+        ForwardOptions(dtype="float32"),
         max_new_tokens=n,
         vocab_size=tiny.TOKENIZER.vocab_size,
     )[0]
 
 
-def test_greedy_ids_are_those_of_the_plain_sampler(qwen):
-    """In NTK's reach too: the model was trained on 256 tokens."""
+def test_greedy_ids_equal_those_of_the_dense_sampler(qwen):
+    """Also with dynamic NTK, which applies beyond the trained length of 256 tokens."""
     for length in (5, 300):
         prompt = np.random.default_rng(length).integers(0, 256, length).tolist()
         answer = qwen.submit(
@@ -73,8 +77,8 @@ def test_greedy_ids_are_those_of_the_plain_sampler(qwen):
         assert answer.result().tokens.tolist() == greedy(prompt, 24)
 
 
-def test_layer_windows_act_past_the_trained_length(folder):
-    """Both layers of a small model see 256 tokens; a prompt of 300 shows it."""
+def test_layer_windows_apply_past_the_trained_length(folder):
+    """Both layers of the model have windows of 256 tokens; the prompt has 300."""
     prompt = np.random.default_rng(300).integers(0, 256, 300).tolist()
     windowed = dataclasses.replace(tiny.CONFIG, windows=(256, 256))
     with load(folder, warm_up=False, layer_windows=True, **tiny.ENGINE) as loaded:
@@ -91,7 +95,7 @@ def test_layer_windows_act_past_the_trained_length(folder):
         with_layer_windows(without)
 
 
-def test_chat_asks_in_the_format_of_the_release(qwen):
+def test_chat_prompts_have_the_format_of_the_release(qwen):
     qwen.reset()
     options = {"temperature": 0.0, "repetition_penalty": 1.0, "max_tokens": 12, "stop_ids": ()}
     said = qwen.chat("你好", **options)
@@ -104,7 +108,7 @@ def test_chat_asks_in_the_format_of_the_release(qwen):
     assert "".join(pieces) == want and len(qwen.history) == 2
 
 
-def test_the_folders_defaults_hold_and_options_win(qwen):
+def test_options_override_the_defaults_of_the_folder(qwen):
     params = qwen.defaults.params
     assert (params.top_p, params.repetition_penalty, params.max_tokens) == (0.8, 1.1, 40)
     answers = [qwen.generate("ab", seed=5) for _ in range(2)]
@@ -119,16 +123,16 @@ def test_the_folders_defaults_hold_and_options_win(qwen):
         qwen.generate("")
 
 
-def test_a_stream_left_early_is_stopped(qwen):
+def test_abandoned_stream_is_cancelled(qwen):
     qwen.reset()
     for _ in qwen.stream("go on", max_tokens=400, stop_ids=()):
         break
     assert qwen.history == []
-    assert qwen.generate("ab", max_tokens=2) is not None  # the engine is free again
+    assert qwen.generate("ab", max_tokens=2) is not None  # the engine is available again
     assert qwen.service.stats().running == 0
 
 
-def test_a_working_folder_its_checkpoints_and_one_step_are_the_same_model(workdir, folder):
+def test_working_folder_checkpoints_and_step_folder_give_the_same_model(workdir, folder):
     reference = load_weights(find_model(folder), "float32")
     for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "step_00000002"):
         source = find_model(path)
@@ -141,8 +145,8 @@ def test_a_working_folder_its_checkpoints_and_one_step_are_the_same_model(workdi
     assert not any(np.any(x) for x in jax.tree.leaves(half) if x.ndim > 2)
 
 
-def test_a_base_model_continues(workdir, qwen):
-    """The same weights, with what a training's folder says of them."""
+def test_base_model_continues_text_without_history(workdir, qwen):
+    """The same weights, with the defaults of a training run's folder."""
     base = Qwen(qwen.service, tiny.CONFIG, find_model(workdir).defaults, "demo")
     assert "base model" in repr(base) and "chat model" in repr(qwen)
     said = base.chat("def f(", temperature=0.0, max_tokens=8)
@@ -150,8 +154,8 @@ def test_a_base_model_continues(workdir, qwen):
     assert said == tiny.TOKENIZER.decode(ids) and base.history == []
 
 
-def test_what_others_ask_changes_no_answer(qwen):
-    """48 requests of 4 threads on 2 rows, with stop strings, cancelled and dropped ones between."""
+def test_concurrent_requests_do_not_change_an_answer(qwen):
+    """48 requests from 4 threads on 2 rows, some stopped, cancelled or garbage-collected."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, int(n)).tolist() for n in rng.integers(1, 90, 12)]
     how = (tiny.params(), prompts, tiny.CONFIG, ForwardOptions(dtype="float32"))
@@ -163,12 +167,16 @@ def test_what_others_ask_changes_no_answer(qwen):
             text = tiny.TOKENIZER.decode(ids)
             stop = [text[8:10]] if (i + k) % 3 == 0 else []
             answer = qwen.submit(
-                *(prompt,), temperature=0.0, repetition_penalty=1.0, max_tokens=20, stop=stop,
+                prompt,
+                temperature=0.0,
+                repetition_penalty=1.0,
+                max_tokens=20,
+                stop=stop,
                 stream=(i + k) % 2 == 0,
-            )  # fmt: skip
+            )
             if (i + k) % 5 == 0:
                 answer.cancel()
-            elif (i + k) % 5 != 1:  # else nobody reads it
+            elif (i + k) % 5 != 1:  # otherwise the answer is not read
                 got = answer.result(timeout=120)
                 want = text[: text.find(stop[0])] if stop else text
                 if got.text != want or got.tokens.tolist() != ids[: len(got.tokens)]:
@@ -180,15 +188,15 @@ def test_what_others_ask_changes_no_answer(qwen):
     for thread in threads:
         thread.join(300)
     assert not wrong and not any(thread.is_alive() for thread in threads)
-    while qwen.service.stats().running:  # what was dropped is freed
+    while qwen.service.stats().running:  # until unread requests are cancelled
         time.sleep(0.01)
     stats = qwen.service.stats().engine
     assert stats.pages_free == stats.pages_total and stats.waiting == 0
 
 
 @pytest.mark.slow
-def test_weights_are_quantised_on_the_way_in(folder, workdir):
-    """From both kinds of folder the same numbers, and the engine runs on them."""
+def test_weights_can_be_quantised_while_loading(folder, workdir):
+    """Both kinds of folder give the same weights, and the engine runs on them."""
     source = find_model(folder)
     quantised = load_weights(source, "float32", "int8")
     assert weight_bytes(quantised["layers"]) < 0.4 * weight_bytes(tiny.params()["layers"])
@@ -201,13 +209,13 @@ def test_weights_are_quantised_on_the_way_in(folder, workdir):
 
 
 @pytest.mark.slow
-def test_two_devices_give_the_same_ids(folder, qwen):
+def test_two_devices_give_the_same_text(folder, qwen):
     with load(folder, tensor=2, warm_up=False, **tiny.ENGINE) as shared:
         options = {"temperature": 0.0, "max_tokens": 16, "stop_ids": ()}
         assert shared.generate("abc", **options) == qwen.generate("abc", **options)
 
 
-def test_progress_is_shown_where_somebody_sees_it():
+def test_status_line_is_written_to_terminals_only():
     class Screen(io.StringIO):
         def isatty(self):
             return True
@@ -223,7 +231,7 @@ def test_progress_is_shown_where_somebody_sees_it():
     assert hidden.getvalue() == ""
 
 
-def test_refusals(folder, workdir, tmp_path):
+def test_bad_input_is_refused(folder, workdir, tmp_path):
     def refused(match, path=folder, **options):
         with pytest.raises(UserError, match=match):
             load(path, **options)
@@ -241,20 +249,25 @@ def test_refusals(folder, workdir, tmp_path):
     refused("tensor is 3; it must divide the 4 kv heads", tensor=3)
     refused("tensor is 16", tensor=16)
     refused("chat_format is 'chat'", chat_format="chat")
-    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.tiktoken"))
-    refused(r"There is no vocabulary in .*bare; name one", bare)
-    assert find_model(bare, tokenizer=folder / "qwen.tiktoken").defaults.chat_format == "chatml"
+    no_vocabulary = shutil.copytree(
+        folder, tmp_path / "no_vocabulary", ignore=shutil.ignore_patterns("*.tiktoken")
+    )
+    refused(r"There is no vocabulary in .*no_vocabulary; name one", no_vocabulary)
+    assert (
+        find_model(no_vocabulary, tokenizer=folder / "qwen.tiktoken").defaults.chat_format
+        == "chatml"
+    )
     from qwen_jax.tokenizer import Tokenizer
 
     other = tmp_path / "other.tiktoken"
     Tokenizer((*(bytes([i]) for i in range(256)), b"ab")).save(other)
     refused("not the vocabulary that .* was trained with", workdir, tokenizer=other)
     config = json.loads((folder / "config.json").read_text())
-    (bare / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
-    refused("256 ranks, but the model", bare, tokenizer=folder / "qwen.tiktoken")
+    (no_vocabulary / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    refused("256 ranks, but the model", no_vocabulary, tokenizer=folder / "qwen.tiktoken")
 
 
-def test_the_package_offers_load_and_nothing_by_accident():
+def test_package_exports_load_and_raises_for_unknown_names():
     assert qwen_jax.load is load
     with pytest.raises(AttributeError, match="laod"):
         _ = qwen_jax.laod

@@ -1,4 +1,4 @@
-"""The service: every reader gets its own answer whole, whoever cancels, fails or stops reading."""
+"""Service: each reader receives its complete answer, whatever other readers and requests do."""
 
 import asyncio
 import gc
@@ -22,13 +22,13 @@ HELLO = list(b"say hello|")
 
 
 def spell(text, rest=()):
-    """A script that answers every request with the bytes of `text`, then with `rest`."""
+    """Returns a script that answers each request with the bytes of `text`, then ids `rest`."""
     return lambda request: iter([*text.encode(), *rest])
 
 
 @pytest.fixture
 def run():
-    """Makes services that are closed at the end, with their thread gone."""
+    """Creates services; at the end closes them and checks that their threads have ended."""
     made = []
 
     def start(engine, **options):
@@ -42,12 +42,13 @@ def run():
 
 
 def expected(prompt, n):
+    """Returns the first `n` ids that `FakeEngine` generates for a prompt."""
     ids = default_answer(type("R", (), {"prompt": tuple(prompt)}))
     return [next(ids) for _ in range(n)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_is_the_engines_ids_as_text(run, stream):
+def test_answer_is_the_text_of_the_engines_ids(run, stream):
     service = run(FakeEngine(spell("你好, world!")))
     chunks = list(service.submit(HELLO, SamplingParams(max_tokens=100), stream=stream))
     assert "".join(chunk.text for chunk in chunks) == "你好, world!"
@@ -56,7 +57,7 @@ def test_an_answer_is_the_engines_ids_as_text(run, stream):
         == "你好, world!"
     )
     assert [chunk.finish for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
-    if stream:  # a character a chunk, then the end
+    if stream:  # one character per chunk, then the end
         assert [chunk.text for chunk in chunks[:3]] == ["你", "好", ","]
         assert [len(chunk.tokens) for chunk in chunks[:3]] == [3, 3, 1]
     else:
@@ -64,25 +65,25 @@ def test_an_answer_is_the_engines_ids_as_text(run, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_stop_string_ends_the_answer_and_frees_the_engine(run, stream):
+def test_stop_string_ends_the_answer_and_cancels_the_request_in_the_engine(run, stream):
     engine = FakeEngine(spell("one\n\ntwo" * 50))
     service = run(engine)
     answer = service.submit(
         HELLO, SamplingParams(max_tokens=200, logprobs=2), stop=["\n\n", "zzz"], stream=stream
     )
-    whole = answer.result()
-    assert (whole.text, whole.finish, whole.stop) == ("one", "stop", "\n\n")
-    # Tokens and their numbers reach to the stop string and no further.
-    assert whole.tokens.tolist() == list(b"one")
-    np.testing.assert_array_equal(whole.logprobs, np.float32([logprob_of(t) for t in b"one"]))
-    assert whole.top_ids.shape == whole.top_logprobs.shape == (3, 2)
-    np.testing.assert_array_equal(whole.raw_logprobs, whole.logprobs - 1)
+    result = answer.result()
+    assert (result.text, result.finish, result.stop) == ("one", "stop", "\n\n")
+    # Tokens and log-probabilities end before the stop string.
+    assert result.tokens.tolist() == list(b"one")
+    np.testing.assert_array_equal(result.logprobs, np.float32([logprob_of(t) for t in b"one"]))
+    assert result.top_ids.shape == result.top_logprobs.shape == (3, 2)
+    np.testing.assert_array_equal(result.raw_logprobs, result.logprobs - 1)
     until(lambda: engine.cancelled == [answer.id])
     assert answer.new_tokens < 10 and answer.prompt_tokens == len(HELLO)
     assert answer.cached_tokens == 2
 
 
-def test_held_back_text_comes_at_the_end(run):
+def test_held_back_text_is_returned_at_the_end(run):
     service = run(FakeEngine(spell("hello\nUs")))
     answer = service.submit(HELLO, SamplingParams(max_tokens=50), stop=["\nUser"], stream=True)
     chunks = list(answer)
@@ -91,7 +92,7 @@ def test_held_back_text_comes_at_the_end(run):
     assert chunks[-1].tokens.tolist() == list(b"\nUs")
 
 
-def test_bad_input_is_refused_at_once(run):
+def test_bad_input_is_refused_by_submit_or_by_the_first_read(run):
     service = run(FakeEngine(max_length=16))
     with pytest.raises(UserError, match="no tokens"):
         service.submit([])
@@ -101,7 +102,7 @@ def test_bad_input_is_refused_at_once(run):
         service.submit([1], stop="text")
     with pytest.raises(UserError, match="max_waiting"):
         Service(FakeEngine(), TOKENIZER, max_waiting=0)
-    # What only the engine knows reaches the reader, and nobody else.
+    # Errors that only the engine detects are raised to the reader of that request alone.
     good = service.submit([1, 2], SamplingParams(max_tokens=4))
     bad = service.submit([1_000_000])
     for _ in range(2):
@@ -111,7 +112,7 @@ def test_bad_input_is_refused_at_once(run):
     assert service.stats().finished["refused"] == 1
 
 
-def test_too_many_waiting_are_refused_until_there_is_room(run):
+def test_requests_are_refused_while_the_queue_is_full(run):
     engine = FakeEngine(rows=1)
     engine.hold()
     service = run(engine, max_waiting=3)
@@ -128,7 +129,7 @@ def test_too_many_waiting_are_refused_until_there_is_room(run):
     assert [a.result().finish for a in answers] == ["length", "cancelled", "length", "length"]
 
 
-def test_cancel_from_any_thread_ends_the_reader_with_what_there_is(run):
+def test_cancel_from_another_thread_ends_the_answer_with_the_remaining_text(run):
     endless = itertools.repeat(ord("."))
     engine = FakeEngine(lambda request: itertools.chain(b"abc", endless), max_length=10**9)
     service = run(engine)
@@ -141,11 +142,11 @@ def test_cancel_from_any_thread_ends_the_reader_with_what_there_is(run):
     assert set(rest.text) <= {"."} and len(rest.tokens) == len(rest.text)
     until(lambda: not engine.busy)
     assert engine.cancelled == [answer.id]
-    answer.cancel()  # again, and after the end: nothing
+    answer.cancel()  # a second time, after the end: no effect
     assert list(answer) == []
 
 
-def test_a_failing_engine_reaches_every_reader_and_everybody_later(run):
+def test_engine_failure_is_raised_to_all_readers_and_later_submissions(run):
     engine = FakeEngine()
     engine.hold()
     service = run(engine)
@@ -171,7 +172,7 @@ def test_a_failing_engine_reaches_every_reader_and_everybody_later(run):
     assert service.failed is cause and service.stats().finished["failed"] == 4
 
 
-def test_an_engine_that_drops_a_request_is_a_failure_and_no_hang(run):
+def test_engine_that_drops_a_request_counts_as_failed(run):
     class Dropping(FakeEngine):
         def step(self):
             self._waiting.clear()
@@ -182,21 +183,21 @@ def test_an_engine_that_drops_a_request_is_a_failure_and_no_hang(run):
         answer.result(timeout=10)
 
 
-def test_a_failure_while_adding_reaches_those_behind_too(run):
+def test_failure_while_adding_a_request_ends_all_queued_requests(run):
     class Refusing(FakeEngine):
         def add(self, request):
             raise MemoryError("no pages")
 
     engine = Refusing()
     service = run(engine)
-    with service._engine_thread._wake:  # all three are taken in the same round
+    with service._engine_thread._wake:  # all three are received in the same iteration
         answers = [service.submit([i + 1]) for i in range(3)]
     for answer in answers:
         with pytest.raises(EngineFailed, match="no pages"):
             answer.result(timeout=10)
 
 
-def test_async_readers_share_one_loop(run):
+def test_async_readers_in_one_event_loop_get_their_own_answers(run):
     engine = FakeEngine(rows=3)
     service = run(engine)
 
@@ -211,10 +212,10 @@ def test_async_readers_share_one_loop(run):
             last = chunk
         return tokens, last.finish
 
-    async def everybody():
+    async def read_all():
         return await asyncio.gather(*(read([i, 7], 5 if i % 3 == 0 else None) for i in range(30)))
 
-    for i, (tokens, finish) in enumerate(asyncio.run(everybody())):
+    for i, (tokens, finish) in enumerate(asyncio.run(read_all())):
         want = expected([i, 7], 40)
         assert tokens == want[: len(tokens)]
         assert finish in (("cancelled", "length") if i % 3 == 0 else ("length",))
@@ -223,7 +224,7 @@ def test_async_readers_share_one_loop(run):
     assert len(engine.threads) == 1 and threading.get_ident() not in engine.threads
 
 
-def test_a_cancelled_task_and_a_closed_loop_leave_nothing_behind(run):
+def test_cancelled_task_and_closed_loop_leave_no_waiters(run):
     engine = FakeEngine()
     engine.hold()
     service = run(engine)
@@ -233,7 +234,7 @@ def test_a_cancelled_task_and_a_closed_loop_leave_nothing_behind(run):
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(answer.aresult(), 0.05)
             assert not answer._state.waiters
-        # Another one waits when its loop ends.
+        # Another reader is waiting when its loop ends.
         other = service.submit([2])
         task = asyncio.ensure_future(other.aresult())
         await asyncio.sleep(0.01)
@@ -246,7 +247,7 @@ def test_a_cancelled_task_and_a_closed_loop_leave_nothing_behind(run):
     assert [r.prompt for r in engine.added if r.id in engine.cancelled] == [(1,)]
 
 
-def test_a_slow_reader_holds_up_nobody(run):
+def test_slow_reader_does_not_delay_other_answers(run):
     service = run(FakeEngine(rows=2))
     slow = service.submit([1], SamplingParams(max_tokens=100), stream=True)
     next(slow)
@@ -256,7 +257,7 @@ def test_a_slow_reader_holds_up_nobody(run):
     assert 90 <= len(slow.result(timeout=10).tokens) <= 99
 
 
-def test_an_answer_nobody_holds_is_cancelled(run):
+def test_garbage_collected_answer_is_cancelled(run):
     engine = FakeEngine(max_length=10**9)
     service = run(engine)
     for chunk in service.submit([1], SamplingParams(max_tokens=10**8), stream=True):
@@ -271,7 +272,7 @@ def test_an_answer_nobody_holds_is_cancelled(run):
 
 
 @pytest.mark.parametrize("drain", [True, False])
-def test_the_end_drains_or_cancels(drain):
+def test_close_drains_or_cancels(drain):
     engine = FakeEngine(rows=1)
     engine.hold()
     service = Service(engine, TOKENIZER)
@@ -288,7 +289,7 @@ def test_the_end_drains_or_cancels(drain):
     service.close()
 
 
-def test_draining_has_an_end():
+def test_draining_stops_after_its_timeout():
     engine = FakeEngine()
     engine.hold()
     service = Service(engine, TOKENIZER)
@@ -299,8 +300,8 @@ def test_draining_has_an_end():
     assert answer.result(timeout=10).finish == "cancelled" and not engine.busy
 
 
-def test_thousands_of_requests_leave_nothing_behind(run):
-    """2,000 requests of 8 threads, a third cancelled or dropped: all right, nothing kept."""
+def test_thousands_of_requests_are_answered_and_leave_no_state(run):
+    """2,000 requests from 8 threads, a third of them cancelled or garbage-collected."""
     engine = FakeEngine(rows=16)
     service = run(engine)
     wrong, jobs = [], weakref.WeakSet()
@@ -341,7 +342,7 @@ def test_thousands_of_requests_leave_nothing_behind(run):
     assert not service._engine_thread._cancelled and not service._engine_thread.abandoned
 
 
-def test_an_idle_service_uses_no_cpu_and_ends_when_dropped(run):
+def test_idle_service_uses_no_cpu_and_ends_when_garbage_collected(run):
     engine = FakeEngine()
     service = Service(engine, TOKENIZER)
     service.submit([1], SamplingParams(max_tokens=3)).result()
@@ -349,7 +350,7 @@ def test_an_idle_service_uses_no_cpu_and_ends_when_dropped(run):
     before = time.process_time()
     time.sleep(0.3)
     assert time.process_time() - before < 0.1
-    # Held back, it looks for news from time to time and no more.
+    # While the engine holds a request back, it is polled, but not continuously.
     engine.hold()
     answer = service.submit([2])
     steps, real = 0, engine.step
@@ -368,7 +369,7 @@ def test_an_idle_service_uses_no_cpu_and_ends_when_dropped(run):
     assert not thread.is_alive()
 
 
-def test_statistics_are_plain_numbers(run):
+def test_statistics_count_requests_tokens_and_times(run):
     service = run(FakeEngine(rows=2))
     for i in range(6):
         service.submit([i + 1, 2], SamplingParams(max_tokens=5), stream=i % 2 == 0).result()
@@ -384,14 +385,14 @@ def test_statistics_are_plain_numbers(run):
 
 
 def until(condition, timeout=10.0):
-    """Waits for what another thread is about to do."""
+    """Waits until `condition()` holds because of another thread."""
     end = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "condition not met in time"
         time.sleep(0.002)
 
 
-def test_the_process_can_end_with_a_service_running():
+def test_process_exits_while_a_service_is_running():
     import subprocess
 
     program = (

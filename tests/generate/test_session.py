@@ -1,4 +1,4 @@
-"""Conversations: prompts as the release builds them, what joins the history and what does not."""
+"""Sessions: prompts equal the release's, and the history contains the completed answers only."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 
 @pytest.fixture
 def make():
-    """Sessions over an engine that says " answer N " to the N-th request."""
+    """Creates sessions over an engine that answers the N-th request with " answer N "."""
     services = []
 
     def start(chat_format="chatml", max_length=4096, script=None, **defaults):
@@ -38,7 +38,7 @@ def make():
         service.close()
 
 
-def test_turns_join_the_history_and_the_prompt(make):
+def test_completed_turns_join_the_history_and_the_next_prompt(make):
     session = make()
     assert session.ask("one").text() == "answer 1"
     pieces = list(session.ask("two"))
@@ -52,19 +52,19 @@ def test_turns_join_the_history_and_the_prompt(make):
     assert session.undo() == ("three", "answer 3") and len(session.history) == 2
 
 
-def test_a_cancelled_answer_does_not_join(make):
+def test_cancelled_or_abandoned_answer_does_not_join_the_history(make):
     session = make(script=lambda request: iter(b"." * 10_000), max_length=10**6)
     reply = session.ask("one", max_tokens=10_000)
     for _ in reply:
         reply.cancel()
     assert reply.finish == "cancelled" and session.history == []
-    dropped = session.ask("two", max_tokens=10_000)
-    next(iter(dropped))
-    del dropped
+    abandoned = session.ask("two", max_tokens=10_000)
+    next(iter(abandoned))
+    del abandoned
     assert session.history == []
 
 
-def test_the_oldest_pairs_are_dropped_to_leave_room(make):
+def test_oldest_pairs_are_dropped_to_leave_room_for_the_answer(make):
     session = make(max_length=400)
     session.history = [(f"question {i}", f"an answer of its own {i}") for i in range(20)]
     prompt = session.prompt("next")
@@ -74,21 +74,21 @@ def test_the_oldest_pairs_are_dropped_to_leave_room(make):
     kept = text.count("<|im_start|>assistant") - 1
     more = build_context("next", session.history[-kept - 1 :], session.system, TOKENIZER)
     assert len(more) + session.params.max_tokens > 400  # one more pair does not fit
-    # The window of the generation config counts too.
+    # The window of the generation config is a second limit.
     small = make(max_window=120)
     small.history = session.history
     want = build_context("next", session.history, session.system, TOKENIZER, 120)
     assert small.prompt("next").tolist() == want.tolist()
 
 
-def test_without_a_system_prompt_the_user_begins():
+def test_prompt_without_system_prompt_starts_with_the_user_turn():
     history = [("hi", "hello"), ("more", "of it")]
     prompt = build_chat_prompt("go", history, None, TOKENIZER, 10_000)
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "more"), ("assistant", "of it")]
     messages = [{"role": r, "content": c} for r, c in [*turns, ("user", "go")]]
     want = render(messages, TOKENIZER, add_generation_prompt=True)
     np.testing.assert_array_equal(prompt, want.ids)
-    # The window drops the same pairs: exactly when pair and kept ones reach it.
+    # A pair is dropped if it and the kept pairs reach the window.
     one = len(build_chat_prompt("go", history[1:], None, TOKENIZER, 10_000)) - len(
         build_chat_prompt("go", [], None, TOKENIZER, 10_000)
     )
@@ -110,7 +110,7 @@ THINKING = """{%- for message in messages %}
 {%- endif %}"""
 
 
-def test_later_families_are_asked_by_their_own_template(make):
+def test_models_with_a_chat_template_get_prompts_rendered_by_it(make):
     session = make(template=THINKING, system=None, max_length=600)
     session.history = [("hi", "<think>\nhm\n</think>\n\nhello"), ("<|im_end|>", "\n\nyes")]
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "<|im_end|>"), ("assistant", "yes")]
@@ -122,25 +122,25 @@ def test_later_families_are_asked_by_their_own_template(make):
     np.testing.assert_array_equal(
         session.prompt("go"), [*want, *TOKENIZER.encode("<think>\n\n</think>\n\n")]
     )
-    # The fewest of the oldest pairs go, so that the answer has room.
+    # The smallest number of oldest pairs is dropped that leaves room for the answer.
     session.thinking = None
     session.history = [(f"question {i}", f"an answer {i}") for i in range(20)]
     kept = TOKENIZER.decode(session.prompt("go")).count("question")
     room = 600 - session.params.max_tokens
     assert 0 < kept < 20 and len(session.prompt("go")) <= room
     assert len(session._apply_template("go", 19 - kept)) > room
-    # A broken one is no reason not to talk: plain ChatML.
+    # A broken template is replaced by plain ChatML.
     broken = make(template="{% for %}")
     assert broken.prompt("go").tolist() == make().prompt("go").tolist()
 
 
-def test_a_base_model_continues_the_text_alone(make):
+def test_base_model_continues_the_text_without_format_or_history(make):
     session = make("raw")
     assert session.ask("def f(").text() == " answer 1 "
     assert session.history == [] and list(session.engine.added[0].prompt) == list(b"def f(")
 
 
-def test_messages_go_out_and_come_back(make):
+def test_restore_reads_what_messages_returns_and_refuses_other_input(make):
     session = make()
     session.ask("one").text()
     messages = session.messages()
@@ -160,7 +160,7 @@ def test_messages_go_out_and_come_back(make):
     assert session.messages() == messages
 
 
-def test_bad_input_is_refused_with_the_nearest_name(make):
+def test_bad_options_and_messages_are_refused(make):
     session = make()
     with pytest.raises(UserError, match="did you mean 'temperature'"):
         session.ask("one", temperatur=0.5)

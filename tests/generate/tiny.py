@@ -1,4 +1,4 @@
-"""A tiny random model in a Hugging Face folder, with a byte vocabulary: seconds to load and run."""
+"""Tiny random chat model with a byte vocabulary, as a Hugging Face folder."""
 
 import functools
 import pathlib
@@ -21,20 +21,20 @@ CHAT = {
     "max_new_tokens": 40, "max_window_size": 600, "top_p": 0.8, "repetition_penalty": 1.1,
 }  # fmt: skip
 
-# Small enough to compile in a few seconds.
+# Engine options with which all programs compile in a few seconds.
 ENGINE = {"max_running_requests": 2, "max_length": 512, "page_size": 64, "prefill_tokens": 64}
 
 
 @functools.cache
 def params():
-    """Its weights. Logits of control tokens are 0: the most probable token is never one."""
+    """Returns the weights. Logits of control tokens are 0, so greedy decoding never ends."""
     tree = jax.jit(functools.partial(init_params, CONFIG))(jax.random.key(0))
     head = tree["head"]
     return tree | {"head": jax.tree.map(lambda x: x.at[:, TOKENIZER.n_ranks :].set(0), head)}
 
 
 def write(folder: pathlib.Path, generation: dict | None = CHAT) -> pathlib.Path:
-    """Writes the folder and returns it."""
+    """Writes the model with a generation config to `folder` and returns the folder."""
     interop.save_hf(folder, params(), CONFIG, dtype="float32", generation_config=generation)
     TOKENIZER.save(folder / "qwen.tiktoken")
     return folder

@@ -1,4 +1,4 @@
-"""launch.chat as a person and a script use it: a real terminal, pipes, a tiny random model."""
+"""launch.chat in a pseudo-terminal and with pipes, on a tiny random model."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ CTRL_C, CTRL_D, UP = "\x03", "\x04", f"{ESCAPE}[A"
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Folders of a tiny chat model and a tiny base model, and a home that keeps programs."""
+    """Folder with a tiny chat model and a tiny base model, also used as home folder."""
     place = tmp_path_factory.mktemp("chat")
     tiny.write(place / "tiny-chat")
     tiny.write(place / "tiny-base", {"chat_format": "raw", "do_sample": False})
@@ -40,7 +40,7 @@ def home(place):
 
 @pytest.fixture(scope="module")
 def chat(place, home):
-    """One conversation in a terminal; it ends by Ctrl-D."""
+    """A conversation in a pseudo-terminal, which Ctrl-D ends."""
     flags = [f"--model={place / 'tiny-chat'}", *SIZES, "--seed=5"]
     terminal = PseudoTerminal("launch.chat", flags, home)
     terminal.wait("Ctrl-D ends", timeout=400)
@@ -50,7 +50,7 @@ def chat(place, home):
 
 
 def run(flags, home, stdin=None):
-    """What a pipe sees: (status, stdout, stderr)."""
+    """Runs launch.chat without a terminal; returns (status, stdout, stderr)."""
     done = subprocess.run(
         [sys.executable, "-m", "launch.chat", *flags],
         cwd=ROOT,
@@ -63,20 +63,20 @@ def run(flags, home, stdin=None):
 
 
 @pytest.mark.slow
-def test_loading_shows_how_far_it_is(chat):
+def test_status_line_shows_progress_and_is_erased(chat):
     raw = chat.raw.decode()
     assert "reading " in raw and "compiling: 1 of " in raw
     assert re.match(r"\s*tiny-chat: chat model with 53.6k parameters", chat.text())
-    assert "compiling" not in chat.text()  # that line went away
+    assert "compiling" not in chat.text()  # the line was erased
 
 
 @pytest.mark.slow
-def test_an_answer_streams_and_ends_with_its_speed(chat):
+def test_answer_is_followed_by_its_speed(chat):
     chat.type("/set max_tokens 60\r")
     chat.type("你好 😀\r")
     text = chat.wait("tokens/s, first after")
     assert "> 你好 😀" in text
-    # A random model says many bytes that are no text; whole characters were printed all the same.
+    # The model generates many invalid bytes; only complete characters are printed.
     assert chat.raw.decode("utf-8")
     chat.type("/history\r")
     chat.wait("你好 😀", times=2)
@@ -85,26 +85,26 @@ def test_an_answer_streams_and_ends_with_its_speed(chat):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_the_answer_and_not_the_program(chat):
+def test_ctrl_c_stops_the_answer_but_not_the_program(chat):
     for setting in ("temperature 0", "repetition_penalty 1", "max_tokens 4000"):
         chat.type(f"/set {setting}\r")
     chat.wait("max_tokens = 4000")
     chat.type("go on\r")
     before = len(chat.raw)
-    while len(chat.raw) < before + 300:  # the most probable token is never the end
+    while len(chat.raw) < before + 300:  # greedy decoding of this model never ends
         assert chat.read(60)
     chat.type(CTRL_C)
     chat.wait("stopped; this answer is not part")
     chat.type("/history\r")
     chat.wait("There are no messages yet.")
     chat.type("/set max_tokens 5\r")
-    chat.type("/retry\r")  # the stopped question once more
+    chat.type("/retry\r")  # the stopped message again
     chat.wait("cut at max_tokens")
     chat.type("/clear\r")
 
 
 @pytest.mark.slow
-def test_several_lines_by_keys_by_quotes_and_by_paste(chat, tmp_path):
+def test_messages_of_several_lines_by_key_quotes_and_paste(chat, tmp_path):
     chat.type("/clear\r/set max_tokens 5\r")
     chat.settle()
     chat.type(f"alpha{ESCAPE}\rbeta\r")
@@ -121,12 +121,12 @@ def test_several_lines_by_keys_by_quotes_and_by_paste(chat, tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_input_and_ctrl_c_at_the_prompt(chat):
+def test_prompt_reports_bad_input_clears_on_ctrl_c_and_has_a_history(chat):
     chat.type("/hlep\r")
     chat.wait("There is no command /hlep (did you mean 'help'?)")
     chat.type("never sent")
     chat.settle()
-    chat.type(CTRL_C)  # throws the line away
+    chat.type(CTRL_C)  # clears the line
     chat.settle()
     chat.type(CTRL_C)
     chat.settle()
@@ -136,19 +136,19 @@ def test_bad_input_and_ctrl_c_at_the_prompt(chat):
     chat.type("/seed\r")
     chat.wait("seed = 5")
     chat.settle()
-    chat.type(f"{UP}\r")  # the line before, from the history
+    chat.type(f"{UP}\r")  # the previous line, from the history
     chat.wait("seed = 5", times=2)
 
 
 @pytest.mark.slow
-def test_scripts_get_plain_text_and_the_same_answer_for_the_same_seed(place, home):
+def test_pipes_get_plain_text_and_the_same_answer_for_the_same_seed(place, home):
     model, common = f"--model={place / 'tiny-chat'}", [*SIZES, "--max_tokens=12"]
     status, out, err = run([model, *common, "--lines"], home, b"one\n/seed 9\n/retry\n")
     assert (status, err) == (0, "")
     assert ESCAPE not in out and "seed = 9" in out
     status, text, err = run([model, *common, "--prompt=one"], home)
     assert (status, err) == (0, "")
-    # A conversation begins with the same answer, its control characters shown.
+    # The conversation printed the same answer, with control characters escaped.
     assert len(text) > 1 and out.startswith(printable(text[:-1]) + "\n")
     status, found, err = run([model, *common, "--json"], home, b"one\n")
     found = json.loads(found)
@@ -158,14 +158,14 @@ def test_scripts_get_plain_text_and_the_same_answer_for_the_same_seed(place, hom
 
 
 @pytest.mark.slow
-def test_a_base_model_says_once_that_it_continues_text(place, home):
+def test_base_model_prints_once_that_it_continues_text(place, home):
     flags = [f"--model={place / 'tiny-base'}", *SIZES, "--max_tokens=6", "--lines"]
     status, out, err = run(flags, home, b"def f(\nclass A\n")
     assert (status, err) == (0, "")
     assert out.count("This is a base model") == 1 and out.count("first after") == 2
 
 
-def test_bad_flags_are_one_sentence():
+def test_invalid_flags_exit_with_one_sentence_and_status_2():
     cases = (
         (["--model=/nothing"], "/nothing does not exist; give a Hugging Face model folder"),
         (["--model=/nothing", "--json"], "--json is for one answer"),
@@ -183,7 +183,7 @@ def test_bad_flags_are_one_sentence():
 
 @contextlib.contextmanager
 def no_input():
-    """Programs that are started get /dev/null as their input, whatever these tests have."""
+    """Context manager in which started programs have /dev/null as standard input."""
     before, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     try:

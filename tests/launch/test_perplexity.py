@@ -1,4 +1,4 @@
-"""The program: both kinds of checkpoint, one device or a mesh, and one sentence for bad input."""
+"""launch.perplexity: both kinds of checkpoint, one device or a mesh, bad input."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ TEXT = "Perplexity is measured on a text, and this is one; its words come again 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model folder with 256 bytes as its vocabulary, and three documents."""
+    """Folder with a model whose vocabulary is the 256 bytes, and three documents."""
     place = tmp_path_factory.mktemp("place")
     tensors = {k: 0.5 * t for k, t in random_tensors(MODEL).items()}
     folder = write(place / "hf", MODEL, tensors)
@@ -29,7 +29,8 @@ def place(tmp_path_factory):
     return place
 
 
-def score(place, out, *more):
+def arguments(place, out, *more):
+    """Returns the call of launch.perplexity that writes to folder `out`, with more flags."""
     return [
         "launch.perplexity", f"--checkpoint={place}/hf", f"--out={place}/{out}",
         f"--corpus={place}/web.jsonl,{place}/book.txt", "--dtype=float32", "--lengths=16,64",
@@ -38,23 +39,29 @@ def score(place, out, *more):
 
 
 def result(place, out):
+    """Returns (mode, length) -> nll of each cell, and the JSON result, of folder `out`."""
     stored = json.loads((place / out / "perplexity.json").read_text())
     return {(c["mode"], c["length"]): c["nll"] for c in stored["cells"]}, stored
 
 
 @pytest.mark.slow
-def test_every_checkpoint_and_mesh_gives_the_same_table(place):
+def test_checkpoint_formats_and_meshes_give_the_same_table(place):
     native = [f"--checkpoint={place}/native", f"--tokenizer={place}/hf"]
     done = programs.run(
         [
-            score(place, "hf-out"),
+            arguments(place, "hf-out"),
             ["launch.convert", f"--hf_dir={place}/hf", f"--out={place}/native"],
-            score(
-                *(place, "native-out", *native, "--cpu_devices=8"),
-                *("--fsdp=2", "--context=2", "--tensor=2"),
+            arguments(
+                place,
+                "native-out",
+                *native,
+                "--cpu_devices=8",
+                "--fsdp=2",
+                "--context=2",
+                "--tensor=2",
             ),
-            score(place, "hf-out", "--trained_length=64"),
-            score(place, "hf-out"),
+            arguments(place, "hf-out", "--trained_length=64"),
+            arguments(place, "hf-out"),
         ]
     )
     assert [d.status for d in done] == [0] * 5, [d.output[-600:] for d in done if d.status]
@@ -66,7 +73,7 @@ def test_every_checkpoint_and_mesh_gives_the_same_table(place):
     assert first["none", 16] == first["ntk+logn+window", 16]
     assert abs(first["none", 64] - first["ntk+logn+window", 64]) > 1e-3 * first["none", 64]
     assert stored["documents"] == 2 and stored["tokens"] == stored["bytes"] == 2 * 128
-    # What was trained to 64 needs no means there; and the last call had nothing left to compute.
+    # With a trained length of 64 the modes have no effect; the last call computed no cells.
     assert "| ntk+logn+window |" in done[3].output
     rows = [r.split("|")[2:4] for r in done[3].output.splitlines() if r.startswith(("| n",))]
     assert rows[0] == rows[1]
@@ -105,10 +112,12 @@ def test_bad_input_is_one_sentence(place, flags, message, refusals):
 
 @pytest.fixture(scope="module")
 def refusals(place):
-    """Every bad call, run in one go."""
+    """Flags -> how the program ended, for all cases of the test, run together."""
     marks = test_bad_input_is_one_sentence.pytestmark
     cases = [flags for mark in marks for flags, _ in mark.args[1]]
-    calls = [score(place, "refused", *(f.format(place=place) for f in flags)) for flags in cases]
+    calls = [
+        arguments(place, "refused", *(f.format(place=place) for f in flags)) for flags in cases
+    ]
     done = programs.run(calls)
     assert not (place / "refused").exists()
     return dict(zip(map(tuple, cases), done, strict=True))

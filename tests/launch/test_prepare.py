@@ -1,4 +1,4 @@
-"""The program: documents to a data config that reads, and one sentence for bad input."""
+"""launch.prepare: documents to readable packed data, and one sentence for bad input."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ from qwen_jax.tokenizer.huggingface import byte_order
 
 
 def prepare(*flags):
+    """Runs launch.prepare with the flags."""
     return subprocess.run(
         [sys.executable, "-m", "launch.prepare", *flags], capture_output=True, text=True
     )
@@ -20,13 +21,13 @@ def prepare(*flags):
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
-    """The 256 bytes and nothing more."""
+    """File of a vocabulary with the 256 bytes only."""
     path = tmp_path_factory.mktemp("vocabulary") / "bytes.tiktoken"
     Tokenizer(tuple(bytes([i]) for i in byte_order())).save(path)
     return path
 
 
-def test_from_documents_to_batches(tmp_path, vocabulary):
+def test_prepared_data_can_be_read_and_is_not_rewritten(tmp_path, vocabulary):
     documents = [Document(f"d{i}", f"Document number {i}, " * (i % 7 + 1)) for i in range(200)]
     write_jsonl(tmp_path / "web.jsonl.gz", documents)
     out = tmp_path / "data"

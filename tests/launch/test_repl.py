@@ -1,4 +1,4 @@
-"""The conversation of launch.chat without a terminal: what commands do, and what bad input gets."""
+"""The conversation loop of launch.chat without a terminal: commands, settings, bad input."""
 
 import io
 import json
@@ -18,8 +18,8 @@ from tests.generate.fake_engine import FakeEngine
 TOKENIZER = Tokenizer(tuple(bytes([i]) for i in range(256)))
 
 
-class Talk:
-    """A conversation over an engine that answers " <N>: <query> <seed>"."""
+class Conversation:
+    """A conversation with a fake engine that answers " <N>: <query> <seed>"."""
 
     def __init__(self, chat_format="chatml", script=None, **defaults):
         self.asked = []
@@ -35,7 +35,7 @@ class Talk:
         return iter(f" {len(self.asked)}: {said} {request.params.seed}".encode())
 
     def run(self, *lines, **options):
-        """What is printed when these lines are typed."""
+        """Runs a loop on these input lines and returns what it prints."""
         out = io.StringIO()
         source = PipeReader(io.StringIO("".join(line + "\n" for line in lines)))
         given = {"description": "a model", "seed": 1234, "colour": False} | options
@@ -46,18 +46,18 @@ class Talk:
 
 @pytest.fixture
 def make():
-    talks = []
+    conversations = []
 
     def start(*args, **kwargs):
-        talks.append(Talk(*args, **kwargs))
-        return talks[-1]
+        conversations.append(Conversation(*args, **kwargs))
+        return conversations[-1]
 
     yield start
-    for talk in talks:
+    for talk in conversations:
         talk.service.close()
 
 
-def test_answers_come_as_text_with_their_speed(make):
+def test_answers_are_printed_with_their_speed(make):
     talk = make()
     out = talk.run("hi there", "你好").splitlines()
     assert out[0] == "1: hi there 1234" and out[2] == "2: 你好 1234"
@@ -65,28 +65,28 @@ def test_answers_come_as_text_with_their_speed(make):
     assert talk.session.history == [("hi there", "1: hi there 1234"), ("你好", "2: 你好 1234")]
 
 
-def test_several_lines_between_quotes(make):
+def test_lines_between_triple_quotes_are_one_message(make):
     talk = make()
     talk.run('"""', "/one", "", '"two"', '"""', "three")
     assert [said for said, _ in talk.session.history] == ['/one\n\n"two"', "three"]
 
 
-def test_every_command_is_explained_and_answers_to_both_signs(make):
+def test_help_lists_every_command_and_both_prefixes_work(make):
     out = make().run("/help", ":h")
     for command in COMMANDS:
         assert out.count(f"  {command.usage} ") == 2
     names = [name for command in COMMANDS for name in command.names]
     assert len(names) == len(set(names))
-    # The release's own.
+    # The names in the release's cli_demo.py.
     assert {"help", "h", "exit", "quit", "q", "clear", "cl", "clear-his", "clh"} <= set(names)
     assert {"history", "his", "seed", "conf", "reset-conf"} <= set(names)
 
 
-def test_settings_reach_the_engine_and_are_reset(make):
+def test_settings_are_sent_to_the_engine_and_can_be_reset(make):
     talk = make()
     out = talk.run(
-        *("/set temperature 0.5", ":conf top_k=40", ":conf max_new_tokens=9", "/set stop [\"z\"]"),
-        *("/seed 7", "one", "/set", "/reset", "two", "/show"),
+        "/set temperature 0.5", ":conf top_k=40", ":conf max_new_tokens=9", "/set stop [\"z\"]",
+        "/seed 7", "one", "/set", "/reset", "two", "/show",
     )  # fmt: skip
     first, second = (request.params for _, request in talk.asked)
     assert (first.temperature, first.top_k, first.max_tokens, first.seed) == (0.5, 40, 9, 7)
@@ -95,7 +95,7 @@ def test_settings_reach_the_engine_and_are_reset(make):
     assert "cut at max_tokens" in out
 
 
-def test_thinking_is_a_setting_where_the_template_asks(make):
+def test_thinking_is_a_setting_if_the_template_reads_it(make):
     template = (
         "<|im_start|>user\n{{ messages[-1].content }}<|im_end|>\n<|im_start|>assistant\n"
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
@@ -108,7 +108,7 @@ def test_thinking_is_a_setting_where_the_template_asks(make):
     assert "no setting 'thinking'" in make().run("/set thinking off")
 
 
-def test_system_clear_undo_and_history(make):
+def test_system_clear_undo_and_history_change_or_print_the_conversation(make):
     talk = make()
     out = talk.run("/system Be brief.", "one", "two", "/undo", "/history", "/clear", "three")
     assert TOKENIZER.decode(talk.asked[0][1].prompt).startswith(
@@ -121,17 +121,17 @@ def test_system_clear_undo_and_history(make):
     assert TOKENIZER.decode(talk.asked[3][1].prompt).startswith("<|im_start|>user\nthree")
 
 
-def test_retry_takes_another_seed_and_replaces_the_answer(make):
+def test_retry_uses_the_next_seed_and_replaces_the_answer(make):
     talk = make()
     talk.run("one", "two", "/retry", "/retry", "three")
     assert [said for said, _ in talk.asked] == ["one", "two", "two", "two", "three"]
     assert [r.params.seed for _, r in talk.asked] == [1234, 1234, 1235, 1236, 1234]
-    # The question again, not after its own answer.
+    # The prompt does not contain the previous answer.
     assert talk.asked[1][1].prompt == talk.asked[3][1].prompt
     assert talk.session.history[1] == ("two", "4: two 1236") and len(talk.session.history) == 3
 
 
-def test_save_and_load_take_a_conversation_elsewhere(make, tmp_path):
+def test_saved_conversation_can_be_loaded_elsewhere(make, tmp_path):
     file = tmp_path / "talk.json"
     talk = make()
     talk.run("/system Brief.", "one", f"/save {file}")
@@ -139,7 +139,7 @@ def test_save_and_load_take_a_conversation_elsewhere(make, tmp_path):
     other = make()
     other.run(f"/load {file}", "two")
     assert other.session.history[0] == talk.session.history[0] and other.session.system == "Brief."
-    file.write_text(json.dumps(talk.session.messages()))  # a plain list does too
+    file.write_text(json.dumps(talk.session.messages()))  # a plain list can be loaded as well
     assert "loaded 1" in make().run(f"/load {file}")
 
 
@@ -165,20 +165,20 @@ def test_save_and_load_take_a_conversation_elsewhere(make, tmp_path):
         ("word " * 3000, "15,0"),
     ],
 )
-def test_bad_input_gets_a_sentence_and_the_conversation_goes_on(make, line, answer):
+def test_bad_input_prints_one_sentence_and_the_conversation_continues(make, line, answer):
     talk = make()
     out = talk.run(line, "one")
     assert answer in out.splitlines()[0] and "1: one 1234" in out
     assert talk.session.params == SamplingParams(max_tokens=500, top_p=0.8)
 
 
-def test_nothing_is_asked_for_empty_lines_and_a_space_sends_a_slash(make):
+def test_empty_lines_are_ignored_and_a_leading_space_sends_a_slash(make):
     talk = make()
     talk.run("", "   ", " /etc/hosts?", "/exit", "never")
     assert [said for said, _ in talk.asked] == [" /etc/hosts?"]
 
 
-def test_a_base_model_continues_text_and_keeps_nothing(make):
+def test_base_model_continues_text_and_keeps_no_conversation(make):
     talk = make("raw", lambda request: iter(b"  more"))
     assert talk.run("def f():", "x").splitlines()[::2] == ["  more", "  more"]
     assert talk.session.history == []
@@ -188,13 +188,13 @@ def test_a_base_model_continues_text_and_keeps_nothing(make):
     )
 
 
-def test_control_characters_are_shown_and_not_obeyed(make):
+def test_control_characters_are_printed_escaped(make):
     talk = make(script=lambda request: iter(b"a\x1b[2Jb\rc\td\n\xc2\x9bx\x7f"))
     assert talk.run("one").startswith("a␛[2Jb␍c\td\n\ufffdx␡\n")
 
 
 class Interrupting(io.StringIO):
-    """Stands for a person who presses Ctrl-C while the n-th piece is printed."""
+    """Output stream that raises KeyboardInterrupt in its `at`-th write."""
 
     def __init__(self, at):
         super().__init__()
@@ -207,7 +207,7 @@ class Interrupting(io.StringIO):
         return super().write(text)
 
 
-def test_ctrl_c_stops_the_answer_and_nothing_else(make):
+def test_ctrl_c_stops_only_the_current_answer(make):
     talk = make(script=lambda request: iter(b"." * 9000))
     talk.session.params = SamplingParams(max_tokens=9000)
     talk.session.history.append(("before", "answer"))
@@ -218,11 +218,11 @@ def test_ctrl_c_stops_the_answer_and_nothing_else(make):
     first.start()
     first.join(30)
     assert "stopped; this answer is not part" in out.getvalue()
-    # /retry asked the same again, whose end came by itself.
+    # /retry sent the same message again, and that answer was completed.
     assert talk.session.history == [("before", "answer"), ("one", "." * 9000)]
 
 
-def test_a_stopped_retry_keeps_the_answer_there_was(make):
+def test_stopped_retry_keeps_the_previous_answer(make):
     talk = make()
     talk.run("one")
     talk.engine._script = lambda request: iter(b"." * 9000)
@@ -234,8 +234,10 @@ def test_a_stopped_retry_keeps_the_answer_there_was(make):
     assert talk.session.history == [("one", "1: one 1234")]
 
 
-def test_ctrl_c_twice_at_the_prompt_hints_at_exit(make):
-    class Pressing:
+def test_second_ctrl_c_at_the_prompt_prints_how_to_exit(make):
+    class ScriptedReader:
+        """Returns the strings among `events` and raises the exceptions."""
+
         def __init__(self, *events):
             self.events = list(events)
 
@@ -247,7 +249,7 @@ def test_ctrl_c_twice_at_the_prompt_hints_at_exit(make):
 
     def run(*events):
         out = io.StringIO()
-        lines = Pressing(*events, EOFError())
+        lines = ScriptedReader(*events, EOFError())
         Repl(make().session, reader=lines, out=out, description="", seed=1, colour=False).run()
         return out.getvalue()
 
