@@ -121,6 +121,7 @@ def make_tokenizer(demo: Demo) -> Tokenizer:
     key = {"ranks": ranks, "texts": [hashlib.sha256(f.read_bytes()).hexdigest() for f in files]}
 
     def train() -> str:
+        """Trains and saves the vocabulary; returns its SHA-256."""
         tokenizer = Tokenizer(tuple(train_bpe(JsonlTexts(tuple(map(str, files))), ranks)))
         if path.exists() and load_tokenizer(path).sha256 != tokenizer.sha256:
             raise UserError(
@@ -165,6 +166,7 @@ def pretrain_demo(
     }
 
     def train() -> dict:
+        """Runs the training; returns source -> fields of `HeldOut`."""
         outcome = pretrain(job, str(demo.workdir))
         if not outcome.finished:
             raise TrainingStopped(outcome.step)
@@ -193,6 +195,7 @@ def compute_source_baselines(
         texts = [JsonLines(demo.data / name / f"{side}.jsonl") for side in ("train", "heldout")]
 
         def compute(texts=texts) -> dict:
+            """Returns the fields of `Baselines` for (train, held-out) documents."""
             return dataclasses.asdict(compute_baselines(*map(list, texts)))
 
         found[name] = Baselines(**once(demo.results / f"baselines-{name}.json", key, compute))
@@ -212,6 +215,7 @@ def generate_samples(demo: Demo, tokenizer: Tokenizer, result: dict) -> list[Sam
     prompts = [tokenizer.encode(prompt) for prompt in PROMPTS]
 
     def compute() -> list[dict]:
+        """Returns the fields of one `Sample` per prompt."""
         params = restore_params(str(demo.workdir / "checkpoints"), abstract_params(model))
         methods = {
             "greedy": SAMPLE | {"temperature": 0.0},

@@ -40,6 +40,7 @@ class PipeReader:
     """Reads inputs from a pipe or file: one line each, or several lines between triple quotes."""
 
     def __init__(self, stream: TextIO):
+        """Reads from `stream`."""
         self._stream = stream
 
     def read(self) -> str:
@@ -72,6 +73,7 @@ class TerminalReader:
         @keys.add("enter")
         @keys.add("c-j")  # Enter, if it was typed before the prompt was shown
         def _submit_or_break_line(event: KeyPressEvent) -> None:
+            """Submits the input; inside triple quotes, inserts a newline instead."""
             buffer = event.current_buffer
             if has_open_quotes(buffer.text):
                 buffer.insert_text("\n")
@@ -80,10 +82,12 @@ class TerminalReader:
 
         @keys.add("escape", "enter")
         def _break_line(event: KeyPressEvent) -> None:
+            """Inserts a newline."""
             event.current_buffer.insert_text("\n")
 
         @keys.add("c-c")
         def _clear_or_interrupt(event: KeyPressEvent) -> None:
+            """Clears the input; if it is empty, ends the prompt with KeyboardInterrupt."""
             if event.current_buffer.text:
                 event.current_buffer.reset()
             else:

@@ -32,6 +32,7 @@ class Overloaded(RuntimeError):
     """
 
     def __init__(self, waiting: int, retry_after: float):
+        """Creates the error; arguments as the attributes."""
         super().__init__(
             f"{waiting} requests are waiting already; try again in {retry_after:.0f} s."
         )
@@ -46,6 +47,7 @@ class EngineFailed(RuntimeError):
     """Error of all requests after the engine has raised; `__cause__` is the engine's exception."""
 
     def __init__(self, cause: BaseException):
+        """Creates the error with the exception that the engine raised."""
         super().__init__(f"The engine has failed: {type(cause).__name__}: {cause}")
         self.__cause__ = cause
 
@@ -135,6 +137,13 @@ class AnswerState:
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer, stop: tuple[str, ...]):
+        """Creates the state of a request that is being submitted.
+
+        Args:
+          request: the request as the engine receives it.
+          tokenizer: tokenizer of the model.
+          stop: strings that end the answer and are not part of it.
+        """
         self.request = request
         self.ended = self.abandoned = False
         self.cached_tokens = self.new_tokens = 0
@@ -345,6 +354,7 @@ class Answer:
         return join_chunks([chunk async for chunk in self])
 
     def __iter__(self) -> Answer:
+        """Returns itself; each chunk is returned once."""
         return self
 
     def __next__(self) -> TextChunk:
@@ -360,6 +370,7 @@ class Answer:
         return chunk
 
     def __aiter__(self) -> Answer:
+        """Returns itself; each chunk is returned once."""
         return self
 
     async def __anext__(self) -> TextChunk:
@@ -403,15 +414,18 @@ class Answer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        """Cancels the answer if it has not ended."""
         self.cancel()
 
     async def __aenter__(self) -> Answer:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        """Cancels the answer if it has not ended."""
         self.cancel()
 
     def __del__(self) -> None:
+        """Has the engine thread cancel the request if it has not ended."""
         # The garbage collector may call this in any thread, under any lock, so it takes no lock.
         if not self._state.ended:
             self._state.abandoned = True

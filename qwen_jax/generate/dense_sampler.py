@@ -206,6 +206,7 @@ def _generate(
     )
 
     def unfinished(carry: Any) -> jax.Array:
+        """Returns whether steps are left and a row has not ended."""
         step, *_, alive, _ = carry
         return (step < steps) & alive.any()
 

@@ -19,6 +19,7 @@ class _StopMatcher:
     """
 
     def __init__(self, stop: str):
+        """Starts with an empty text; `stop` is not empty."""
         self.stop, self.matched = stop, 0
         # By length of a prefix of `stop`: the length of its longest proper prefix that is also its
         # suffix.

@@ -133,6 +133,7 @@ class Qwen:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        """Ends the engine, as `close`."""
         self.close()
 
     def __repr__(self) -> str:

@@ -169,6 +169,7 @@ class Service:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        """Cancels all requests and ends the thread, as `close`."""
         self.close()
 
 
@@ -185,6 +186,7 @@ class _EngineThread:
     """
 
     def __init__(self, engine: EngineLike):
+        """Starts the thread, which takes over the engine."""
         self.failure: BaseException | None = None
         self.abandoned: list[str] = []
         self._engine = engine

@@ -152,6 +152,7 @@ class Session:
             return build_chat_prompt(query, self.history, self.system, tokenizer, window)
 
         def fits(dropped: int) -> bool:
+            """Returns whether the prompt without the `dropped` oldest pairs fits the window."""
             return len(self._apply_template(query, dropped)) - turn < window
 
         # The smallest number of pairs to drop. A query that is too long by itself is refused by the
@@ -255,6 +256,13 @@ class Reply:
     """
 
     def __init__(self, session: Session, query: str, answer: Answer):
+        """Creates the reply; called by `Session.ask`.
+
+        Args:
+          session: the session whose history the reply joins.
+          query: the user's message.
+          answer: the service's handle on the answer.
+        """
         self.answer = answer
         self.finish: str | None = None
         self._session, self._query = session, query

@@ -144,6 +144,7 @@ def load_weights(source: ModelSource, dtype: str, weights: str | None = None) ->
     quantise = WEIGHT_FORMATS[weights] if weights else None
 
     def abstract(dtype_name: str) -> Any:
+        """Returns shapes and shardings of the parameters, with this dtype."""
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, dtype_name, sharding=x.sharding),
             abstract_params(source.config, mesh),

@@ -80,6 +80,7 @@ class _HistogramBuilder:
     """Histogram to which values are added; `bounds` as in `Histogram`."""
 
     def __init__(self, bounds: tuple[float, ...]):
+        """Creates a histogram without values."""
         self._bounds, self._counts, self._total = bounds, [0] * (len(bounds) + 1), 0.0
 
     def add(self, value: float) -> None:
@@ -101,6 +102,7 @@ class ServiceCounters:
     """
 
     def __init__(self) -> None:
+        """Creates counters at zero."""
         self.submitted = self.refused = 0
         self._finished = dict.fromkeys(("stop", "length", "cancelled", "refused", "failed"), 0)
         self._tokens: collections.Counter[str] = collections.Counter()

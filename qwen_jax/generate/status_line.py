@@ -41,6 +41,7 @@ class StatusLine:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        """Erases the line."""
         with self._lock:
             self._closed.set()
             if self._width:
@@ -75,6 +76,7 @@ def forward_log(show: Callable[[str], None]) -> Iterator[None]:
     level = logger.getEffectiveLevel()
 
     def forward(record: python_logging.LogRecord) -> bool:
+        """Shows a record of this package; returns whether it is also logged."""
         if "qwen_jax" in record.pathname and record.levelno <= python_logging.INFO:
             show(record.getMessage())
         return record.levelno >= level

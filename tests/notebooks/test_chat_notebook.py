@@ -1,4 +1,4 @@
-"""The chat notebook runs from top to bottom without weights, and shows what it says it shows."""
+"""The chat notebook runs from top to bottom without weights and prints the expected output."""
 
 import os
 
@@ -10,6 +10,7 @@ from tests.programs import ROOT
 
 
 def printed(cell):
+    """Returns stdout and the displayed text of an executed cell."""
     return "".join(
         output.get("text", "") or output.get("data", {}).get("text/plain", "")
         for output in cell.outputs
@@ -18,7 +19,7 @@ def printed(cell):
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_and_talks(tmp_path, monkeypatch):
+def test_notebook_runs_and_prints_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.delenv("QWEN_MODEL", raising=False)
