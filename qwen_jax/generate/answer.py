@@ -124,7 +124,7 @@ class AnswerState:
     Attributes:
       request: the request as the engine receives it.
       ended: whether no more chunks will be added: finished, cancelled or failed.
-      abandoned: whether the `Answer` was garbage-collected before the end, so nobody can read it.
+      abandoned: whether the `Answer` was garbage-collected before the end.
       cached_tokens: prompt tokens that were found in the prefix cache.
       new_tokens: tokens received from the engine.
       submitted_at: `time.monotonic` of the submission.

@@ -259,7 +259,7 @@ class _EngineThread:
             for state in [*self._answers.values(), *unreceived]:
                 state.fail(EngineFailed(error))
                 self._count_finished(state, "failed")
-        # Frees the weights and the cache, even if somebody still holds an answer.
+        # Frees the weights and the cache, even if an answer is still referenced.
         self._answers.clear()
         del self._engine
 

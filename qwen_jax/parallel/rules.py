@@ -108,6 +108,6 @@ def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax
     return checkpoint_name(weight, GATHERED)
 
 
-def batch_devices(mesh: jax.sharding.Mesh) -> int:
+def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
     """Returns the number of parts that the global batch is split into on this mesh."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes("batch"))
