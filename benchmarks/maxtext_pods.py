@@ -89,7 +89,7 @@ class MaxText:
     python: str
 
 
-def splash_costs(chip: topology.Chip, *, own_speed: bool) -> timeline.Kernels:
+def splash_costs(chip: topology.TpuChip, *, own_speed: bool) -> timeline.KernelCosts:
     """Returns a function that prices calls of splash attention on a chip.
 
     Args:
@@ -129,7 +129,9 @@ def splash_costs(chip: topology.Chip, *, own_speed: bool) -> timeline.Kernels:
     return cost
 
 
-def seconds_of_cycles(module: hlo.Module, chip: topology.Chip, kernels: timeline.Kernels) -> float:
+def seconds_of_cycles(
+    module: hlo.HloModule, chip: topology.TpuChip, kernels: timeline.KernelCosts
+) -> float:
     """Returns the "cycles alone" estimate of a step in seconds.
 
     Cycles as the compiler estimates them, kernels at the chip's peak, no waiting for transfers.

@@ -6,10 +6,10 @@
 
 The argument after the colon is a size of Table 1 (`1.8b`, `7b`, `14b`, and the released `72b`), any
 released model by its full name (`qwen2.5-0.5b`, `qwen3-8b`, …; see qwen_jax/model/presets.py),
-`demo` (what `make demo` trains) or `toy` (seconds on a CPU, for tests).
+`demo` (the recipe of `make demo`) or `toy` (seconds on a CPU, for tests).
 
-Where the report is silent (warm-up, decay, clip), numbers are those of the technical memo of the
-first Qwen-7B.
+Where the report gives no number (warm-up, decay, clipping), those of the technical memo of the
+first Qwen-7B are used.
 """
 
 import dataclasses
@@ -31,7 +31,11 @@ TOKENS = {"1.8b": 2.2e12, "7b": 2.4e12, "14b": 3.0e12, "72b": 3.0e12}
 
 
 def get_config(size: str = "7b") -> ml_collections.ConfigDict:
-    """The recipe of this name, as a tree of keys that the command line may override."""
+    """Returns the recipe of this name as a config whose keys the command line may override.
+
+    Raises:
+      UserError: there is no such recipe.
+    """
     small = {"toy": toy, "demo": demo}
     known = (*TOKENS, *small, *PRESETS)
     if size not in known:
@@ -42,20 +46,20 @@ def get_config(size: str = "7b") -> ml_collections.ConfigDict:
 
 
 def report(size: str) -> PretrainJob:
-    """The report's pretraining run for a released architecture."""
+    """Returns the report's pretraining job for a released architecture."""
     model = preset(f"qwen-{size}" if size in TOKENS else size)
     seq_len = 2048  # report §2.4
     global_batch = 2048  # memo: 2048 sequences; Table 1: 4M tokens
     # Other families: the 7B's token count; override train.steps.
     steps = int(TOKENS.get(size, 2.4e12) / (seq_len * global_batch))
     return PretrainJob(
-        # Long-context switches stay in the model's description; training never applies them.
+        # Long-context settings are part of the model's config; training never applies them.
         model=dataclasses.replace(model, trained_length=seq_len, max_length=seq_len)
         if model.family == "qwen"
         else model,
         tokenizer="qwen.tiktoken",
-        # The report joins documents and cuts them to length; whether attention is kept inside a
-        # document is not given, and its release resets nothing: plain packing.
+        # The report joins documents and cuts them to length. It does not say whether attention is
+        # confined to documents, and its released model does not do so: plain packing.
         data=DataConfig(
             sources="", seq_len=seq_len, global_batch=global_batch, packing="plain", seed=0
         ),
@@ -80,13 +84,14 @@ def report(size: str) -> PretrainJob:
 
 
 def demo() -> PretrainJob:
-    """A few million parameters on the Python standard library, minutes on 8 CPU devices.
+    """Returns the job of `make demo`: a few million parameters, minutes on 8 CPU devices.
 
-        python -m launch.demo --workdir=runs/demo        (make demo)
+        python -m launch.demo --workdir=runs/demo
 
-    A step takes half a second of CPU time, so 1,100 steps take about five minutes on two cores and
-    see three fifths of the corpus. Numbers that are not the report's were chosen by short runs,
-    each one run with one seed; losses below are those of held-out code.
+    A step takes half a second of CPU time, so 1,100 steps take about five minutes on two cores;
+    they cover three fifths of the corpus, the Python standard library. Numbers that are not the
+    report's were chosen by short runs with one seed each; losses in the comments are those of
+    held-out code.
 
     Result on the standard library of Python 3.11.7, in bits per byte of held-out code and prose:
     1.774 and 2.127 (gzip 2.005 and 2.489, xz 1.757 and 2.286, byte 8-gram 1.826 and 2.136).
@@ -96,7 +101,7 @@ def demo() -> PretrainJob:
         model=ModelConfig(
             family="qwen",
             vocab_size=4096,  # 3,888 trained ranks and 208 control tokens
-            # 4 layers of 192: 1.880 bits per byte where 2 of 256 gave 1.894 (both with init 0.02).
+            # 4 layers of 192 give 1.880 bits per byte, 2 of 256 give 1.894 (both with init 0.02).
             d_model=192,
             n_layers=4,
             n_heads=4,
@@ -107,19 +112,19 @@ def demo() -> PretrainJob:
             trained_length=256,
             dynamic_ntk=True,
             logn=True,
-            # The releases' 0.02 suits 4,096 channels; 192 need about 1/√192 = 0.07 for outputs of
-            # the same size. After 200 steps the loss is 5.08, with 0.02 it is 5.27.
+            # The released models' 0.02 is for 4,096 channels; 192 channels need about 1/√192 = 0.07
+            # for outputs of the same size. After 200 steps the loss is 5.08; with 0.02 it is 5.27.
             init_std=0.05,
         ),
         tokenizer="runs/demo/tokenizer.tiktoken",
-        # 2,048 tokens a step: half of that costs 15 % more CPU time per token.
+        # 2,048 tokens per step; with half of that, a token costs 15 % more CPU time.
         data=DataConfig(sources="", seq_len=256, global_batch=8, packing="masked", seed=0),
-        # Keeping less is faster here: memory traffic is what costs. "none" is 8 % slower.
+        # Saving less is faster here, since memory traffic dominates: "none" is 8 % slower.
         options=ForwardOptions(dtype="bfloat16", remat="qkv_out"),
         mesh=MeshConfig(data=1, fsdp=4, context=1, tensor=2),
         optimizer=OptimizerConfig(
-            peak_lr=2e-3,  # after 400 steps the loss is 4.69, with 4e-3 4.81 (both with init 0.02)
-            final_lr_ratio=0.0,  # one short run, nothing follows: down to 0
+            peak_lr=2e-3,  # loss after 400 steps: 4.69; with 4e-3, 4.81 (both with init 0.02)
+            final_lr_ratio=0.0,  # a single short run, so down to 0
             warmup_steps=50,
             decay_steps=-1,
         ),
@@ -131,7 +136,7 @@ def demo() -> PretrainJob:
 
 
 def toy() -> PretrainJob:
-    """The smallest thing that is still a Qwen; the tests' recipe."""
+    """Returns the job of the tests: the smallest model with all parts of a Qwen."""
     job = demo()
     return dataclasses.replace(
         job,

@@ -1,1 +1,1 @@
-"""Jobs for clusters: what a scheduler is given to run launch.pretrain on a pod. Never submits."""
+"""Generator of the files with which cluster schedulers run launch.pretrain; submits nothing."""

@@ -1,4 +1,4 @@
-"""Writes the file with which a scheduler trains on a pod, or says what a run would cost.
+"""Writes the file with which a cluster scheduler runs a training job, or estimates its cost.
 
     python -m launch.cluster gke --config=configs/pretrain.py:7b --slice=v5e-256 --slices=2 \\
         --image=IMAGE --workdir=/work/7b --mount=/work=gs://BUCKET/work \\
@@ -7,9 +7,9 @@
     python -m launch.cluster cost --report=7b.json --tokens=2.4e12 --price_per_chip_hour=1.2
 
 Commands: gke (JobSet on Kubernetes), xpk, tpu_vm (TPU VMs, a bash script), slurm (sbatch), cost.
-Nothing is submitted. The recipe is read and checked against the devices first, and its --config
-flags are handed to launch.pretrain as they are, with --compile_cache and --start_timeout.
-See docs/launch.md.
+Nothing is submitted. The recipe is parsed and checked against the devices first; its --config flags
+are passed to launch.pretrain unchanged, with --compile_cache and --start_timeout. See
+docs/launch.md.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, configs/pretra
 OUT = flags.DEFINE_string("out", None, "File to write; standard output by default.")
 
 TEXTS = {
-    "workdir": "Folder for metrics and profiles, as the hosts see it.",
+    "workdir": "Folder for metrics and profiles, as a path on the hosts.",
     "checkpoints": "Folder for checkpoints, gs:// too; WORKDIR/checkpoints by default.",
     "python": "Interpreter on the hosts or in the image.",
     "code": "This repository on the hosts or in the image; /app in images.",
@@ -46,7 +46,7 @@ TEXTS = {
     "namespace": "gke: Kubernetes namespace.",
     "queue": "gke: Kueue local queue.",
     "service_account": "gke, tpu_vm: account the job runs as.",
-    "runtime_version": "tpu_vm: software version of the TPU VMs, if not the usual one.",
+    "runtime_version": "tpu_vm: software version of the TPU VMs, if not the default.",
     "reservation": "gke, tpu_vm, slurm: reserved capacity.",
     "partition": "slurm: partition.",
     "account": "slurm: account to charge.",
@@ -57,40 +57,42 @@ for _name, _help in TEXTS.items():
 NAME = flags.DEFINE_string("name", "qwen", "Name of the job.")
 SLICE = flags.DEFINE_string("slice", None, "gke, xpk, tpu_vm: TPU slice, such as v5e-256.")
 NUMBERS = {
-    "slices": (1, "gke, xpk, tpu_vm: TPU slices; mesh.data crosses them."),
-    "nodes": (1, "slurm: nodes."),
+    "slices": (1, "gke, xpk, tpu_vm: number of TPU slices; mesh.data spans them."),
+    "nodes": (1, "slurm: number of nodes."),
     "gpus_per_node": (8, "slurm: GPUs of a node."),
-    "grace_s": (300, "Seconds to save in after SIGTERM."),
-    "restarts": (20, "Starts after failures; on gke preemptions are not counted."),
+    "grace_s": (300, "Seconds to save a checkpoint after SIGTERM."),
+    "restarts": (20, "Restarts after failures; on gke, preemptions are not counted."),
 }
 for _name, (_value, _help) in NUMBERS.items():
     flags.DEFINE_integer(_name, _value, _help)
-TASKS = flags.DEFINE_integer("tasks_per_node", None, "slurm: processes of a node; one per GPU.")
-SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: capacity that may be taken away.")
-ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE: a variable for the processes.")
+TASKS = flags.DEFINE_integer(
+    "tasks_per_node", None, "slurm: processes per node; by default one per GPU."
+)
+SPOT = flags.DEFINE_bool("spot", False, "gke, tpu_vm: use capacity that may be preempted.")
+ENV = flags.DEFINE_multi_string("env", [], "NAME=VALUE: an environment variable of the processes.")
 SECRET = flags.DEFINE_multi_string(
     "secret",
     [],
-    "NAME=WHERE: a variable whose value the scheduler fetches: SECRET/KEY of Kubernetes (gke), a "
-    "secret of Secret Manager (tpu_vm), a file that only you can read (slurm).",
+    "NAME=WHERE: an environment variable whose value the scheduler fetches from SECRET/KEY of "
+    "Kubernetes (gke), a secret of Secret Manager (tpu_vm), or a file only you can read (slurm).",
 )
 MOUNT = flags.DEFINE_multi_string(
     "mount",
     [],
-    "/FOLDER=gs://BUCKET/FOLDER: storage for the program (gke, tpu_vm); on gke /FOLDER=CLAIM too.",
+    "/FOLDER=gs://BUCKET/FOLDER: mounted storage (gke, tpu_vm); on gke also /FOLDER=CLAIM.",
 )
 REPORT = flags.DEFINE_multi_string("report", [], "cost: NAME=FILE or FILE, report of launch.aot.")
 RATE = flags.DEFINE_multi_string(
-    "rate", [], "cost: NAME=TOKENS_PER_SECOND_PER_CHIP, a throughput you measured."
+    "rate", [], "cost: NAME=TOKENS_PER_SECOND_PER_CHIP, a measured throughput."
 )
 TOKENS = flags.DEFINE_float("tokens", None, "cost: tokens to train on.")
-CHIPS = flags.DEFINE_integer("chips", None, "cost: chips that run at once; gives the days.")
-PRICE = flags.DEFINE_float("price_per_chip_hour", None, "cost: your price, in any currency.")
+CHIPS = flags.DEFINE_integer("chips", None, "cost: number of chips, to compute days.")
+PRICE = flags.DEFINE_float("price_per_chip_hour", None, "cost: price in any currency.")
 GOODPUT = flags.DEFINE_float("goodput", 1.0, "cost: share of the time in which steps run.")
 
 
 def main(command: str) -> None:
-    """Writes the file or the table."""
+    """Writes the job file of a scheduler, or the table of costs."""
     text = cost_table() if command == "cost" else render(command, cluster_job(command))
     if OUT.value:
         write_text(OUT.value, text)
@@ -99,7 +101,7 @@ def main(command: str) -> None:
 
 
 def _rates() -> list[tuple[str, float, str]]:
-    """(name, tokens per second per chip, where it is from) of each --report and --rate."""
+    """Returns (name, tokens per second per chip, source) of each --report and --rate."""
     rates = []
     for item in REPORT.value:
         name, separator, path = item.partition("=")
@@ -112,7 +114,11 @@ def _rates() -> list[tuple[str, float, str]]:
 
 
 def cost_table() -> str:
-    """A Markdown table with a row for each --report and --rate."""
+    """Returns a Markdown table with a row for each --report and --rate.
+
+    Raises:
+      UserError: a required flag is missing, or a report cannot be used.
+    """
     if not (REPORT.value or RATE.value) or TOKENS.value is None:
         raise UserError(
             "cost needs --report=FILE.json or --rate=NAME=NUMBER, and --tokens, such as "
@@ -120,7 +126,7 @@ def cost_table() -> str:
         )
     rows = [costs.HEADER]
     for name, rate, source in _rates():
-        found = costs.cost(
+        found = costs.run_cost(
             TOKENS.value,
             rate,
             chips=CHIPS.value,
@@ -132,7 +138,14 @@ def cost_table() -> str:
 
 
 def cluster_job(scheduler: str) -> ClusterJob:
-    """The job of the flags; the recipe is checked against the devices it will have."""
+    """Returns the job of the flags, with the recipe checked against its devices.
+
+    Args:
+      scheduler: "gke", "xpk", "tpu_vm" or "slurm".
+
+    Raises:
+      UserError: a flag is missing or invalid, or the recipe does not fit the devices.
+    """
     if CONFIG.value is None:
         raise UserError("--config is missing: give a recipe, such as configs/pretrain.py:7b")
     values = {name: flags.FLAGS[name].value for name in (*TEXTS, *NUMBERS)}
@@ -144,7 +157,7 @@ def cluster_job(scheduler: str) -> ClusterJob:
     job = ClusterJob(
         **values,
         name=NAME.value,
-        flags=recipe_flags(sys.argv[2:]) + _program_flags(),
+        flags=recipe_flags(sys.argv[2:]) + _forwarded_flags(),
         slice=find_slice(SLICE.value) if SLICE.value else None,
         tasks_per_node=values["gpus_per_node"] if TASKS.value is None else TASKS.value,
         env=parse_pairs("env", ENV.value),
@@ -157,8 +170,8 @@ def cluster_job(scheduler: str) -> ClusterJob:
     return dataclasses.replace(job, flags=job.flags + more)
 
 
-def _program_flags() -> tuple[str, ...]:
-    """The flags of every program that were given here for the program on the cluster."""
+def _forwarded_flags() -> tuple[str, ...]:
+    """Returns the given flags of this program that are also flags of launch.pretrain."""
     given = [program.COMPILE_CACHE, program.START_TIMEOUT, program.CPU_DEVICES]
     return tuple(f"--{flag.name}={flag.value}" for flag in given if flag.present)
 

@@ -1,4 +1,4 @@
-"""What a job on a cluster is, checked before anything is written: names, places, the recipe."""
+"""Description of a training job for a cluster, checked before any file is written."""
 
 from __future__ import annotations
 
@@ -10,31 +10,55 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 
-from launch.cluster.slices import Slice
+from launch.cluster.slices import TpuSlice
 from qwen_jax.errors import UserError
 from qwen_jax.parallel import AXES, mesh_sizes
 from qwen_jax.train.config import check_mesh
 from qwen_jax.train.job import PretrainJob
 
 STOPPED_STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: asked to stop, saved, to be started again."""
+"""Exit status (EX_TEMPFAIL of sysexits.h) of a run that was asked to stop and has saved."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClusterJob:
-    """One training job for a cluster; values are plain text, quoted where they are rendered.
+    """A training job for a cluster.
+
+    Values are plain text, which templates quote where they insert it.
 
     Attributes:
-      name: of the job: lower-case letters, digits and dashes, as Kubernetes wants it.
-      flags: of launch.pretrain, after `python -m launch.pretrain`.
-      workdir: folder for metrics and profiles. checkpoints: folder every host sees.
-      python: interpreter on the hosts; code: folder of this repository there.
-      slice, slices: TPU slice and how many of them; None on GPUs.
-      nodes, gpus_per_node, tasks_per_node: of a GPU cluster; processes on a node.
-      grace_s: seconds between SIGTERM and SIGKILL. restarts: after failures, not preemptions.
-      env: variables. secrets: variable -> where the scheduler finds it, never the secret itself.
+      name: name of the job: lower-case letters, digits and dashes, as Kubernetes requires.
+      flags: flags of launch.pretrain.
+      workdir: folder for metrics and profiles.
+      checkpoints: folder for checkpoints that every host can reach.
+      python: interpreter on the hosts.
+      code: folder of this repository on the hosts.
+      slice: TPU slice; None on GPUs.
+      slices: number of slices.
+      nodes: number of GPU nodes.
+      gpus_per_node: GPUs of a node.
+      tasks_per_node: processes of a node.
+      grace_s: seconds between SIGTERM and SIGKILL.
+      restarts: restarts after failures, preemptions not counted.
+      env: environment variables.
+      secrets: environment variable -> where the scheduler finds its value, never the value itself.
       mounts: folder in the container -> gs://BUCKET/FOLDER or the name of a volume claim.
-      spot: capacity that may be taken away; others: the scheduler's own names, "" where not given.
+      spot: whether to use capacity that may be preempted.
+      image: container image.
+      project: Google Cloud project.
+      zone: zone of the TPUs.
+      cluster: name of the Kubernetes cluster.
+      namespace: Kubernetes namespace.
+      queue: local queue of Kueue.
+      service_account: account the job runs as.
+      runtime_version: software version of the TPU VMs; "": the default of the generation.
+      reservation: name of reserved capacity.
+      partition: SLURM partition.
+      account: SLURM account.
+      time_limit: SLURM time limit, D-HH:MM:SS.
+
+    Raises:
+      UserError: a value is out of range or has control characters.
     """
 
     name: str
@@ -43,7 +67,7 @@ class ClusterJob:
     checkpoints: str
     python: str = "python3"
     code: str = ""
-    slice: Slice | None = None
+    slice: TpuSlice | None = None
     slices: int = 1
     nodes: int = 1
     gpus_per_node: int = 8
@@ -68,11 +92,11 @@ class ClusterJob:
     time_limit: str = ""
 
     def __post_init__(self):
-        _check_texts(self)
+        _check_characters(self)
         if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", self.name):
             raise UserError(
-                f"--name={self.name} is no name for a job: up to 40 lower-case letters, digits and "
-                "dashes, beginning with a letter"
+                f"--name={self.name} is not a valid job name: give up to 40 lower-case letters, "
+                "digits and dashes, beginning with a letter"
             )
         for flag in ("slices", "nodes", "gpus_per_node", "grace_s"):
             if getattr(self, flag) < 1:
@@ -82,33 +106,37 @@ class ClusterJob:
         if self.tasks_per_node not in (1, self.gpus_per_node):
             raise UserError(
                 f"--tasks_per_node={self.tasks_per_node} must be {self.gpus_per_node}, one process "
-                "per GPU, or 1 for a node"
+                "per GPU, or 1, one process per node"
             )
 
     @property
     def devices(self) -> int:
-        """Devices that jax will show to the job, over all processes."""
+        """Returns the number of JAX devices of all processes."""
         if self.slice:
             return self.slice.devices * self.slices
         return self.nodes * self.gpus_per_node
 
     @property
     def processes(self) -> int:
-        """Processes of the job."""
+        """Returns the number of processes."""
         if self.slice:
             return self.slice.hosts * self.slices
         return self.nodes * self.tasks_per_node
 
     @property
     def command(self) -> tuple[str, ...]:
-        """The command that every process runs."""
+        """Returns the command that every process runs."""
         folders = (f"--workdir={self.workdir}", f"--checkpoints={self.checkpoints}")
         status = f"--stopped_status={STOPPED_STATUS}"
         return (self.python, "-m", "launch.pretrain", *self.flags, *folders, status)
 
 
-def _check_texts(job: ClusterJob) -> None:
-    """No line breaks or control characters anywhere: no quoting survives them in every file."""
+def _check_characters(job: ClusterJob) -> None:
+    """Checks that no value has line breaks or control characters, which quoting cannot preserve.
+
+    Raises:
+      UserError: a value has one.
+    """
     for field in dataclasses.fields(job):
         value = getattr(job, field.name)
         if isinstance(value, str):
@@ -141,10 +169,10 @@ _PLAIN = (
 
 
 def parse_pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
-    """Parses NAME=VALUE items of a repeated flag.
+    """Parses the NAME=VALUE items of a repeated flag.
 
     Raises:
-      UserError: one without a `=` or a name, or a name that comes twice.
+      UserError: an item has no `=` or no name, or a name occurs twice.
     """
     pairs: dict[str, str] = {}
     for item in items:
@@ -152,29 +180,34 @@ def parse_pairs(flag: str, items: Sequence[str]) -> dict[str, str]:
         if not separator or not name or not value:
             raise UserError(f"--{flag}={item} must be NAME=VALUE")
         if name in pairs:
-            raise UserError(f"--{flag} names {name} twice; leave one out")
+            raise UserError(f"--{flag} has {name} twice; leave one out")
         pairs[name] = value
     return pairs
 
 
 def recipe_flags(argv: Sequence[str]) -> tuple[str, ...]:
-    """The flags of a command line that belong to the recipe: --config and --config.KEY."""
+    """Returns the flags of a command line that belong to the recipe: --config and --config.KEY."""
     flags: list[str] = []
     for argument, following in zip(argv, [*argv[1:], "--end"], strict=True):
         if re.match(r"--?(no)?config([.=]|$)", argument):
             flags.append(argument)
-            # `--config FILE` in two words; what is true or false may stand alone.
-            alone = argument.lstrip("-").startswith("no") or re.match(r"--?[A-Za-z]", following)
-            if "=" not in argument and not alone:
+            # `--config FILE` may be two arguments; boolean flags have no value.
+            no_value = argument.lstrip("-").startswith("no") or re.match(r"--?[A-Za-z]", following)
+            if "=" not in argument and not no_value:
                 flags[-1] += f"={following}"
     return tuple(flags)
 
 
 def fit_recipe(job: PretrainJob, devices: int, slices: int) -> tuple[str, ...]:
-    """Refuses a recipe that cannot run on these devices; returns flags that make it fit.
+    """Checks that a recipe can run on these devices, and returns flags that adapt it to slices.
 
-    Only `mesh.data` crosses slices. Where the recipe leaves it at 1, one replica per slice is what
-    several slices mean, and the flag for it is returned.
+    Only `mesh.data` crosses slices. If the recipe has 1 there, one replica per slice is intended,
+    and the flag that sets it is returned.
+
+    Args:
+      job: the recipe.
+      devices: number of devices of all slices.
+      slices: number of slices.
 
     Raises:
       UserError: data.sources is empty, or the mesh fits neither the devices nor the model.
@@ -195,7 +228,7 @@ def fit_recipe(job: PretrainJob, devices: int, slices: int) -> tuple[str, ...]:
     return flags
 
 
-def below(path: str, folder: str) -> bool:
-    """Whether `path` is `folder` or lies in it."""
+def is_below(path: str, folder: str) -> bool:
+    """Returns whether `path` is `folder` or inside it."""
     path, folder = posixpath.normpath(path), posixpath.normpath(folder)
     return path == folder or path.startswith(folder.rstrip("/") + "/")

@@ -1,7 +1,7 @@
-"""TPU slices by name: topology, hosts, and what GKE and Cloud TPU call them.
+"""TPU slices by name: topology, hosts, and their names on GKE and Cloud TPU.
 
 A name is GENERATION-NUMBER as on Google's price list. The number counts chips for v5e and v6e, and
-TensorCores, two to a chip, for v4, v5p and tpu7x: v5p-128 has 64 chips.
+TensorCores, two per chip, for v4, v5p and tpu7x: v5p-128 has 64 chips.
 
 Sources: https://cloud.google.com/tpu/docs (pages v4, v5e, v5p, v6e, tpu7x and runtimes),
 https://cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus (labels, machine types), and the
@@ -17,16 +17,16 @@ from qwen_jax.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
-    """What the slices of a TPU generation share.
+class TpuGeneration:
+    """Properties shared by the slices of a TPU generation.
 
     Attributes:
       label: value of the GKE node label cloud.google.com/gke-tpu-accelerator.
       machine: GKE machine type of a host with four chips.
-      accelerator: prefix of the Cloud TPU API's accelerator types ("": GKE only).
-      runtime: software version that the Cloud TPU API puts on a TPU VM for JAX.
-      per_chip: what a chip counts in a slice's name.
-      devices_per_chip: jax devices; v4 and v5p show a chip's two cores as one.
+      accelerator: prefix of the Cloud TPU API's accelerator types ("": available on GKE only).
+      runtime: software version that the Cloud TPU API installs on a TPU VM for JAX.
+      per_chip: by how much a chip counts in a slice's name.
+      devices_per_chip: JAX devices per chip; v4 and v5p show a chip's two cores as one.
       topologies: chips along each axis of the interconnect, smallest first.
     """
 
@@ -40,78 +40,85 @@ class Generation:
 
 
 _FLAT = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-# Of the many three-dimensional shapes, one per size: the most cubic.
+# One three-dimensional shape per size: the one closest to a cube.
 _CUBES = (
     "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16",
     "16x16x16",
 )  # fmt: skip
 
 GENERATIONS = {
-    "v4": Generation(
+    "v4": TpuGeneration(
         "tpu-v4-podslice", "ct4p-hightpu-4t", "v4", "tpu-ubuntu2204-base", 2, 1, _CUBES
     ),
-    "v5e": Generation(
+    "v5e": TpuGeneration(
         "tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v5litepod", "v2-alpha-tpuv5-lite", 1, 1, _FLAT
     ),
-    "v5p": Generation(
+    "v5p": TpuGeneration(
         "tpu-v5p-slice", "ct5p-hightpu-4t", "v5p", "v2-alpha-tpuv5", 2, 1,
         (*_CUBES, "16x16x24"),
     ),
-    "v6e": Generation(
+    "v6e": TpuGeneration(
         "tpu-v6e-slice", "ct6e-standard-4t", "v6e", "v2-alpha-tpuv6e", 1, 1, ("2x2", *_FLAT)
     ),
-    "tpu7x": Generation("tpu7x", "tpu7x-standard-4t", "", "", 2, 2, _CUBES),
+    "tpu7x": TpuGeneration("tpu7x", "tpu7x-standard-4t", "", "", 2, 2, _CUBES),
 }  # fmt: skip
 
 CHIPS_PER_HOST = 4  # of all machine types above
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """One slice; `name` as in `find_slice`, `topology` such as "16x16"."""
+class TpuSlice:
+    """A TPU slice.
+
+    Attributes:
+      name: its name, as `find_slice` accepts it.
+      generation: properties of its generation.
+      topology: chips along each axis of the interconnect, such as "16x16".
+    """
 
     name: str
-    generation: Generation
+    generation: TpuGeneration
     topology: str
 
     @property
     def chips(self) -> int:
-        """Chips of the slice."""
+        """Returns the number of chips."""
         return math.prod(map(int, self.topology.split("x")))
 
     @property
     def hosts(self) -> int:
-        """Virtual machines, and with them processes, of the slice on GKE."""
+        """Returns the number of virtual machines on GKE, each of which runs one process."""
         return self.chips // CHIPS_PER_HOST
 
     @property
     def devices(self) -> int:
-        """Devices that jax shows in the slice."""
+        """Returns the number of JAX devices."""
         return self.chips * self.generation.devices_per_chip
 
     @property
     def accelerator(self) -> str:
-        """The name for the Cloud TPU API and xpk, such as v5litepod-256."""
+        """Returns the name for the Cloud TPU API and xpk, such as v5litepod-256."""
         prefix = self.generation.accelerator or self.name.partition("-")[0]
         return f"{prefix}-{self.name.partition('-')[2]}"
 
 
-def slices() -> dict[str, Slice]:
-    """All slices that are known, by name."""
-    found = {}
+def slices() -> dict[str, TpuSlice]:
+    """Returns all supported slices by name."""
+    by_name = {}
     for prefix, generation in GENERATIONS.items():
         for topology in generation.topologies:
             chips = math.prod(map(int, topology.split("x")))
             name = f"{prefix}-{chips * generation.per_chip}"
-            found[name] = Slice(name, generation, topology)
-    return found
+            by_name[name] = TpuSlice(name, generation, topology)
+    return by_name
 
 
-def find_slice(name: str) -> Slice:
-    """The slice of this name; xpk's and the Cloud TPU API's v5litepod-256 is v5e-256.
+def find_slice(name: str) -> TpuSlice:
+    """Returns the slice of a name; xpk's and the Cloud TPU API's v5litepod-256 is v5e-256.
 
     Raises:
-      UserError: unknown; names the nearest, and the sizes of its generation.
+      UserError: it is unknown; the message suggests the nearest and lists the sizes of its
+        generation.
     """
     known = slices()
     name = name.replace("v5litepod-", "v5e-")
@@ -119,7 +126,7 @@ def find_slice(name: str) -> Slice:
         return known[name]
     generation = name.partition("-")[0]
     same = [other for other in known if other.startswith(f"{generation}-")]
-    if same:  # letters say nothing about sizes: the next number does
+    if same:  # suggest the nearest number; similarity of the text would be misleading
         size = name.partition("-")[2]
         if size.isdecimal():
             close = min(same, key=lambda other: abs(int(other.partition("-")[2]) - int(size)))

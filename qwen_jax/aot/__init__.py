@@ -1,7 +1,7 @@
-"""What a training step will need and cost on a pod, found on a CPU host by compiling it.
+"""Ahead-of-time analysis: compiles a training step for a pod that is not attached, on a CPU host.
 
-topology: TPU slices by name, chips and their limits; nodes: those of GPUs; compile: the real train
-step compiled for one; hlo: the compiler's text, parsed; work, collectives: what each operation
-computes and moves; timeline: predicted seconds; report: one JSON object of it all; search: the
-batch that fits best.
+topology: TPU slices by name, chips and their limits; nodes: the same for GPU nodes; compile: the
+real train step, compiled for one of them; hlo: parser of the compiler's text; work, collectives:
+FLOPs and bytes of each operation; timeline: predicted seconds; report: all results as one JSON
+object; search: the best batch and remat policy.
 """

@@ -1,4 +1,4 @@
-"""The real train step of a job, compiled for a pod that isn't there."""
+"""Compilation of the real train step of a job for a pod that is not attached."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device: arguments (state and batch), temporaries, and the peak of both."""
+    """Memory of one device, in bytes.
+
+    Attributes:
+      arguments: state and batch.
+      temporaries: temporary buffers.
+      peak: peak of both together.
+      host: temporary buffers in host memory.
+    """
 
     arguments: int
     temporaries: int
@@ -41,7 +48,15 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """A step that fits: its scheduled HLO, memory, and the seconds it took to compile."""
+    """A step that fits into memory.
+
+    Attributes:
+      hlo: text of the scheduled HLO.
+      memory: memory of one device.
+      seconds: time to compile.
+      mesh: mesh that it was compiled for.
+      options: compiler options.
+    """
 
     hlo: str
     memory: Memory
@@ -51,10 +66,15 @@ class CompiledStep:
 
 
 @dataclasses.dataclass(frozen=True)
-class TooLarge:
-    """A step that the compiler could not fit into HBM.
+class OutOfMemory:
+    """Result of compiling a step that does not fit into HBM.
 
-    needed: bytes it names (None: it names none). message: its first line.
+    Attributes:
+      needed: bytes needed according to the compiler; None if its message has no number.
+      message: first line of the compiler's message.
+      seconds: time to compile.
+      mesh: mesh that it was compiled for.
+      options: compiler options.
     """
 
     needed: int | None
@@ -65,29 +85,34 @@ class TooLarge:
 
 
 def abstract_batch(job: PretrainJob, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch that `data.Batches` makes, as shapes with shardings."""
+    """Returns the global batch of `data.Batches` as shapes with shardings."""
     rows, length = job.data.global_batch, job.data.seq_len
 
-    def leaf(dtype, *axes):
+    def shape_struct(dtype, *axes):
+        """Returns the shape of one array of the batch, given its dtype and logical axes."""
         shape = (rows, length)[: len(axes)]
         return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
 
     tokens = ("batch", "sequence")
     ids = ("tokens", "targets", "segment_ids", "positions")
-    batch = {name: leaf(jnp.int32, *tokens) for name in ids}
-    return batch | {"loss_mask": leaf(jnp.float32, *tokens), "n_bytes": leaf(jnp.float32, "batch")}
+    batch = {name: shape_struct(jnp.int32, *tokens) for name in ids}
+    return batch | {
+        "loss_mask": shape_struct(jnp.float32, *tokens),
+        "n_bytes": shape_struct(jnp.float32, "batch"),
+    }
 
 
 @contextlib.contextmanager
-def _elapsed(what: str) -> Iterator[None]:
-    """Says on stderr every ten seconds how long `what` has been going on."""
+def _print_elapsed(label: str) -> Iterator[None]:
+    """Context manager that prints to stderr, every ten seconds, the time since its start."""
     done, start = threading.Event(), time.monotonic()
 
-    def tell():
+    def print_elapsed():
+        """Prints the elapsed time until `done` is set."""
         while not done.wait(10):
-            print(f"{what}: {format_duration(time.monotonic() - start)}", file=sys.stderr)  # noqa: T201
+            print(f"{label}: {format_duration(time.monotonic() - start)}", file=sys.stderr)  # noqa: T201
 
-    thread = threading.Thread(target=tell, daemon=True)
+    thread = threading.Thread(target=print_elapsed, daemon=True)
     thread.start()
     try:
         yield
@@ -97,7 +122,10 @@ def _elapsed(what: str) -> Iterator[None]:
 
 
 def needed_bytes(message: str) -> int | None:
-    """Bytes of HBM that an out-of-memory error of the compiler says it needs."""
+    """Returns the bytes of HBM needed according to an out-of-memory error of the compiler.
+
+    None if the message has no number.
+    """
     for pattern in (r"Used ([\d.]+)([KMGT]?) of", r"required[^()]*\(([\d.]+)([KMGT]?)\) exceeds"):
         if match := re.search(pattern, message):
             return int(float(match[1]) * _UNITS[match[2]])
@@ -105,28 +133,35 @@ def needed_bytes(message: str) -> int | None:
 
 
 def _scheduled_hlo(folder: str, compiled: jax.stages.Compiled) -> str:
-    """The text libtpu has written, or (from a compilation cache, which writes none) jaxlib's.
+    """Returns the text of the scheduled HLO that libtpu dumped, else jaxlib's.
 
-    libtpu's own dump comes first: a jaxlib older than libtpu can't print every instruction.
+    libtpu's dump is preferred, since a jaxlib older than libtpu can't print every instruction; with
+    a compilation cache there is none.
+
+    Args:
+      folder: folder of the dump.
+      compiled: the compiled step.
     """
     for stage in ("after_codegen", "after_optimizations"):
         files = sorted(pathlib.Path(folder).glob(f"*jit_train_step*.{stage}.txt"))
         if files:
             return files[-1].read_text(errors="replace")
-    return compiled.as_text()
+    return compiled.as_text() or ""
 
 
 def compile_for(
     job: PretrainJob, pod: Pod | Nodes, extra_options: dict[str, str | bool] | None = None
-) -> CompiledStep | TooLarge:
-    """Traces and compiles the job's step for the pod; minutes for hundreds of chips.
+) -> CompiledStep | OutOfMemory:
+    """Traces and compiles the train step of a job for a pod; takes minutes for hundreds of chips.
 
     Args:
-      extra_options: compiler options added to those the chip has in `train.compiling`.
+      job: the job.
+      pod: TPU slice or GPU nodes.
+      extra_options: compiler options added to those of the chip in `train.compiling`.
 
     Raises:
-      UserError: mesh, batch and model don't fit together, or the compiler refuses for another
-        reason than memory.
+      UserError: mesh, batch and model don't fit together, or compilation fails for another reason
+        than memory.
     """
     mesh = make_mesh(job.mesh, pod.devices)
     check_mesh(
@@ -142,9 +177,11 @@ def compile_for(
     abstract = abstract_state(job.step_config, mesh)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        dump = {} if on_gpu else {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        dump: dict[str, str | bool] = {}
+        if not on_gpu:
+            dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            with jax.set_mesh(mesh), _elapsed(f"compiling for {pod.name}"):
+            with jax.set_mesh(mesh), _print_elapsed(f"compiling for {pod.name}"):
                 lowered = lower_step(pretraining_step(job), abstract, abstract_batch(job, mesh))
                 compiled = lowered.compile(compiler_options=options | dump)
         except jax.errors.JaxRuntimeError as error:
@@ -152,10 +189,11 @@ def compile_for(
             first = str(error).splitlines()[0]
             if "CompileTimeHbmOom" not in str(error) and "memory space hbm" not in str(error):
                 raise UserError(f"the step does not compile for {pod.name}: {first}") from error
-            return TooLarge(needed_bytes(str(error)), first, seconds, mesh, options)
+            return OutOfMemory(needed_bytes(str(error)), first, seconds, mesh, options)
         seconds = time.monotonic() - start
         hlo = _scheduled_hlo(folder, compiled)
     m = compiled.memory_analysis()
+    assert m is not None, f"{pod.name}: the compiler reports no memory"
     return CompiledStep(
         hlo=hlo,
         memory=Memory(

@@ -1,11 +1,11 @@
-"""A small parser of scheduled HLO text: computations, instructions, types, loop trip counts.
+"""Parser of scheduled HLO text: computations, instructions, types and trip counts of loops.
 
-Grammar as printed by XLA (xla/hlo/ir/hlo_instruction.cc, `ToString`), one instruction a line:
+Grammar as printed by XLA (xla/hlo/ir/hlo_instruction.cc, `ToString`), one instruction per line:
 
     [ROOT] %name = TYPE opcode(%operand, …), attribute=value, …, metadata={…}, backend_config={…}
 
-A value may hold line breaks, inside brackets. Only what costing needs is understood; everything
-else stays in `Instruction.attributes` as text.
+A value may contain line breaks inside brackets. Only what cost estimates need is parsed; everything
+else is kept as text in `Instruction.attributes`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One array type: dtype name, dimensions, memory space (0 HBM, 1 VMEM, 5 host)."""
+    """One array type.
+
+    Attributes:
+      dtype: XLA's name of the element type, such as "bf16".
+      dims: sizes of the dimensions.
+      space: memory space: 0 HBM, 1 VMEM, 5 host.
+    """
 
     dtype: str
     dims: tuple[int, ...]
@@ -47,23 +53,27 @@ class Shape:
 
     @property
     def elements(self) -> int:
-        """Number of elements; 1 for a scalar."""
+        """Returns the number of elements; 1 for a scalar."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Unpadded size; 0 for types that hold no data (tokens)."""
+        """Returns the size in bytes without padding; 0 for types without data (tokens)."""
         return self.elements * ITEM_BYTES.get(self.dtype, 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One operation.
+    """One HLO operation.
 
     Attributes:
-      shapes: its type, the leaves of a tuple in order. operands: names, in order.
-      attributes: everything after the operands, as text. literal: what stands between a constant's
-        parentheses.
+      name: unique name within its computation.
+      opcode: XLA's name of the operation.
+      shapes: result type; the leaves of a tuple, in order.
+      operands: names of the operands, in order.
+      attributes: everything after the operands, as text.
+      literal: text between the parentheses of a constant or parameter.
+      root: whether it is marked as the result of its computation.
     """
 
     name: str
@@ -75,36 +85,41 @@ class Instruction:
     root: bool = False
 
     def called(self, key: str) -> str | None:
-        """Name of the computation after `key=%…`, e.g. calls, body, condition."""
+        """Returns the computation named by `key=%…` (calls, body, condition, …), or None."""
         match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
         return match[1] if match else None
 
     def text(self, key: str) -> str | None:
-        """Value of `key="…"`."""
+        """Returns the value of `key="…"`, or None."""
         match = re.search(rf'\b{key}="([^"]*)"', self.attributes)
         return match[1] if match else None
 
     def number(self, key: str) -> int | None:
-        """Integer after `"key":"…"` in the backend config."""
+        """Returns the integer after `"key":"…"` in the backend config, or None."""
         match = re.search(rf'"{key}":"?(-?\d+)', self.attributes)
         return int(match[1]) if match else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in the order they are scheduled."""
+    """A computation: instructions in scheduled order.
+
+    Attributes:
+      name: unique name within the module.
+      instructions: its instructions.
+    """
 
     name: str
     instructions: tuple[Instruction, ...]
 
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
-        """Instructions by name."""
+        """Returns a mapping from name to instruction."""
         return {i.name: i for i in self.instructions}
 
     @functools.cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction."""
+        """Returns a mapping from a name to the instructions that have it as operand."""
         found: dict[str, list[Instruction]] = {}
         for i in self.instructions:
             for name in i.operands:
@@ -113,20 +128,40 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """The result; the last instruction where none is marked."""
+        """Returns the instruction that is the result; the last one if none is marked."""
         return next((i for i in self.instructions if i.root), self.instructions[-1])
 
 
 @dataclasses.dataclass(frozen=True)
-class Module:
-    """A program: its computations by name, and which one is entered."""
+class HloModule:
+    """A compiled program.
+
+    Attributes:
+      computations: name -> computation.
+      entry: name of the entry computation.
+    """
 
     computations: dict[str, Computation]
     entry: str
 
+    def called(self, i: Instruction, key: str) -> Computation:
+        """Returns the computation after `key=%…` of an instruction (calls, body, condition, …).
 
-def _close(text: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start`; quoted text is skipped."""
+        Raises:
+          ValueError: the instruction has no such attribute.
+        """
+        name = i.called(key)
+        if name is None:
+            raise ValueError(f"HLO instruction {i.name} has no attribute {key}")
+        return self.computations[name]
+
+
+def _closing_bracket(text: str, start: int) -> int:
+    """Returns the index of the bracket that closes the one at `start`, skipping quoted text.
+
+    Raises:
+      ValueError: the bracket is not closed.
+    """
     depth, quoted, i = 0, False, start
     while i < len(text):
         c = text[i]
@@ -148,7 +183,10 @@ def _close(text: str, start: int) -> int:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """The array types in a type, tuples flattened: `(f32[2]{0:S(1)}, s32[])` has two."""
+    """Returns the array types of a type, with tuples flattened.
+
+    `(f32[2]{0:S(1)}, s32[])` has two.
+    """
     shapes = []
     for dtype, dims, layout in _SHAPE.findall(text):
         space = _SPACE.search(layout or "")
@@ -158,19 +196,19 @@ def parse_shapes(text: str) -> tuple[Shape, ...]:
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """One line of a computation's body; None for a line that isn't an instruction."""
+    """Parses one line of a computation; returns None if it is not an instruction."""
     head = _INSTRUCTION.match(line)
     if not head:
         return None
     start = head.end()
     if line[start] == "(":
-        end = _close(line, start) + 1
+        end = _closing_bracket(line, start) + 1
     else:
         end = line.index(" ", start)
     opcode = _OPCODE.match(line, end)
     if not opcode:
         return None
-    close = _close(line, opcode.end() - 1)
+    close = _closing_bracket(line, opcode.end() - 1)
     inner = line[opcode.end() : close]
     return Instruction(
         name=head[2],
@@ -183,15 +221,21 @@ def parse_instruction(line: str) -> Instruction | None:
     )
 
 
-def _depth(line: str) -> int:
-    """Brackets a line leaves open (negative: closes), those in quoted text left out."""
-    bare = _QUOTED.sub("", line)
-    return sum(map(bare.count, _OPEN)) - sum(map(bare.count, _CLOSE))
+def _open_brackets(line: str) -> int:
+    """Returns the number of opening minus closing brackets of a line, outside quoted text."""
+    unquoted = _QUOTED.sub("", line)
+    return sum(map(unquoted.count, _OPEN)) - sum(map(unquoted.count, _CLOSE))
 
 
-def _bodies(text: str) -> Iterator[tuple[bool, str, list[str]]]:
-    """(is the entry, name, instructions) of each computation, an instruction's lines joined."""
-    name, entry, lines, depth = None, False, [], 0
+def _computation_bodies(text: str) -> Iterator[tuple[bool, str, list[str]]]:
+    """Yields (is entry, name, instruction texts) of each computation; continued lines are joined.
+
+    Raises:
+      ValueError: the text ends inside a computation.
+    """
+    name: str | None = None
+    lines: list[str] = []
+    entry, depth = False, 0
     for line in text.splitlines():
         if name is None:
             header = _HEADER.match(line)
@@ -199,38 +243,48 @@ def _bodies(text: str) -> Iterator[tuple[bool, str, list[str]]]:
                 entry, name, lines = bool(header[1]), header[2], []
         elif depth:
             lines[-1] += line
-            depth += _depth(line)
+            depth += _open_brackets(line)
         elif line.startswith("}"):
             yield entry, name, lines
             name = None
         elif line.strip():
             lines.append(line)
-            depth = _depth(line)
+            depth = _open_brackets(line)
     if name is not None:
         raise ValueError(f"HLO text ends inside the computation {name}")
 
 
-def parse(text: str) -> Module:
-    """Parses `compiled.as_text()` or a dump of XLA.
+def parse(text: str) -> HloModule:
+    """Parses the text of `compiled.as_text()` or of an XLA dump.
 
     Raises:
-      ValueError: no ENTRY computation, or a line of one that is no instruction: what is left out
-        would count as free.
+      ValueError: there is no ENTRY computation, or a line in a computation is not an instruction
+        (skipping it would make its cost 0).
     """
     computations, entry = {}, None
-    for is_entry, name, lines in _bodies(text):
-        instructions = tuple(map(parse_instruction, lines))
-        if None in instructions:
-            line = lines[instructions.index(None)]
-            raise ValueError(f"HLO of {name} has a line that is no instruction: {line[:80]}")
-        computations[name] = Computation(name, instructions)
+    for is_entry, name, lines in _computation_bodies(text):
+        instructions = []
+        for line in lines:
+            instruction = parse_instruction(line)
+            if instruction is None:
+                raise ValueError(
+                    f"HLO of {name} has a line that is not an instruction: {line[:80]}"
+                )
+            instructions.append(instruction)
+        computations[name] = Computation(name, tuple(instructions))
         entry = name if is_entry else entry
     if entry is None:
         raise ValueError("HLO text has no ENTRY computation")
-    return Module(computations, entry)
+    return HloModule(computations, entry)
 
 
-def _constant(computation: Computation, name: str) -> int | None:
+def _constant_value(computation: Computation, name: str) -> int | None:
+    """Returns the value of an integer constant, also behind copies and conversions; else None.
+
+    Args:
+      computation: computation of the instruction.
+      name: name of the instruction.
+    """
     i = computation.by_name.get(name)
     while i is not None and i.opcode in ("copy", "convert", "bitcast") and i.operands:
         i = computation.by_name.get(i.operands[0])
@@ -239,26 +293,32 @@ def _constant(computation: Computation, name: str) -> int | None:
     return int(i.literal) if re.fullmatch(r"-?\d+", i.literal) else None
 
 
-def _counter_bound(module: Module, condition: Computation) -> tuple[int, int] | None:
-    """(index of the counter in the loop's state, exclusive bound) of `counter < constant`."""
+def _loop_counter(module: HloModule, condition: Computation) -> tuple[int, int] | None:
+    """Parses a loop condition of the form `counter < constant`.
+
+    Returns:
+      (index of the counter in the loop's state, exclusive bound); None for other conditions.
+    """
     compare = condition.root
     scope = condition
     arguments = None
-    if compare.opcode == "fusion":  # the comparison may be fused: its parameters are our operands
+    # The comparison may be fused: its parameters are then the operands of the fusion.
+    if compare.opcode == "fusion":
         arguments = compare.operands
-        scope = module.computations[compare.called("calls")]
+        scope = module.called(compare, "calls")
         compare = scope.root
     if compare.opcode != "compare" or "direction=LT" not in compare.attributes:
         return None
 
-    def outside(name):
+    def resolve(name):
+        """Returns (computation, name) of an operand, looking through parameters of a fusion."""
         inner = scope.by_name[name]
         if arguments is not None and inner.opcode == "parameter":
             return condition, arguments[int(inner.literal)]
         return scope, name
 
-    bound = _constant(*outside(compare.operands[1]))
-    where, counter = outside(compare.operands[0])
+    bound = _constant_value(*resolve(compare.operands[1]))
+    where, counter = resolve(compare.operands[0])
     element = where.by_name[counter]
     index = re.search(r"index=(\d+)", element.attributes)
     if bound is None or element.opcode != "get-tuple-element" or not index:
@@ -266,22 +326,27 @@ def _counter_bound(module: Module, condition: Computation) -> tuple[int, int] | 
     return int(index[1]), bound
 
 
-def trip_count(module: Module, computation: Computation, loop: Instruction) -> int:
-    """How often the body of a `while` runs.
+def trip_count(module: HloModule, computation: Computation, loop: Instruction) -> int:
+    """Returns how often the body of a `while` loop runs.
 
-    Taken from the compiler's `known_trip_count` where it is printed, else from the condition
-    `counter < bound` with the counter's first value; `jax.lax.scan` counts up by one.
+    From the compiler's `known_trip_count` if it is printed, else from the condition `counter <
+    bound` and the counter's initial value (`jax.lax.scan` counts up by one).
+
+    Args:
+      module: the program.
+      computation: computation that contains the loop.
+      loop: the `while` instruction.
 
     Raises:
-      ValueError: the loop is of another form.
+      ValueError: the loop has another form.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    found = _counter_bound(module, module.computations[loop.called("condition")])
+    found = _loop_counter(module, module.called(loop, "condition"))
     if found is None:
         raise ValueError(f"trip count of loop {loop.name} is not known")
     index, bound = found
     init = computation.by_name[loop.operands[0]]
-    start = _constant(computation, init.operands[index]) if init.opcode == "tuple" else 0
+    start = _constant_value(computation, init.operands[index]) if init.opcode == "tuple" else 0
     return max(0, bound - (start or 0))

@@ -1,4 +1,4 @@
-"""Nodes of GPUs by name (`h100:8`), described without any hardware, and what their GPUs can do."""
+"""GPU nodes by name (`h100:8`), described without hardware, and properties of their GPUs."""
 
 from __future__ import annotations
 
@@ -18,34 +18,41 @@ from qwen_jax.errors import UserError
 from qwen_jax.train.flops import PEAK_FLOPS
 
 GPUS_PER_NODE = 8
-"""More of them do not share one NVLink switch (HGX and DGX, H100 and H200)."""
+"""Number of GPUs that share an NVLink switch (HGX and DGX, H100 and H200)."""
 
 COMPILERS = ("jax-cuda13-plugin", "nvidia-cuda-nvcc")
-"""Packages that compile for them."""
+"""Packages that compile for GPUs."""
 
 MEMORY_FRACTION = 0.9
-"""Share of a GPU's memory that XLA may take: what NVIDIA sets (docs.nvidia.com/jax-toolbox, GPU
-performance). The rest is for the CUDA context, NCCL's buffers and code. JAX itself takes 0.75
-where XLA_CLIENT_MEM_FRACTION (XLA_PYTHON_CLIENT_MEM_FRACTION) says nothing else."""
+"""Share of a GPU's memory that XLA may use, as NVIDIA recommends (docs.nvidia.com/jax-toolbox, GPU
+performance). The rest is for the CUDA context, NCCL's buffers and code. JAX's default is 0.75, set
+by XLA_CLIENT_MEM_FRACTION (XLA_PYTHON_CLIENT_MEM_FRACTION)."""
 
 DEVICELESS_OPTIONS = {
-    # With a GPU at hand the compiler times cuBLAS against its own Triton kernels for each product
-    # and takes the better. Without one it takes Triton with its smallest tiles.
+    # With a GPU, the compiler times cuBLAS and its own Triton kernels for each product and uses the
+    # faster one. Without a GPU it uses Triton with the smallest tiles.
     "xla_gpu_enable_triton_gemm": False,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU. Bandwidths in bytes/s, of the data sheets (H100 and H200 SXM, DGX H100).
+    """Properties of a GPU.
+
+    Bandwidths are in bytes/s, from the data sheets (H100 and H200 SXM, DGX H100).
 
     Attributes:
-      kind: JAX's `device_kind`. peak_flops: dense bf16 FLOP/s. clock: highest, in Hz.
-      memory_bytes: what the driver reports; XLA has `hbm_bytes` of it.
-      link_bandwidth: of all NVLinks in one direction. network_bandwidth: of its network card in one
-        direction (one of 400 Gbit/s each). host_bandwidth: of PCIe in one direction.
-      kernel_efficiency: share of the peak at which Pallas calls are taken to run: no GPU was timed,
-        so all of it.
+      name: model, as in topology names.
+      kind: JAX's `device_kind`.
+      peak_flops: dense bf16 FLOP/s of the data sheet.
+      memory_bytes: memory that the driver reports; XLA may use `hbm_bytes` of it.
+      hbm_bandwidth: memory bandwidth.
+      clock: highest clock frequency in Hz.
+      link_bandwidth: bandwidth of all NVLinks in one direction.
+      network_bandwidth: bandwidth of its network card in one direction (400 Gbit/s each).
+      host_bandwidth: bandwidth of PCIe in one direction.
+      kernel_efficiency: share of the peak that Pallas calls are assumed to reach; 1, since no GPU
+        was measured.
     """
 
     name: str
@@ -61,7 +68,7 @@ class Gpu:
 
     @property
     def hbm_bytes(self) -> int:
-        """What a program may use."""
+        """Returns the bytes of memory that a program may use."""
         return int(self.memory_bytes * MEMORY_FRACTION)
 
 
@@ -83,9 +90,9 @@ GPUS = {
         hbm_bandwidth=4_800_000_000_000,
     ),
 }
-"""GPUs that can be compiled for, by the first part of a topology's name."""
+"""Supported GPUs, by the first part of a topology's name."""
 
-# The rest of what the compiler asks of a GPU, the same for both; from the files above.
+# Other properties of a GPU that the compiler needs, the same for both; from the files above.
 _HOPPER = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
@@ -115,7 +122,10 @@ _HOPPER = {
 
 
 def target_config(gpu: Gpu) -> str:
-    """What the compiler has to know of the GPU, as a text proto (GpuTargetConfigProto of XLA)."""
+    """Returns the properties of a GPU for the compiler, in text format.
+
+    The message type is GpuTargetConfigProto of XLA.
+    """
     numbers = _HOPPER | {
         "name": f'"{gpu.kind}"',
         "clock_rate_ghz": gpu.clock / 1e9,
@@ -123,7 +133,7 @@ def target_config(gpu: Gpu) -> str:
         "device_memory_size": gpu.memory_bytes,
     }
     fields = [f"{name}: {value}" for name, value in numbers.items()]
-    # The extension selects sm_90a, where wgmma is.
+    # The extension selects sm_90a, which has wgmma.
     fields.append("cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }")
     return (
         f'gpu_device_info {{ {" ".join(fields)} }} platform_name: "CUDA" '
@@ -134,9 +144,13 @@ def target_config(gpu: Gpu) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-    """Nodes of one kind of GPU, with a switch each and a network between them.
+    """Nodes of one kind of GPU, each with an NVLink switch, connected by a network.
 
-    shape: (1, nodes, GPUs of a node), the axes of a device's `coords`.
+    Attributes:
+      name: topology name, such as "h100:2x8".
+      chip: the GPU.
+      shape: (1, nodes, GPUs per node), the axes of a device's `coords`.
+      devices: the devices, without hardware behind them.
     """
 
     name: str
@@ -145,14 +159,16 @@ class Nodes:
     devices: Sequence[jax.Device]
 
     def transfer_seconds(self, kind: str, size: int, coordinates: np.ndarray) -> float:
-        """The least time of a collective: its bytes at full bandwidth, switch and network at once.
+        """Returns the least time of a collective.
 
-        All-reduces are taken to be summed in the switch (NVLink SHARP), which halves what a ring
-        sends; between nodes they are not.
+        Switch and network are used at full bandwidth, concurrently. All-reduces within a node are
+        assumed to be summed in the switch (NVLink SHARP), which halves what a ring sends; between
+        nodes they are not.
 
         Args:
-          kind: as in `collectives.KINDS`. size: as in `collectives.Collective`.
-          coordinates: [members, 3] of the devices that take part.
+          kind: as in `collectives.KINDS`.
+          size: bytes, as in `collectives.Collective`.
+          coordinates: coordinates of the participating devices, int [members, 3].
         """
         members = len(coordinates)
         if members < 2:
@@ -172,15 +188,15 @@ class Nodes:
 
 
 def is_gpu(name: str) -> bool:
-    """Whether a topology's name begins with a GPU's; its numbers may still be refused."""
+    """Returns whether a topology's name begins with a supported GPU."""
     return name.partition(":")[0] in GPUS
 
 
 def parse(name: str) -> tuple[Gpu, tuple[int, int, int]]:
-    """`h100:8` as its GPU and (1, 1, 8), `h200:2x8` as (1, 2, 8).
+    """Parses a topology name: `h100:8` is its GPU and (1, 1, 8), `h200:2x8` has (1, 2, 8).
 
     Raises:
-      UserError: numbers of another form, or more GPUs than a node has.
+      UserError: the numbers have another form, or there are more GPUs than a node has.
     """
     kind, _, sizes = name.partition(":")
     found = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)", sizes)
@@ -192,44 +208,45 @@ def parse(name: str) -> tuple[Gpu, tuple[int, int, int]]:
     nodes, gpus = int(found[1] or 1), int(found[2])
     if gpus > GPUS_PER_NODE:
         raise UserError(
-            f"topology {name!r} has {gpus} GPUs in a node, which holds {GPUS_PER_NODE}; write "
+            f"topology {name!r} has {gpus} GPUs per node, but a node has {GPUS_PER_NODE}; write "
             f"NODESxGPUS, such as {kind}:2x8"
         )
     return GPUS[kind], (1, nodes, gpus)
 
 
-def _missing() -> UserError:
+def _missing_compiler() -> UserError:
+    """Returns the error for a missing plugin or assembler."""
     return UserError(
-        "compiling for a GPU needs jax's CUDA plugin and NVIDIA's assembler, which are not "
+        "compiling for a GPU needs JAX's CUDA plugin and NVIDIA's assembler, which are not "
         "installed; pip install -r requirements/aot-gpu.txt"
     )
 
 
 def _find_assembler() -> None:
-    """Puts NVIDIA's programs on the PATH, where XLA looks for them.
+    """Adds the folder of NVIDIA's assembler to PATH, where XLA searches for it.
 
     Raises:
-      UserError: there is none.
+      UserError: the assembler is not installed.
     """
-    # Of the wheels nvidia-cuda-nvcc installs.
+    # Where the wheel nvidia-cuda-nvcc installs them.
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or () if spec else ():
         programs = pathlib.Path(folder, "cu13", "bin")
         if (programs / "ptxas").exists():
             os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ.get('PATH', '')}"
     if shutil.which("ptxas") is None:
-        raise _missing()
+        raise _missing_compiler()
 
 
 def describe(name: str) -> Nodes:
-    """The nodes of this name, their devices made up by jax's CUDA plugin; no GPU is needed.
+    """Returns the GPU nodes of this name, with devices made by JAX's CUDA plugin; needs no GPU.
 
     Raises:
-      UserError: the plugin or the assembler is not installed, or the plugin refuses.
+      UserError: the plugin or the assembler is not installed, or the plugin reports an error.
     """
     gpu, shape = parse(name)
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        raise _missing()
+        raise _missing_compiler()
     _find_assembler()
     try:
         found = topologies.get_topology_desc(
@@ -238,10 +255,10 @@ def describe(name: str) -> Nodes:
             topology="x".join(map(str, shape)),
             target_config=target_config(gpu),
         )
-    except Exception as error:  # jaxlib raises several types, all with the reason as text
+    except Exception as error:  # jaxlib raises several types; their text has the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"jax's CUDA plugin can't describe {name} ({reason}); its version and jax's have to be "
-            "the same: pip install -r requirements/aot-gpu.txt"
+            f"JAX's CUDA plugin cannot describe {name} ({reason}); its version must be that of "
+            "jax: pip install -r requirements/aot-gpu.txt"
         ) from error
     return Nodes(name, gpu, shape, found.devices)

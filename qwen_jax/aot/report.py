@@ -1,4 +1,4 @@
-"""One JSON object of what compiling a step has shown and what it predicts."""
+"""Report of one ahead-of-time compilation: facts and predictions as one JSON object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from qwen_jax.aot import hlo, nodes, timeline, topology
-from qwen_jax.aot.compile import CompiledStep, TooLarge
+from qwen_jax.aot.compile import CompiledStep, OutOfMemory
 from qwen_jax.aot.nodes import Nodes
 from qwen_jax.aot.topology import Pod
 from qwen_jax.model import count_params
@@ -23,25 +23,25 @@ _ASSUMED = (
 )
 
 _ROOFLINE = (
-    "no prediction, the least that this schedule can take: products and kernels at the data "
-    "sheet's peak, the rest at full HBM bandwidth with nothing found in the L2 cache, collectives "
+    "a lower bound of this schedule, not a prediction: products and kernels at the data "
+    "sheet's peak, the rest at full HBM bandwidth without hits in the L2 cache, collectives "
     "at full NVLink and network bandwidth; no latencies, no launches, no input, no checkpoints; "
     "real steps are slower"
 )
 
 
 def versions(pod: Pod | Nodes) -> dict[str, str]:
-    """Of what compiles for these devices; a name is left out where it did not come as a wheel."""
+    """Returns package -> version of the compilers for these devices, as far as they are wheels."""
     packages = nodes.COMPILERS if isinstance(pod, Nodes) else topology.COMPILERS
-    made = {"jax": jax.__version__}
+    fields = {"jax": jax.__version__}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            made[package] = importlib.metadata.version(package)
-    return made
+            fields[package] = importlib.metadata.version(package)
+    return fields
 
 
-def _asked(job: PretrainJob, pod: Pod | Nodes, mesh) -> dict[str, Any]:
-    """What was compiled."""
+def _inputs(job: PretrainJob, pod: Pod | Nodes, mesh) -> dict[str, Any]:
+    """Returns the inputs of the compilation: topology, mesh, model, batch, options, versions."""
     rows, devices = job.data.global_batch, mesh.size
     return {
         "topology": pod.name,
@@ -60,17 +60,27 @@ def _asked(job: PretrainJob, pod: Pod | Nodes, mesh) -> dict[str, Any]:
     }
 
 
-def _collectives(cost: timeline.Cost, on_gpu: bool) -> dict[str, Any]:
-    made = {}
+def _collective_totals(cost: timeline.StepCost, on_gpu: bool) -> dict[str, Any]:
+    """Returns kind -> number and bytes of collectives."""
+    fields = {}
     for kind, count in sorted(cost.counts.items()):
-        made[kind] = {"count": count, "bytes": cost.bytes[kind]}
+        fields[kind] = {"count": count, "bytes": cost.bytes[kind]}
         if on_gpu:
-            made[kind]["synchronous"] = cost.synchronous[kind]
-    return made
+            fields[kind]["synchronous"] = cost.synchronous[kind]
+    return fields
 
 
-def _times(job: PretrainJob, pod: Pod | Nodes, cost: timeline.Cost, model_flops: float):
-    """What the schedule makes of time."""
+def _predicted_times(
+    job: PretrainJob, pod: Pod | Nodes, cost: timeline.StepCost, model_flops: float
+):
+    """Returns the times and rates that follow from the simulated schedule.
+
+    Args:
+      job: the compiled job.
+      pod: TPU slice or GPU nodes.
+      cost: result of the simulation.
+      model_flops: FLOPs of one step by `train.flops`.
+    """
     chip, devices = pod.chip, len(pod.devices)
     tokens = job.data.global_batch * job.data.seq_len
     return {
@@ -87,33 +97,46 @@ def _times(job: PretrainJob, pod: Pod | Nodes, cost: timeline.Cost, model_flops:
     }
 
 
-def report(job: PretrainJob, pod: Pod | Nodes, result: CompiledStep | TooLarge) -> dict[str, Any]:
-    """The report of one compilation; everything that is not a fact is under "prediction".
+def report(
+    job: PretrainJob, pod: Pod | Nodes, result: CompiledStep | OutOfMemory
+) -> dict[str, Any]:
+    """Returns the report of one compilation.
 
-    For GPUs that is null: there is nothing to predict from, and "roofline" says what the schedule
-    takes at the very least.
+    Everything that is not a fact is under "prediction". For GPUs that is null, since there is
+    nothing to base a prediction on; "roofline" has the least time that the schedule can take.
 
-    Bytes are per device. `flops.model` counts as `train.flops` does, `flops.executed` what the
-    program multiplies, recomputation included; both are of one step on all devices. Collectives'
-    bytes are of the whole array over its group (see `collectives.Collective`); of those of GPUs
-    "synchronous" says how many run beside nothing.
+    Bytes are per device. `flops.model` is counted as in `train.flops`, `flops.executed` is what the
+    program multiplies, recomputation included; both are of one step on all devices. Bytes of
+    collectives are those of the array over its group (see `collectives.Collective`); on GPUs,
+    "synchronous" is the number of collectives that overlap with nothing.
+
+    Args:
+      job: the compiled job.
+      pod: TPU slice or GPU nodes.
+      result: result of the compilation.
     """
-    made = _asked(job, pod, result.mesh) | {
+    fields = _inputs(job, pod, result.mesh) | {
         "xla_options": result.options,
         "compile_seconds": round(result.seconds, 1),
     }
-    if isinstance(result, TooLarge):
-        memory = {"fits": False, "needed_bytes": result.needed, "hbm_bytes": pod.chip.hbm_bytes}
-        return made | {"memory": memory | {"compiler": result.message}}
+    if isinstance(result, OutOfMemory):
+        return fields | {
+            "memory": {
+                "fits": False,
+                "needed_bytes": result.needed,
+                "hbm_bytes": pod.chip.hbm_bytes,
+                "compiler": result.message,
+            }
+        }
     cost = timeline.predict(hlo.parse(result.hlo), pod, result.mesh)
     chip, devices = pod.chip, result.mesh.size
     tokens = job.data.global_batch * job.data.seq_len
     model_flops = train_flops_per_token(job.model, job.data.seq_len) * tokens
     executed = cost.flops * devices
     memory = result.memory
-    times = _times(job, pod, cost, model_flops)
+    times = _predicted_times(job, pod, cost, model_flops)
     on_gpu = isinstance(pod, Nodes)
-    return made | {
+    return fields | {
         "memory": {
             "fits": memory.peak <= chip.hbm_bytes,
             "argument_bytes": memory.arguments,
@@ -122,7 +145,7 @@ def report(job: PretrainJob, pod: Pod | Nodes, result: CompiledStep | TooLarge) 
             "hbm_bytes": chip.hbm_bytes,
             "host_temp_bytes": memory.host,
         },
-        "collectives": _collectives(cost, on_gpu),
+        "collectives": _collective_totals(cost, on_gpu),
         "flops": {
             "model": model_flops,
             "executed": executed,

@@ -1,4 +1,4 @@
-"""Pods by name (`v5e:16x16`), described without any hardware, and what their chips can do."""
+"""TPU slices by name (`v5e:16x16`), described without hardware, and properties of their chips."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qwen_jax.aot.nodes import GPUS
 from qwen_jax.errors import UserError, nearest
 from qwen_jax.train.flops import PEAK_FLOPS
 
-# libtpu reads these once, when it is loaded. Without the first it asks a metadata server for the
-# host's TPU, without the second two compiling processes collide on a lock file.
+# libtpu reads these once, when it is loaded. Without the first it queries a metadata server for the
+# host's TPU; without the second, two compiling processes conflict over a lock file.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -29,24 +29,29 @@ COMPILERS = ("libtpu",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """One TPU chip, which is one JAX device.
+class TpuChip:
+    """Properties of a TPU chip, which is one JAX device.
 
-    Bandwidths in bytes/s: "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus, tables of
-    TPU specs and interconnect figures, and the paragraph on PCIe).
+    Bandwidths are in bytes/s, from "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus:
+    tables of TPU specs and interconnect figures, and the paragraph on PCIe).
 
     Attributes:
-      kind: part of JAX's `device_kind`. peak_flops: dense bf16 FLOP/s, data sheet.
-      clock: Hz by which the compiler's cycles become seconds; cycles of v5p are those of both
-        TensorCores at work (a large product reaches 82 % of the chip's peak by them, not 41 %).
-      hbm_bytes: what the compiler lets a program use, as its out-of-memory error names it.
-      hbm_bandwidth: of the chip. link_bandwidth: of one ICI link in one direction.
-      host_bandwidth: to the host's memory (PCIe).
-      torus_axes: dimensions of the interconnect. ring: an axis is a ring when its length is a
-        multiple of this, else a line (scaling book: 16 for inference chips, 4 for training chips).
-      kernel_efficiency: share of peak_flops at which a Pallas call with a cost estimate is taken to
-        run. From libtpu's static cycle profile of our attention, causal, 4,096 tokens of one head
-        of 128, forward + backward (`benchmarks/attention_cycles.py`; estimates).
+      name: generation, as in topology names.
+      kind: JAX's `device_kind`.
+      peak_flops: dense bf16 FLOP/s of the data sheet.
+      clock: frequency in Hz that converts the compiler's cycles to seconds. On v5p, cycles are
+        those of both TensorCores together (a large product reaches 82 % of the chip's peak by them,
+        not 41 %).
+      hbm_bytes: bytes of HBM that a program may use, as in the compiler's out-of-memory error.
+      hbm_bandwidth: HBM bandwidth of the chip.
+      link_bandwidth: bandwidth of one ICI link in one direction.
+      host_bandwidth: bandwidth to the host's memory (PCIe).
+      torus_axes: number of dimensions of the interconnect.
+      ring: an axis is a ring if its length is a multiple of this, else a line (scaling book: 16 for
+        inference chips, 4 for training chips).
+      kernel_efficiency: share of peak_flops that Pallas calls with a cost estimate are assumed to
+        reach. From libtpu's static cycle profile of this package's attention, causal, 4,096 tokens
+        of one head of 128, forward and backward (`benchmarks/attention_cycles.py`; estimates).
     """
 
     name: str
@@ -63,10 +68,11 @@ class Chip:
 
 
 _GIB = 2**30
-_ATTENTION = 7 * 2 * 4096**2 / 2 * 128  # FLOPs of that: two products and five, half of the square
+# FLOPs of that attention: two products forward and five backward, half of the square.
+_ATTENTION = 7 * 2 * 4096**2 / 2 * 128
 
 CHIPS = {
-    "v5e": Chip(
+    "v5e": TpuChip(
         name="v5e",
         kind="TPU v5 lite",
         peak_flops=PEAK_FLOPS["TPU v5e"],
@@ -79,7 +85,7 @@ CHIPS = {
         ring=16,
         kernel_efficiency=_ATTENTION / ((49_745 + 100_385) / 1.5e9) / PEAK_FLOPS["TPU v5e"],
     ),
-    "v5p": Chip(
+    "v5p": TpuChip(
         name="v5p",
         kind="TPU v5",
         peak_flops=PEAK_FLOPS["TPU v5p"],
@@ -92,7 +98,7 @@ CHIPS = {
         ring=4,
         kernel_efficiency=_ATTENTION / ((48_270 + 98_293) / 1.75e9) / (PEAK_FLOPS["TPU v5p"] / 2),
     ),
-    "v6e": Chip(
+    "v6e": TpuChip(
         name="v6e",
         kind="TPU v6 lite",
         peak_flops=PEAK_FLOPS["TPU v6e"],
@@ -106,34 +112,41 @@ CHIPS = {
         kernel_efficiency=_ATTENTION / ((28_065 + 50_524) / 1.75e9) / PEAK_FLOPS["TPU v6e"],
     ),
 }
-"""Chips that can be compiled for, by the first part of a topology's name."""
+"""Supported chips, by the first part of a topology's name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A slice of one generation: its chip, the lengths of its torus axes, its devices."""
+    """A TPU slice.
+
+    Attributes:
+      name: topology name, such as "v5e:16x16".
+      chip: its chips.
+      shape: length of each torus axis.
+      devices: its devices, without hardware behind them.
+    """
 
     name: str
-    chip: Chip
+    chip: TpuChip
     shape: tuple[int, ...]
     devices: Sequence[jax.Device]
 
     @property
     def rings(self) -> tuple[bool, ...]:
-        """For each torus axis, whether its ends are joined."""
+        """Returns, for each torus axis, whether its ends are connected."""
         return tuple(n % self.chip.ring == 0 and n > 1 for n in self.shape)
 
 
-def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
-    """`v5e:16x16` as its chip and (16, 16).
+def parse(name: str) -> tuple[TpuChip, tuple[int, ...]]:
+    """Parses a topology name: `v5e:16x16` is its chip and (16, 16).
 
     Raises:
-      UserError: unknown generation, or lengths of another form.
+      UserError: the generation is unknown, or the lengths have another form.
     """
     kind, _, lengths = name.partition(":")
     if kind not in CHIPS:
         raise UserError(
-            f"topology {name!r} is of no known TPU or GPU{nearest(kind, [*CHIPS, *GPUS])}; give "
+            f"topology {name!r} is not of a known TPU or GPU{nearest(kind, [*CHIPS, *GPUS])}; give "
             f"one of {', '.join(CHIPS)}, then the slice, such as v5e:16x16 or v5p:4x4x4, or one of "
             f"{', '.join(GPUS)}, then the number of GPUs, such as h100:8"
         )
@@ -151,10 +164,10 @@ def parse(name: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def describe(name: str) -> Pod:
-    """The pod of this name, its devices made up by libtpu; no TPU is needed or touched.
+    """Returns the TPU slice of this name, with devices made by libtpu; no TPU is needed or used.
 
     Raises:
-      UserError: libtpu is not installed, or knows no such slice.
+      UserError: libtpu is not installed, or has no such slice.
     """
     chip, shape = parse(name)
     if importlib.util.find_spec("libtpu") is None:
@@ -166,10 +179,10 @@ def describe(name: str) -> Pod:
         os.environ.setdefault(variable, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
-    except Exception as error:  # jaxlib raises several types, all with the reason as text
+    except Exception as error:  # jaxlib raises several types; their text has the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"libtpu has no slice {name} ({reason}); give one that is sold, such as "
+            f"libtpu has no slice {name} ({reason}); give one that Cloud TPU offers, such as "
             f"{chip.name}:{'16x16' if chip.torus_axes == 2 else '4x4x8'}"
         ) from error
     return Pod(name, chip, shape, found.devices)

@@ -1,11 +1,11 @@
-"""What one operation computes and moves: FLOPs and HBM bytes, from the shapes in the HLO.
+"""FLOPs and HBM bytes of each HLO operation, computed from its shapes.
 
-FLOPs are those of convolutions and dots (on TPU every matrix product is a convolution, on GPUs most
-are calls of cuBLAS) and of Pallas kernels: what those for TPUs declare, and for those of Hopper,
-whose calls have no place for it, what their operands tell. Elementwise work is left to the
-compiler's cycle estimates. The counting rules are those of XLA's HloCostAnalysis, with two
-additions it needs for memory: an operand that is only sliced counts by its slices, and an update in
-place by the update.
+FLOPs are counted for convolutions and dots (on TPUs every matrix product is a convolution, on GPUs
+most are calls of cuBLAS) and for Pallas kernels: from the cost estimate of TPU kernels, and from
+the operands of Hopper kernels, whose calls carry no estimate. Elementwise operations are left to
+the compiler's cycle estimates. The counting rules are those of XLA's HloCostAnalysis, with two
+additions for memory: of an operand that is only sliced, the slices count; of an update in place,
+the update counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from qwen_jax.aot.hlo import HBM, Computation, Instruction, Module
+from qwen_jax.aot.hlo import HBM, Computation, HloModule, Instruction
 
 _FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
@@ -37,14 +37,22 @@ _HOPPER_TILE = 128
 
 
 def is_free(i: Instruction) -> bool:
-    """Whether an operation is bookkeeping and takes no time."""
+    """Returns whether an operation is bookkeeping that takes no time."""
     if i.opcode == "custom-call":
         return i.text("custom_call_target") in ("AllocateBuffer", "ConcatBitcast", "Sharding")
     return i.opcode in _FREE
 
 
 def _window(text: str, rank: int) -> list[dict[str, int]]:
-    """Per spatial dimension: size, stride, pad_low, lhs_dilate, rhs_dilate (defaults filled)."""
+    """Parses the window of a convolution.
+
+    Args:
+      text: attributes of the instruction.
+      rank: number of spatial dimensions.
+
+    Returns:
+      Per spatial dimension: size, stride, pad_low, lhs_dilate, rhs_dilate, defaults filled in.
+    """
     match = re.search(r"window=\{([^}]*)\}", text)
     fields = dict(part.split("=") for part in match[1].split()) if match else {}
 
@@ -67,7 +75,15 @@ def _window(text: str, rank: int) -> list[dict[str, int]]:
 
 
 def _valid_positions(w: dict[str, int], n_in: int, n_out: int) -> int:
-    """Pairs (output place, kernel place) that meet a real input element, not padding or a hole."""
+    """Returns the number of (output, kernel) position pairs that read a real input element.
+
+    Pairs that fall on padding or between dilated elements are not counted.
+
+    Args:
+      w: window of one dimension, as `_window` returns it.
+      n_in: size of the input dimension.
+      n_out: size of the output dimension.
+    """
     if w == {"size": w["size"], "stride": 1, "pad_low": 0, "lhs_dilate": 1, "rhs_dilate": 1} and (
         n_out + w["size"] - 1 <= n_in
     ):
@@ -77,14 +93,17 @@ def _valid_positions(w: dict[str, int], n_in: int, n_out: int) -> int:
     for out in range(n_out):
         first = out * w["stride"] - w["pad_low"]
         for k in range(w["size"]):
-            place = first + k * w["rhs_dilate"]
-            count += 0 <= place < extent and place % w["lhs_dilate"] == 0
+            position = first + k * w["rhs_dilate"]
+            count += 0 <= position < extent and position % w["lhs_dilate"] == 0
     return count
 
 
 def _convolution_flops(scope: Computation, i: Instruction) -> float:
+    """Returns the FLOPs of a convolution, without products with padding."""
     lhs, rhs = (scope.by_name[name].shapes[0] for name in i.operands[:2])
     labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", i.attributes)
+    if labels is None:
+        raise ValueError(f"HLO convolution {i.name} has no dim_labels")
     left, right, out = labels.groups()
     spatial = sorted(c for c in left if c.isdigit())
     windows = _window(i.attributes, len(spatial))
@@ -99,6 +118,7 @@ def _convolution_flops(scope: Computation, i: Instruction) -> float:
 
 
 def _dot_flops(scope: Computation, i: Instruction) -> float:
+    """Returns the FLOPs of a dot."""
     lhs = scope.by_name[i.operands[0]].shapes[0]
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
     dims = [int(d) for d in contracted[1].split(",") if d] if contracted else []
@@ -106,23 +126,28 @@ def _dot_flops(scope: Computation, i: Instruction) -> float:
 
 
 def kernel_estimate(i: Instruction) -> dict[str, float] | None:
-    """The `cost_estimate` of a Pallas call: flops, bytes_accessed, transcendentals; or None."""
+    """Returns the `cost_estimate` of a Pallas call, or None.
+
+    Its keys are flops, bytes_accessed and transcendentals.
+    """
     match = re.search(r'"cost_estimate":(\{[^}]*\})', i.attributes)
     return {k: float(v) for k, v in json.loads(match[1]).items()} if match else None
 
 
 def _cublas_flops(scope: Computation, i: Instruction) -> float:
+    """Returns the FLOPs of a cuBLAS call."""
     lhs = scope.by_name[i.operands[0]].shapes[0]
     contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.attributes)
-    dims = [int(d) for d in re.findall(r"\d+", contracted[1])]
+    dims = [int(d) for d in re.findall(r"\d+", contracted[1])] if contracted else []
     return 2.0 * i.shapes[0].elements * math.prod(lhs.dims[d] for d in dims)
 
 
 def _hopper_flops(scope: Computation, i: Instruction) -> float | None:
-    """FLOPs of our attention kernels for Hopper: causal, without what segments or a window save.
+    """Returns the FLOPs of a Hopper attention kernel of this package; None for other kernels.
 
-    Tiles of 128 queries and keys are done whole. Keys of another number than the queries are a
-    ring's or a cache's, and counted as seen by all.
+    Attention is taken as causal; what segments or a window save is ignored. Tiles of 128 queries
+    and keys are computed completely. If there are not as many keys as queries (ring attention or a
+    cache), every query is counted as seeing all keys.
     """
     parts = (i.text("op_name") or "").split("/")
     products = next((n for name, n in HOPPER_PRODUCTS.items() if name in parts), None)
@@ -135,32 +160,36 @@ def _hopper_flops(scope: Computation, i: Instruction) -> float | None:
 
 
 def is_kernel(i: Instruction) -> bool:
-    """Whether an operation is a Pallas call."""
+    """Returns whether an operation is a Pallas call."""
     return i.opcode == "custom-call" and i.text("custom_call_target") in _KERNELS
 
 
 def kernel_flops(scope: Computation, i: Instruction) -> float | None:
-    """FLOPs of a Pallas call; None if it doesn't say."""
+    """Returns the FLOPs of a Pallas call; None if they are unknown."""
     if i.text("custom_call_target") != "tpu_custom_call":
         return _hopper_flops(scope, i)
     estimate = kernel_estimate(i)
     return None if estimate is None else estimate["flops"]
 
 
-def kernels(
-    module: Module, scope: Computation, i: Instruction
+def pallas_calls(
+    module: HloModule, scope: Computation, i: Instruction
 ) -> Iterator[tuple[Computation, Instruction]]:
-    """Pallas calls of one operation: itself, or those fused with the slices they read or write."""
+    """Yields the Pallas calls of an operation: itself, or those inside a fusion.
+
+    Yields:
+      (computation of the call, call).
+    """
     if is_kernel(i):
         yield scope, i
     elif i.opcode == "fusion":
-        inner = module.computations[i.called("calls")]
+        inner = module.called(i, "calls")
         for j in inner.instructions:
-            yield from kernels(module, inner, j)
+            yield from pallas_calls(module, inner, j)
 
 
-def flops(module: Module, scope: Computation, i: Instruction) -> float:
-    """FLOPs of one operation with what it calls (but not a loop's body)."""
+def flops(module: HloModule, scope: Computation, i: Instruction) -> float:
+    """Returns the FLOPs of an operation, including computations it calls but not loop bodies."""
     if is_kernel(i):
         return kernel_flops(scope, i) or 0.0
     if i.opcode == "convolution":
@@ -170,41 +199,53 @@ def flops(module: Module, scope: Computation, i: Instruction) -> float:
     if i.opcode == "custom-call" and i.text("custom_call_target") in _CUBLAS:
         return _cublas_flops(scope, i)
     if i.opcode == "fusion":
-        inner = module.computations[i.called("calls")]
+        inner = module.called(i, "calls")
         return sum(flops(module, inner, j) for j in inner.instructions)
     return 0.0
 
 
-def _in_hbm(shapes) -> int:
+def _hbm_size(shapes) -> int:
+    """Returns the bytes of the shapes that are in HBM."""
     return sum(s.bytes for s in shapes if s.space == HBM)
 
 
-def _read(module: Module, inner: Computation, value: Instruction) -> int:
-    """Bytes a fused computation reads of a value in HBM: its slices, if it only slices it."""
-    whole = value.shapes[0].bytes
+def _bytes_read(module: HloModule, inner: Computation, value: Instruction) -> int:
+    """Returns the bytes that a fused computation reads of a value in HBM.
+
+    If the value is only sliced, these are the bytes of the slices.
+    """
+    total_bytes = value.shapes[0].bytes
     read = 0
     for user in inner.users.get(value.name, []):
         if user.opcode == "bitcast":
-            read += _read(module, inner, user)
+            read += _bytes_read(module, inner, user)
         elif user.opcode == "fusion":
-            called = module.computations[user.called("calls")]
+            called = module.called(user, "calls")
             numbers = {str(n) for n, name in enumerate(user.operands) if name == value.name}
             read += sum(
-                _read(module, called, p)
+                _bytes_read(module, called, p)
                 for p in called.instructions
                 if p.opcode == "parameter" and p.literal in numbers
             )
         elif user.opcode in _SLICES and user.operands[0] == value.name:
             read += user.shapes[0].bytes
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
-            continue  # the rest stays where it is
+            continue  # the rest is not read
         else:
-            return whole
-    return min(read, whole)
+            return total_bytes
+    return min(read, total_bytes)
 
 
-def _written(inner: Computation, i: Instruction, outer_bytes: int) -> int:
-    """Bytes written for one result of a fused computation; an update in place writes itself."""
+def _bytes_written(inner: Computation, i: Instruction, outer_bytes: int) -> int:
+    """Returns the bytes written for one result of a fused computation.
+
+    For an update in place, these are the bytes of the update.
+
+    Args:
+      inner: the fused computation.
+      i: instruction that computes the result.
+      outer_bytes: size of the result.
+    """
     while i.opcode in ("bitcast", "copy", "convert") and i.operands[0] in inner.by_name:
         if i.opcode != "bitcast":
             return outer_bytes
@@ -216,30 +257,31 @@ def _written(inner: Computation, i: Instruction, outer_bytes: int) -> int:
     return outer_bytes
 
 
-def hbm_bytes(module: Module, scope: Computation, i: Instruction) -> int:
-    """Bytes one operation reads from and writes to HBM; those of VMEM are free."""
+def hbm_bytes(module: HloModule, scope: Computation, i: Instruction) -> int:
+    """Returns the bytes an operation reads from and writes to HBM; VMEM is not counted."""
     operands = [scope.by_name[name] for name in i.operands if name in scope.by_name]
     if i.opcode == "custom-call" and (estimate := kernel_estimate(i)):
         return int(estimate["bytes_accessed"])
-    if i.opcode == "custom-call" and i.text("custom_call_target") in _CUBLAS:  # not its workspace
-        return _in_hbm(i.shapes[:1]) + sum(_in_hbm(o.shapes[:1]) for o in operands)
+    if i.opcode == "custom-call" and i.text("custom_call_target") in _CUBLAS:
+        # Only the first result: the second is workspace.
+        return _hbm_size(i.shapes[:1]) + sum(_hbm_size(o.shapes[:1]) for o in operands)
     if i.opcode in _SLICES:
-        return 2 * _in_hbm(i.shapes)
+        return 2 * _hbm_size(i.shapes)
     if i.opcode == "dynamic-update-slice":
         return 2 * operands[1].shapes[0].bytes if i.shapes[0].space == HBM else 0
     if i.opcode != "fusion":
-        return _in_hbm(i.shapes) + sum(_in_hbm(o.shapes) for o in operands)
-    inner = module.computations[i.called("calls")]
+        return _hbm_size(i.shapes) + sum(_hbm_size(o.shapes) for o in operands)
+    inner = module.called(i, "calls")
     parameters = {int(p.literal): p for p in inner.instructions if p.opcode == "parameter"}
     total = 0
     for index, operand in enumerate(operands):
         if len(operand.shapes) == 1 and operand.shapes[0].space == HBM and index in parameters:
-            total += _read(module, inner, parameters[index])
+            total += _bytes_read(module, inner, parameters[index])
     root = inner.root
     results = [inner.by_name[n] for n in root.operands] if root.opcode == "tuple" else [root]
     if len(results) != len(i.shapes):
-        return total + _in_hbm(i.shapes)
+        return total + _hbm_size(i.shapes)
     for shape, result in zip(i.shapes, results, strict=True):
         if shape.space == HBM:
-            total += _written(inner, result, shape.bytes)
+            total += _bytes_written(inner, result, shape.bytes)
     return total

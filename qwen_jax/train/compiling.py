@@ -6,7 +6,7 @@ program that is analysed is the program that runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import jax
@@ -69,7 +69,9 @@ def xla_options(device_kind: str) -> dict[str, str | bool]:
 
 
 def lower_step(
-    step: Callable[[S, Batch], tuple[S, Metrics]], abstract: S, batch: Batch
+    step: Callable[[S, Batch], tuple[S, Metrics]],
+    abstract: S,
+    batch: Mapping[str, jax.Array | jax.ShapeDtypeStruct],
 ) -> jax.stages.Lowered:
     """Traces a training step with donated state under the current mesh.
 

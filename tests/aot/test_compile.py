@@ -1,4 +1,4 @@
-"""Real compilations for chips that aren't there: closed forms, whole reports, and refusals."""
+"""Real compilations for chips that are not attached: closed forms, reports and refusals."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def small():
 
 
 @needs_libtpu
-def test_nested_loops_cost_their_trips(small):
+def test_nested_loops_multiply_costs_by_trip_counts(small):
     c = compiled
     found = small["nested"]
     products = c.LAYERS * c.INNER
@@ -52,7 +52,7 @@ def test_nested_loops_cost_their_trips(small):
 
 
 @needs_libtpu
-def test_a_pallas_call_counts_by_its_estimate_in_every_trip(small):
+def test_pallas_call_costs_its_estimate_in_every_trip(small):
     assert small["kernel"]["kernel_flops"] == small["kernel"]["flops"] == 7 * 10**6
     assert small["kernel"]["seconds"] >= 7 * 10**5 / 8.1e11
 
@@ -78,7 +78,7 @@ def parsed(done: programs.Done) -> dict:
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CHIPS)), ids=list(CHIPS))
-def test_the_real_step_of_a_toy_compiles_for_every_chip(reports, number):
+def test_real_step_of_a_toy_compiles_for_every_chip(reports, number):
     done, folder = reports[0][number], reports[1]
     assert done.status == 0, done.output
     made = parsed(done)
@@ -101,7 +101,7 @@ def test_the_real_step_of_a_toy_compiles_for_every_chip(reports, number):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_what_a_mesh_cannot_divide_is_one_sentence(reports):
+def test_batch_that_the_mesh_does_not_divide_is_refused(reports):
     done = reports[0][len(CHIPS)]
     assert done.status == 2
     assert done.last_line.startswith("error: data.global_batch=6 is not a multiple of data×fsdp")
@@ -109,7 +109,7 @@ def test_what_a_mesh_cannot_divide_is_one_sentence(reports):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_what_does_not_fit_is_a_report(reports):
+def test_step_that_does_not_fit_is_reported(reports):
     done = reports[0][len(CHIPS) + 1]
     assert done.status == 1, done.output
     memory = parsed(done)["memory"]
@@ -126,14 +126,14 @@ def test_what_does_not_fit_is_a_report(reports):
         ("something else", None),
     ],
 )
-def test_bytes_the_compiler_names(message, expected):
+def test_needed_bytes_are_parsed_from_the_compilers_message(message, expected):
     assert needed_bytes(message) == expected
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("v7:4x4", "topology 'v7:4x4' is of no known TPU"),
+        ("v7:4x4", "topology 'v7:4x4' is not of a known TPU"),
         ("v5e", "needs 2 lengths after the colon, such as v5e:4x4"),
         ("v5p:4x4", "needs 3 lengths after the colon, such as v5p:4x4x4"),
         ("v6e:4xx4", "needs 2 lengths"),
@@ -146,14 +146,14 @@ def test_unknown_topologies_are_refused(name, sentence):
     assert sentence in str(refused.value)
 
 
-def test_a_missing_libtpu_is_one_sentence(monkeypatch):
+def test_missing_libtpu_is_refused(monkeypatch):
     monkeypatch.setattr(topology.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install libtpu"):
         topology.describe("v5e:2x2")
 
 
 @needs_libtpu
-def test_a_slice_that_is_not_sold_is_refused():
+def test_slice_that_libtpu_does_not_have_is_refused():
     code = (
         "from qwen_jax.aot.topology import describe\nfrom qwen_jax.errors import UserError\n"
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"
@@ -165,10 +165,10 @@ def test_a_slice_that_is_not_sold_is_refused():
     assert done.stdout.startswith("libtpu has no slice v5e:3x7 ("), done.stderr
 
 
-def test_flags_that_cannot_be_served_are_refused_before_anything_is_compiled(tmp_path):
+def test_unusable_flags_are_refused_before_compilation(tmp_path):
     refused = {
-        ("--search", "--per_device_batch=4"): "--search has no use for --per_device_batch: it cho",
-        ("--search", f"--dump_hlo={tmp_path}/x"): "--search has no use for --dump_hlo",
+        ("--search", "--per_device_batch=4"): "--search cannot be combined with --per_device_batch",
+        ("--search", f"--dump_hlo={tmp_path}/x"): "--search cannot be combined with --dump_hlo",
         (f"--search_log={tmp_path}/x",): "--search_log is only written with --search",
         ("--dump_hlo=/nowhere/x.gz",): "--dump_hlo=/nowhere/x.gz cannot be written",
         (f"--dump_hlo={tmp_path}",): "cannot be written",
@@ -181,7 +181,7 @@ def test_flags_that_cannot_be_served_are_refused_before_anything_is_compiled(tmp
 
 
 @needs_libtpu
-def test_batches_and_lengths_that_are_none_are_one_sentence():
+def test_invalid_batches_and_lengths_are_refused():
     refused = {
         "--per_device_batch=nan": "--per_device_batch=nan on 4 devices makes nan rows",
         "--per_device_batch=inf": "makes inf rows",

@@ -1,4 +1,4 @@
-"""FLOPs, bytes, transfer times and the played-through schedule against closed forms."""
+"""FLOPs, bytes, transfer times and the simulated schedule against closed forms."""
 
 import pytest
 
@@ -6,13 +6,13 @@ from qwen_jax.aot import collectives, hlo, timeline, work
 from tests.aot.pods import mesh, pod
 
 
-def module(entry: str, *others: str) -> hlo.Module:
+def module(entry: str, *others: str) -> hlo.HloModule:
     """A module of one ENTRY body and further computations."""
     main = "ENTRY %main (p: f32[1]) -> f32[1] {\n" + entry + "\n}"
     return hlo.parse("\n\n".join([*others, main]))
 
 
-def only(m: hlo.Module, opcode: str) -> tuple[hlo.Computation, hlo.Instruction]:
+def only(m: hlo.HloModule, opcode: str) -> tuple[hlo.Computation, hlo.Instruction]:
     scope = m.computations[m.entry]
     return scope, next(i for i in scope.instructions if i.opcode == opcode)
 
@@ -56,7 +56,7 @@ def test_flops_of_convolutions(lhs, rhs, out, attributes, flops):
     assert work.flops(m, *only(m, "convolution")) == flops
 
 
-def test_flops_of_a_dot_and_of_a_kernels_declaration():
+def test_flops_of_a_dot_and_of_a_kernel_estimate():
     m = module(
         "  %a = bf16[3,8,16] parameter(0)\n  %b = bf16[3,16,4] parameter(1)\n"
         "  %d = f32[3,8,4] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}\n"
@@ -93,7 +93,7 @@ SLICING = (
 )
 
 
-def test_slices_and_updates_in_place_count_by_themselves():
+def test_slices_and_updates_in_place_cost_only_their_own_bytes():
     m = module(
         "  %w = f32[32,8,8] parameter(0)\n  %i = s32[] parameter(1)\n"
         "  %old = f32[32,8,8] parameter(2)\n"
@@ -105,7 +105,7 @@ def test_slices_and_updates_in_place_count_by_themselves():
     assert work.hbm_bytes(m, *only(m, "fusion")) == 2 * one_layer + index
 
 
-def test_what_is_in_vector_memory_costs_no_hbm():
+def test_values_in_vector_memory_cost_no_hbm_traffic():
     m = module(
         "  %a = f32[1024]{0:S(1)} parameter(0)\n  %b = f32[1024]{0} parameter(1)\n"
         "  ROOT %c = f32[1024]{0:S(1)} add(%a, %b)"
@@ -117,7 +117,7 @@ def gathered(name: str, groups: str, kind: str = "all-gather", out: str = "bf16[
     slice_ = pod(name)
     i = hlo.parse_instruction(f"  %c = {out} {kind}(%x), replica_groups={groups}, dimensions={{0}}")
     places = collectives.coordinates(slice_, mesh(slice_))
-    return collectives.measure(slice_, places, i, i.shapes)
+    return collectives.estimate(slice_, places, i, i.shapes)
 
 
 MIB2 = 2 * 2**20  # bytes of bf16[1024,1024]
@@ -135,7 +135,7 @@ LINK = 4.5e10  # v5e, one direction
         ("v5p:4x4x4", "[1,64]<=[64]", MIB2 * 63 / 64 / (6 * 9e10)),  # three rings
     ],
 )
-def test_an_all_gather_takes_its_bytes_over_its_links(topology, groups, seconds):
+def test_all_gather_time_is_bytes_over_link_bandwidth(topology, groups, seconds):
     found = gathered(topology, groups)
     assert (found.kind, found.bytes) == ("all-gather", MIB2)
     assert found.seconds == pytest.approx(seconds)
@@ -152,7 +152,7 @@ def test_other_collectives_relative_to_an_all_gather():
     assert traded == pytest.approx(MIB2 * 2 / LINK)
 
 
-def test_a_permute_takes_its_longest_way():
+def test_permute_time_is_that_of_its_longest_path():
     slice_ = pod("v5e:16x16")
     places = collectives.coordinates(slice_, mesh(slice_))
 
@@ -160,7 +160,7 @@ def test_a_permute_takes_its_longest_way():
         i = hlo.parse_instruction(
             f"  %c = bf16[1024,1024] collective-permute(%x), source_target_pairs={pairs}"
         )
-        return collectives.measure(slice_, places, i, i.shapes).seconds
+        return collectives.estimate(slice_, places, i, i.shapes).seconds
 
     assert seconds("{{0,1},{1,2}}") == pytest.approx(MIB2 / LINK)
     assert seconds("{{15,0}}") == pytest.approx(MIB2 / LINK)  # round the ring
@@ -186,7 +186,7 @@ DONE = "  %d = bf16[1024,1024] all-gather-done(%s)"
 FIRST = "  %a = f32[8]{0:S(1)} parameter(0)"
 
 
-def played(*lines: str, others=()) -> timeline.Cost:
+def played(*lines: str, others=()) -> timeline.StepCost:
     slice_ = pod("v5e:4x4")
     program = module("\n".join([FIRST, *lines]), IDENTITY, *others)
     return timeline.predict(program, slice_, mesh(slice_))
@@ -197,19 +197,19 @@ CYCLES = int(GATHER * 1.5e9 / 4)  # a fusion of a quarter of that time
 QUARTER = CYCLES / 1.5e9
 
 
-def test_cycles_become_seconds_by_the_clock():
+def test_cycles_are_converted_to_seconds_by_the_clock():
     cost = played(fusion(3_000_000))
     assert cost.seconds == cost.compute == pytest.approx(0.002)
 
 
-def test_a_synchronous_collective_is_waited_for():
+def test_schedule_waits_for_a_synchronous_collective():
     line = "  %c = bf16[1024,1024] all-gather(%a), replica_groups=[1,16]<=[16], dimensions={0}"
     cost = played(fusion(CYCLES), line)
     assert cost.seconds == pytest.approx(QUARTER + GATHER)
     assert cost.waiting["interconnect"] == pytest.approx(GATHER)
 
 
-def test_an_asynchronous_one_hides_behind_what_runs_meanwhile():
+def test_asynchronous_collective_overlaps_with_compute():
     some = played(START, fusion(CYCLES), DONE)
     assert some.seconds == pytest.approx(GATHER)
     assert some.waiting["interconnect"] == pytest.approx(GATHER - QUARTER)
@@ -220,13 +220,13 @@ def test_an_asynchronous_one_hides_behind_what_runs_meanwhile():
     assert enough.bytes == {"all-gather": MIB2}
 
 
-def test_two_transfers_share_the_links():
+def test_two_transfers_run_one_after_the_other_on_the_links():
     second = START.replace("%s =", "%t =")
     cost = played(START, second, DONE, DONE.replace("%d", "%e").replace("(%s)", "(%t)"))
     assert cost.seconds == pytest.approx(2 * GATHER)
 
 
-def test_a_collective_on_the_sparse_cores_begins_when_its_operands_come():
+def test_sparse_core_collective_begins_when_its_operands_are_supplied():
     offloaded = (
         "%ring (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0:S(1)} parameter(0)\n"
         "  ROOT %g = bf16[1024,1024] all-gather(%x), replica_groups=[1,16]<=[16], "
@@ -248,7 +248,7 @@ def test_a_collective_on_the_sparse_cores_begins_when_its_operands_come():
 
 
 @pytest.mark.parametrize("spelling", ["dynamic-update-slice", "async"])
-def test_offloading_moves_the_update_and_not_the_stack(spelling):
+def test_offloading_costs_the_bytes_of_the_update_only(spelling):
     inner = (
         "%update (x: bf16[1]) -> bf16[1] {\n"
         "  ROOT %u = bf16[32,1024,1024]{2,1,0:S(5)} dynamic-update-slice(%a, %b, %c)\n}"
@@ -268,7 +268,7 @@ def test_offloading_moves_the_update_and_not_the_stack(spelling):
     assert cost.waiting["host"] == cost.seconds == pytest.approx(MIB2 / 1.6e10)
 
 
-def test_a_transfer_driven_from_inside_products():
+def test_transfer_fused_into_products_overlaps_with_them():
     def driving(name, last):
         return (
             f"%{name} (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0:S(1)}} parameter(0)\n"
@@ -298,7 +298,7 @@ LOOPS = (
 )
 
 
-def test_loops_multiply_also_inside_each_other():
+def test_loops_multiply_costs_when_nested():
     inner = (
         "%inner (s: (s32[])) -> (s32[]) {\n  %s = (s32[]) parameter(0)\n"
         '  %a = f32[8]{0:S(1)} custom-call(), custom_call_target="AllocateBuffer"\n'
@@ -318,7 +318,7 @@ def test_loops_multiply_also_inside_each_other():
     assert cost.seconds == pytest.approx(7 * 3 * 300 / 1.5e9)
 
 
-def test_of_a_conditional_the_longest_branch_counts():
+def test_conditional_costs_its_longest_branch():
     branch = "%branch{0} (x: f32[8]) -> f32[8] {{\n  %a = f32[8]{{0:S(1)}} parameter(0)\n{1}\n}}"
     cost = played(
         "  %p = s32[] constant(0)\n"
@@ -328,7 +328,7 @@ def test_of_a_conditional_the_longest_branch_counts():
     assert cost.seconds == pytest.approx(900 / 1.5e9)
 
 
-def test_a_kernel_runs_at_its_chips_efficiency_or_by_its_bytes():
+def test_kernel_time_follows_from_efficiency_or_bytes():
     line = (
         '  %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={{'
         '"custom_call_config":{{"cost_estimate":{{"flops":"{0}","transcendentals":"0",'
@@ -343,7 +343,7 @@ def test_a_kernel_runs_at_its_chips_efficiency_or_by_its_bytes():
     assert bare.unpriced_kernels == 1
 
 
-def test_what_a_foreign_kernel_does_may_be_said_for_it():
+def test_cost_of_a_kernel_without_estimate_can_be_supplied():
     bare = 'custom-call(%a), custom_call_target="tpu_custom_call"'
     m = module(f"  %a = f32[8] parameter(0)\n  %k = f32[8] {bare}\n  %j = f32[8] {bare}")
     slice_ = pod("v5e:4x4")
@@ -357,7 +357,7 @@ def test_what_a_foreign_kernel_does_may_be_said_for_it():
     assert cost.flops == cost.kernel_flops == 1e12 and cost.unpriced_kernels == 1
 
 
-def test_a_kernels_own_declaration_comes_first():
+def test_kernel_estimate_takes_precedence_over_a_supplied_cost():
     declared = (
         '  %k = f32[8] custom-call(%a), custom_call_target="tpu_custom_call", backend_config={'
         '"cost_estimate":{"flops":"1000000000000","transcendentals":"0","bytes_accessed":"1"}}'

@@ -39,7 +39,7 @@ def instruction(text):
     return found
 
 
-def test_shapes_flatten_tuples_and_know_memory_spaces():
+def test_parsed_shapes_flatten_tuples_and_have_memory_spaces():
     shapes = hlo.parse_shapes("(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, (f32[]), u8[5]{0:S(5)}, token[])")
     assert [(s.dtype, s.dims, s.space, s.bytes) for s in shapes] == [
         ("bf16", (2, 3), hlo.VMEM, 12),
@@ -49,7 +49,7 @@ def test_shapes_flatten_tuples_and_know_memory_spaces():
     ]
 
 
-def test_an_instruction_is_taken_apart():
+def test_instruction_is_parsed_into_its_parts():
     i = instruction(
         "  ROOT %f.1 = bf16[8,16]{1,0} fusion(%a.2, /*index=1*/%b), kind=kLoop, calls=%inner.3, "
         'metadata={op_name="x(y)}"}, backend_config={"estimated_cycles":"123","n":-4}'
@@ -60,12 +60,12 @@ def test_an_instruction_is_taken_apart():
     assert i.number("estimated_cycles") == 123 and i.number("n") == -4 and i.number("m") is None
 
 
-def test_lines_that_are_no_instructions_are_skipped():
+def test_lines_that_are_not_instructions_give_none():
     for line in ("", "}", "FileNames", '1 "a = b.py"', "1 {file_name_id=1 line=2}"):
         assert hlo.parse_instruction(line) is None
 
 
-def test_a_value_may_hold_line_breaks():
+def test_values_with_line_breaks_are_parsed():
     text = """ENTRY %main (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
   %k = f32[8]{0} custom-call(%p), frontend_attributes={kernel_metadata={
@@ -81,9 +81,9 @@ def test_a_value_may_hold_line_breaks():
     assert last.root and last.opcode == "copy"
 
 
-def test_nothing_in_a_computation_is_left_out_silently():
+def test_unparsable_line_in_a_computation_is_refused():
     head = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n"
-    with pytest.raises(ValueError, match="no instruction:   something new"):
+    with pytest.raises(ValueError, match="not an instruction:   something new"):
         hlo.parse(head + "  something new\n}\n")
     for cut in ("", "  %k = f32[8]{0} copy(%p), metadata={\n}\n"):
         with pytest.raises(ValueError, match="ends inside the computation main"):
@@ -95,21 +95,21 @@ def test_text_without_entry_is_refused():
         hlo.parse("HloModule nothing\n")
 
 
-def test_trip_count_starts_where_the_counter_does():
+def test_trip_count_uses_the_initial_value_of_the_counter():
     module = hlo.parse(LOOP)
     entry = module.computations[module.entry]
     assert entry.name == "main" and entry.root.name == "result"
     assert hlo.trip_count(module, entry, entry.by_name["loop"]) == 5
 
 
-def test_the_compilers_own_trip_count_wins():
+def test_known_trip_count_of_the_compiler_takes_precedence():
     known = 'body=%body.1, backend_config={"known_trip_count":{"n":"11"}}'
     module = hlo.parse(LOOP.replace("body=%body.1", known))
     entry = module.computations[module.entry]
     assert hlo.trip_count(module, entry, entry.by_name["loop"]) == 11
 
 
-def test_a_fused_condition_is_looked_into():
+def test_trip_count_is_found_in_a_fused_condition():
     fused = """
 %less (l: s32[], r: s32[]) -> pred[] {
   %r = s32[] parameter(1)
@@ -125,7 +125,7 @@ def test_a_fused_condition_is_looked_into():
     assert hlo.trip_count(module, entry, entry.by_name["loop"]) == 5
 
 
-def test_a_loop_of_another_form_is_refused():
+def test_loop_of_another_form_is_refused():
     module = hlo.parse(LOOP.replace("direction=LT", "direction=NE"))
     entry = module.computations[module.entry]
     with pytest.raises(ValueError, match="trip count of loop loop"):
@@ -157,12 +157,12 @@ def test_a_loop_of_another_form_is_refused():
         ("source_target_pairs={{0,1},{1,0}}", [[0, 1], [1, 0]]),
     ],
 )
-def test_groups_in_every_notation(attribute, expected):
+def test_replica_groups_are_parsed_in_every_notation(attribute, expected):
     i = instruction(f"  %c = f32[8] all-reduce(%x), channel_id=1, {attribute}, to_apply=%add")
     assert collectives.groups(i, 8) == expected
 
 
-def test_groups_in_an_unknown_notation_are_refused():
+def test_replica_groups_in_an_unknown_notation_are_refused():
     i = instruction("  %c = f32[8] all-reduce(%x), replica_groups=mesh['a'=8] {'a':(1)2}")
     with pytest.raises(ValueError, match="replica groups of c"):
         collectives.groups(i, 8)

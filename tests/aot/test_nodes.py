@@ -15,7 +15,7 @@ from configs import pods
 from qwen_jax.aot import collectives, hlo, nodes, timeline, topology, work
 from qwen_jax.aot.compile import CompiledStep, Memory
 from qwen_jax.aot.report import report
-from qwen_jax.aot.search import Try
+from qwen_jax.aot.search import Trial
 from qwen_jax.config import from_config_dict
 from qwen_jax.errors import UserError
 from qwen_jax.kernels.gpu.flash import KERNEL
@@ -41,19 +41,19 @@ def mesh(place: nodes.Nodes):
     )
 
 
-def module(entry: str, *others: str) -> hlo.Module:
+def module(entry: str, *others: str) -> hlo.HloModule:
     main = "ENTRY %main (p: f32[1]) -> f32[1] {\n" + entry + "\n}"
     return hlo.parse("\n\n".join([*others, main]))
 
 
-def played(place: nodes.Nodes, *lines: str) -> timeline.Cost:
+def played(place: nodes.Nodes, *lines: str) -> timeline.StepCost:
     return timeline.predict(module("\n".join(lines)), place, mesh(place))
 
 
 @pytest.mark.parametrize(
     ("name", "shape"), [("h100:8", (1, 1, 8)), ("h200:2x8", (1, 2, 8)), ("h100:1", (1, 1, 1))]
 )
-def test_a_name_is_nodes_and_gpus(name, shape):
+def test_topology_name_gives_nodes_and_gpus(name, shape):
     gpu, found = nodes.parse(name)
     assert found == shape and gpu.name == name[:4]
 
@@ -65,29 +65,29 @@ def test_a_name_is_nodes_and_gpus(name, shape):
         ("h200:0", "needs the number of GPUs"),
         ("h100:x8", "needs the number of GPUs"),
         ("h100:2x2x8", "needs the number of GPUs"),
-        ("h100:16", "has 16 GPUs in a node, which holds 8; write NODESxGPUS, such as h100:2x8"),
+        ("h100:16", "has 16 GPUs per node, but a node has 8; write NODESxGPUS, such as h100:2x8"),
     ],
 )
-def test_other_names_are_refused(name, sentence):
+def test_malformed_topology_names_are_refused(name, sentence):
     assert nodes.is_gpu(name)
     with pytest.raises(UserError) as refused:
         nodes.parse(name)
     assert sentence in str(refused.value)
 
 
-def test_an_unknown_gpu_is_refused_with_the_known_ones():
+def test_error_for_an_unknown_gpu_lists_supported_ones():
     assert not nodes.is_gpu("h300:8")
-    with pytest.raises(UserError, match=r"no known TPU or GPU .*h[12]00.*such as h100:8"):
+    with pytest.raises(UserError, match=r"not of a known TPU or GPU .*h[12]00.*such as h100:8"):
         topology.parse("h300:8")
 
 
-def test_a_missing_plugin_is_one_sentence(monkeypatch):
+def test_missing_cuda_plugin_is_refused(monkeypatch):
     monkeypatch.setattr(nodes.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -r requirements/aot-gpu\.txt"):
         nodes.describe("h100:8")
 
 
-def test_a_missing_assembler_is_one_sentence(monkeypatch, tmp_path):
+def test_missing_assembler_is_refused(monkeypatch, tmp_path):
     (tmp_path / "cu13" / "bin").mkdir(parents=True)
     spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(nodes.importlib.util, "find_spec", lambda name: spec)
@@ -100,7 +100,7 @@ def transfer(name: str, kind: str, groups: str) -> collectives.Collective:
     place = made_up(name)
     key = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
     i = hlo.parse_instruction(f"  %c = bf16[1024,1024] {kind}(%x), {key}={groups}")
-    return collectives.measure(place, collectives.coordinates(place, mesh(place)), i, i.shapes)
+    return collectives.estimate(place, collectives.coordinates(place, mesh(place)), i, i.shapes)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +123,15 @@ def transfer(name: str, kind: str, groups: str) -> collectives.Collective:
         ("h200:2x8", "collective-permute", "{{0,1},{7,8}}", MIB2, MIB2 / NETWORK),
     ],
 )
-def test_a_transfer_takes_its_bytes_over_switch_and_network(name, kind, groups, size, seconds):
+def test_transfer_time_is_bytes_over_switch_and_network_bandwidth(
+    name, kind, groups, size, seconds
+):
     found = transfer(name, kind, groups)
     assert (found.kind, found.bytes) == (kind, size)
     assert found.seconds == pytest.approx(seconds)
 
 
-def test_what_is_synchronous_is_waited_for():
+def test_schedule_waits_for_synchronous_collectives():
     gather = (
         "  %s = (bf16[128,1024], bf16[1024,1024]) all-gather-start(%x), "
         'replica_groups=[1,8]<=[8], backend_config={{"is_sync":{0}}}'
@@ -152,7 +154,7 @@ def test_what_is_synchronous_is_waited_for():
 
 
 @pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
-def test_a_call_of_cublas_counts_its_product_and_not_its_workspace(target):
+def test_cublas_call_costs_its_product_without_workspace(target):
     m = module(
         "  %a = bf16[3,16,8] parameter(0)\n  %b = bf16[3,16,4] parameter(1)\n"
         f'  ROOT %d = (f32[3,8,4], s8[999]) custom-call(%a, %b), custom_call_target="{target}", '
@@ -165,7 +167,7 @@ def test_a_call_of_cublas_counts_its_product_and_not_its_workspace(target):
     assert work.hbm_bytes(m, scope, scope.root) == 2 * 3 * 16 * (8 + 4) + 4 * 3 * 8 * 4
 
 
-def hopper_call(name: str, length: int, keys: int) -> hlo.Module:
+def hopper_call(name: str, length: int, keys: int) -> hlo.HloModule:
     return module(
         f"  %q = bf16[2,{length},16,128] parameter(0)\n  %k = bf16[2,{keys},4,128] parameter(1)\n"
         f"  ROOT %o = bf16[2,{length},16,128] custom-call(%q, %k, %k), "
@@ -174,7 +176,7 @@ def hopper_call(name: str, length: int, keys: int) -> hlo.Module:
 
 
 @pytest.mark.parametrize(("name", "products"), sorted(work.HOPPER_PRODUCTS.items()))
-def test_our_attention_on_hopper_counts_the_blocks_it_visits(name, products):
+def test_hopper_attention_costs_the_blocks_it_computes(name, products):
     length, block = 1024, 128
     live = int(live_blocks(make_mask(None, None, None, None), length, length, block, block).sum())
     m = hopper_call(name, length, length)
@@ -188,7 +190,7 @@ def test_our_attention_on_hopper_counts_the_blocks_it_visits(name, products):
     assert work.flops(m, scope, scope.root) == 2 * products * 128 * 2 * 16 * length * 3 * length
 
 
-def test_our_kernels_are_called_what_is_counted(monkeypatch):
+def test_names_of_hopper_kernels_are_those_that_are_counted(monkeypatch):
     def run(q, lse):
         mask = make_mask(None, None, None, None)
         return KERNEL.forward(q, q, q, mask, 1.0), KERNEL.backward(
@@ -211,7 +213,7 @@ def test_our_kernels_are_called_what_is_counted(monkeypatch):
     assert fast | same == set(work.HOPPER_PRODUCTS) and "flash_backward" not in same
 
 
-def test_a_kernel_that_is_not_known_is_counted_as_such():
+def test_unknown_kernel_is_counted_as_unpriced():
     m = hopper_call("another", 256, 256)
     cost = timeline.predict(m, made_up("h100:8"), mesh(made_up("h100:8")))
     assert cost.unpriced_kernels == 1 and cost.flops == 0
@@ -229,7 +231,7 @@ def test_a_kernel_that_is_not_known_is_counted_as_such():
 
 
 @pytest.mark.parametrize(("share", "fits"), [(0.89, True), (0.91, False)])
-def test_a_report_predicts_nothing_and_keeps_memory_for_nccl(share, fits):
+def test_gpu_report_has_no_prediction_and_reserves_memory_for_nccl(share, fits):
     place = made_up("h100:8")
     job = from_config_dict(PretrainJob, pods.get_config("7b,h100-8"))
     text = (
@@ -245,18 +247,18 @@ def test_a_report_predicts_nothing_and_keeps_memory_for_nccl(share, fits):
     seconds = 2 * 4096**3 / PEAK
     assert made["roofline"]["step_seconds"] == pytest.approx(seconds, abs=1e-6)
     assert made["flops"]["executed"] == 8 * 2 * 4096**3
-    assert "no prediction" in made["roofline"]["assumptions"]
+    assert "not a prediction" in made["roofline"]["assumptions"]
     assert made["versions"]["jax"] == jax.__version__ and "libtpu" not in made["versions"]
 
 
-def test_a_search_goes_by_the_roofline_where_nothing_is_predicted():
+def test_search_uses_the_roofline_on_gpus():
     times = {"tokens_per_second_per_chip": 7.0}
     found = {"memory": {"fits": True}, "prediction": None, "roofline": times}
-    assert Try.of(4, "full", found).rate == 7.0
-    assert Try.of(4, "full", {"memory": {"fits": False}}).rate == 0.0
+    assert Trial.of(4, "full", found).rate == 7.0
+    assert Trial.of(4, "full", {"memory": {"fits": False}}).rate == 0.0
 
 
-def test_the_compiler_is_told_of_each_gpu_what_it_has():
+def test_target_config_has_the_properties_of_each_gpu():
     for gpu in nodes.GPUS.values():
         text = nodes.target_config(gpu)
         assert f"device_memory_size: {gpu.memory_bytes} " in text
@@ -270,7 +272,7 @@ def test_the_compiler_is_told_of_each_gpu_what_it_has():
     ) == h200  # fmt: skip
 
 
-def test_recipes_for_nodes_count_on_the_memory_that_programs_get():
+def test_gpu_recipes_use_the_memory_available_to_programs():
     named = {s.topology: s for s in pods.SLICES.values() if nodes.is_gpu(s.topology)}
     assert set(named) == {f"{name}:8" for name in nodes.GPUS}
     for name, slice_ in named.items():
@@ -322,7 +324,7 @@ def compiled(tmp_path_factory):
     return found
 
 
-def loops(m: hlo.Module, scope: hlo.Computation, times: int = 1):
+def loops(m: hlo.HloModule, scope: hlo.Computation, times: int = 1):
     """(computation, how often it runs) of the entry and of all loops in it."""
     yield scope, times
     for i in scope.instructions:
@@ -334,7 +336,7 @@ def loops(m: hlo.Module, scope: hlo.Computation, times: int = 1):
 @needs_cuda_plugin
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_real_step_compiles_for_nodes_of_gpus(compiled, number):
+def test_real_step_compiles_for_gpu_nodes(compiled, number):
     made, m = compiled[number]
     assert made["devices"] == (8, 4)[number]
     assert made["mesh"]["data"] == number + 1
@@ -368,7 +370,7 @@ def test_the_real_step_compiles_for_nodes_of_gpus(compiled, number):
 
 @needs_cuda_plugin
 @pytest.mark.slow
-def test_a_layers_weights_travel_beside_its_work_and_its_gradients_one_by_one(compiled):
+def test_layer_collectives_overlap_with_compute_on_gpus(compiled):
     _, m = compiled[0]
     started = {"all-gather": [], "reduce-scatter": []}
     for scope, runs in loops(m, m.computations[m.entry]):

@@ -1,4 +1,4 @@
-"""Recipes of named slices: the same batch everywhere, meshes that divide, refusals that add up."""
+"""Recipes for named slices: equal batches, meshes that divide them, and errors with arithmetic."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ PAIRS = list(itertools.product(pretrain.TOKENS, pods.SLICES))
 
 
 @pytest.mark.parametrize(("size", "where"), pods.LAYOUTS)
-def test_a_slice_changes_how_it_runs_and_nothing_that_is_trained(size, where):
+def test_slice_changes_layout_but_not_training(size, where):
     job = from_config_dict(PretrainJob, pods.get_config(f"{size},{where}"))
     report = from_config_dict(PretrainJob, pretrain.get_config(size))
     same = dataclasses.replace(
@@ -45,7 +45,7 @@ KINDS |= {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 
 @pytest.mark.parametrize(("size", "where"), pods.LAYOUTS)
-def test_every_recipe_runs_its_own_attention_kernel(size, where):
+def test_every_recipe_uses_this_packages_attention_kernel(size, where):
     """What `auto` takes for the rows that the recipe trains on: never plain jnp."""
     job = pods.recipe(size, where)
     kind = where.partition("-")[0]
@@ -63,7 +63,7 @@ def test_every_recipe_runs_its_own_attention_kernel(size, where):
 
 
 @pytest.mark.parametrize(("size", "where"), PAIRS)
-def test_every_pair_is_a_recipe_or_refused_with_the_arithmetic(size, where):
+def test_every_size_and_slice_has_a_recipe_or_does_not_fit(size, where):
     if (size, where) in pods.LAYOUTS:
         pods.check_fits(size, where)
         return
@@ -87,7 +87,7 @@ def test_every_pair_is_a_recipe_or_refused_with_the_arithmetic(size, where):
         ("7b", "slice '' of recipe '7b' is unknown; give SIZE,SLICE"),
     ],
 )
-def test_unknown_names_are_refused(which, sentence):
+def test_unknown_sizes_and_slices_are_refused(which, sentence):
     with pytest.raises(UserError) as refused:
         pods.get_config(which)
     assert sentence in str(refused.value)

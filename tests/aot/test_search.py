@@ -1,24 +1,24 @@
-"""The search against a made-up memory and speed: it finds the best with few compilations."""
+"""The search against a synthetic model of memory and speed: the optimum in few compilations."""
 
 import json
 import re
 
 import pytest
 
-from qwen_jax.aot.search import RUNGS, Log, search
+from qwen_jax.aot.search import REMAT_POLICIES, SearchLog, search
 from qwen_jax.errors import UserError
 from qwen_jax.model.options import REMAT
 
 
 def machine(hbm):
-    """Reports of a chip where a row costs 10 and each rung 4 more per row; calls are counted."""
+    """Reports of a chip where a row takes 10 and each remat policy 4 more; counts calls."""
     calls = []
 
     def measure(batch, remat):
         calls.append((batch, remat))
-        rung = RUNGS.index(remat)
-        fits = batch * (10 + 4 * rung) <= hbm
-        rate = 1000 * batch / (batch + 1) * (1 + rung / 10)
+        policy = REMAT_POLICIES.index(remat)
+        fits = batch * (10 + 4 * policy) <= hbm
+        rate = 1000 * batch / (batch + 1) * (1 + policy / 10)
         report = {"memory": {"fits": fits}}
         if fits:
             report["prediction"] = {"tokens_per_second_per_chip": rate}
@@ -28,15 +28,15 @@ def machine(hbm):
 
 
 def exhaustive(measure, batches):
-    tries = [(measure(b, r), b, r) for b in batches for r in RUNGS]
-    fitting = [t for t in tries if t[0]["memory"]["fits"]]
+    trials = [(measure(b, r), b, r) for b in batches for r in REMAT_POLICIES]
+    fitting = [t for t in trials if t[0]["memory"]["fits"]]
     return max(fitting, key=lambda t: t[0]["prediction"]["tokens_per_second_per_chip"])[1:]
 
 
 @pytest.mark.parametrize("hbm", [10, 37, 100, 333, 5000])
-def test_it_finds_what_trying_everything_finds(hbm):
+def test_search_finds_the_optimum_of_an_exhaustive_search(hbm):
     measure, calls = machine(hbm)
-    log = Log(None)
+    log = SearchLog(None)
     for _ in search(measure, log, largest_batch=64):
         pass
     assert len(calls) == len(set(calls)) <= 14
@@ -44,47 +44,47 @@ def test_it_finds_what_trying_everything_finds(hbm):
     assert (log.best.batch, log.best.remat) == exhaustive(measure, fitting[-2:])
 
 
-def test_nothing_fits():
+def test_search_without_a_fitting_trial_has_no_best():
     measure, calls = machine(9)
-    log = Log(None)
+    log = SearchLog(None)
     assert [t.fits for t in search(measure, log)] == [False]
     assert log.best is None and calls == [(1, "full")]
 
 
-def test_a_search_goes_on_where_it_was_interrupted(tmp_path):
+def test_interrupted_search_resumes_from_its_log(tmp_path):
     path = tmp_path / "search.jsonl"
     measure, calls = machine(100)
-    steps = search(measure, Log(str(path)))
+    steps = search(measure, SearchLog(str(path)))
     for _ in range(3):
         next(steps)
     with path.open("a") as sink:
         sink.write('{"batch": 2, "rem')  # killed while writing
-    again = Log(str(path))
+    again = SearchLog(str(path))
     assert again.best.batch == 4
     list(search(measure, again))
     whole, fresh = machine(100)
-    log = Log(None)
+    log = SearchLog(None)
     list(search(whole, log))
     assert (again.best.batch, again.best.remat) == (log.best.batch, log.best.remat)
     assert sorted(calls) == sorted(fresh)
-    heading, *tries = [json.loads(line) for line in path.read_text().splitlines()]
-    assert heading["search"] and len(tries) == len(calls)
+    heading, *trials = [json.loads(line) for line in path.read_text().splitlines()]
+    assert heading["search"] and len(trials) == len(calls)
 
 
-def test_the_log_of_another_search_is_refused(tmp_path):
-    """Its tries are of another chip or model: taken over, they would be this search's answer."""
+def test_log_of_another_search_is_refused(tmp_path):
+    """Its trials are of another chip or model: taken over, they would be this search's answer."""
     path = tmp_path / "search.jsonl"
     asked = {"topology": "v5e:4x4", "model.d_model": 64, "model.windows": (1, None)}
-    list(search(machine(100)[0], Log(str(path), asked)))
+    list(search(machine(100)[0], SearchLog(str(path), asked)))
     before = path.read_text()
-    assert Log(str(path), asked).best
+    assert SearchLog(str(path), asked).best
     for other, sentence in (
-        (asked | {"topology": "v6e:8x8"}, "topology is 'v5e:4x4' there and 'v6e:8x8' here"),
-        (asked | {"--xla": {"a": "b"}}, "--xla is absent there and {'a': 'b'} here"),
-        ({"topology": "v5e:4x4"}, "model.d_model is 64 there and absent here"),
+        (asked | {"topology": "v6e:8x8"}, "topology is 'v5e:4x4' there but 'v6e:8x8' now"),
+        (asked | {"--xla": {"a": "b"}}, "--xla is absent there but {'a': 'b'} now"),
+        ({"topology": "v5e:4x4"}, "model.d_model is 64 there but absent now"),
     ):
         with pytest.raises(UserError, match=re.escape(sentence)):
-            Log(str(path), other)
+            SearchLog(str(path), other)
     assert path.read_text() == before
 
 
@@ -98,19 +98,19 @@ def test_the_log_of_another_search_is_refused(tmp_path):
         '{"search": {"version": 1}}\n{"batch": 1, "rem\n{"batch": 2}\n',
     ],
 )
-def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path, text):
+def test_file_that_is_not_a_log_is_refused_and_unchanged(tmp_path, text):
     path = tmp_path / "x.jsonl"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"line [12] of .* is not one of a search log"):
-        Log(str(path))
+    with pytest.raises(UserError, match=r"line [12] of .* is not a line of a search log"):
+        SearchLog(str(path))
     assert path.read_text() == text
 
 
-def test_a_log_that_cannot_be_written_is_refused_before_anything_is_compiled(tmp_path):
+def test_unwritable_log_is_refused_before_compilation(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "x.jsonl"):
         with pytest.raises(UserError, match=r"search log .* cannot be used"):
-            Log(str(path))
+            SearchLog(str(path))
 
 
-def test_every_rung_is_a_policy():
-    assert set(RUNGS) <= set(REMAT)
+def test_every_searched_policy_exists():
+    assert set(REMAT_POLICIES) <= set(REMAT)

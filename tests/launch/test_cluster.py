@@ -1,4 +1,4 @@
-"""Job files for clusters parse, add up, and hold any value; the one for SLURM is really run."""
+"""Job files for clusters are valid and quote every value; the SLURM script is executed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def pods(text: str) -> dict:
 
 @pytest.mark.parametrize("name", slices())
 @pytest.mark.parametrize("count", [1, 3])
-def test_a_jobset_has_a_pod_for_every_host_and_a_chip_for_every_device(name, count):
+def test_jobset_has_one_pod_per_host_and_one_chip_per_device(name, count):
     one = find_slice(name)
     document = yaml.safe_load(render("gke", job("gke", slice=one, slices=count)))
     jsonschema.validate(document, jobset.SCHEMA)
@@ -94,7 +94,7 @@ def eval_product(topology: str) -> int:
     return product
 
 
-def test_everything_optional_is_in_the_jobset():
+def test_jobset_contains_every_optional_setting():
     rich = job(
         "gke", namespace="ml", queue="tpus", service_account="trainer", reservation="r", spot=True,
         mounts={"/work": "gs://b", "/data": "claim", "/d2": "gs://b2/x/y"}, slices=2, restarts=7,
@@ -121,7 +121,7 @@ def test_everything_optional_is_in_the_jobset():
     assert env["WANDB_API_KEY"] == {"secretKeyRef": {"name": "wandb", "key": "key"}}
 
 
-def test_a_stopped_run_is_started_again_and_costs_no_restart():
+def test_stopped_run_restarts_without_counting_as_a_failure():
     """The status of a stopped run, the pod's rule for it and the set's rule are one chain."""
     document = yaml.safe_load(render("gke", job("gke")))
     spec = document["spec"]["replicatedJobs"][0]["template"]["spec"]
@@ -169,7 +169,7 @@ def words_after(text: str, marker: str) -> list[str]:
     return shlex.split(command)
 
 
-def test_no_value_can_break_out_of_a_file():
+def test_values_are_quoted_in_every_file():
     """Hostile folders, flags and variables arrive in the program as they were given."""
     flags = (*FLAGS, f"--config.tokenizer={HOSTILE}")
     changes = {"flags": flags, "workdir": HOSTILE, "env": {"A": HOSTILE}, "code": HOSTILE}
@@ -208,7 +208,7 @@ def kubernetes(text: str) -> str:
     return text.replace("$$", "$")
 
 
-def test_a_line_break_is_refused_everywhere():
+def test_line_breaks_are_refused_in_every_value():
     for name in ("workdir", "checkpoints", "code", "image"):
         with pytest.raises(UserError, match=f"--{name} has .* with a line break"):
             job("gke", **{name: "/a\nrm -rf /"})
@@ -221,31 +221,31 @@ def test_a_line_break_is_refused_everywhere():
     [
         ("gke", {"slice": None}, "--slice is missing, which gke needs; give --slice=v5e-256"),
         ("gke", {"image": ""}, "--image is missing, which gke needs"),
-        ("gke", {"workdir": "/tmp/x"}, "--workdir=/tmp/x would be lost with the pod; mount"),
-        ("gke", {"checkpoints": "/x"}, "--checkpoints=/x would be lost with the pod"),
+        ("gke", {"workdir": "/tmp/x"}, "--workdir=/tmp/x would be deleted with the pod; mount"),
+        ("gke", {"checkpoints": "/x"}, "--checkpoints=/x would be deleted with the pod"),
         ("gke", {"mounts": {"work": "gs://b"}}, r"--mount=work=gs://b must be /FOLDER="),
         ("gke", {"mounts": {"/": "gs://b"}}, "--mount=/=gs://b must be /FOLDER="),
         ("tpu_vm", {"mounts": {"/d": "claim"}}, "--mount=/d=claim must be /FOLDER=gs://BUCKET"),
         ("gke", {"secrets": {"A": "x"}}, "--secret=A=x must be A=SECRET/KEY"),
-        ("gke", {"partition": "x"}, "gke has no use for --partition"),
-        ("gke", {"name": "Qwen"}, "--name=Qwen is no name for a job"),
-        ("gke", {"name": "q" * 41}, "is no name for a job"),
+        ("gke", {"partition": "x"}, "gke does not use --partition"),
+        ("gke", {"name": "Qwen"}, "--name=Qwen is not a valid job name"),
+        ("gke", {"name": "q" * 41}, "is not a valid job name"),
         ("gke", {"image": "a b"}, "--image=a b may only have letters"),
         ("gke", {"env": {"A B": "x"}}, "'A B' is no name for an environment variable"),
         ("gke", {"slices": 0}, "--slices=0 must be at least 1"),
         ("gke", {"restarts": -1}, "--restarts=-1 must be at least 0"),
-        ("xpk", {"secrets": {"A": "x"}}, "xpk has no use for --secrets"),
+        ("xpk", {"secrets": {"A": "x"}}, "xpk does not use --secrets"),
         ("xpk", {"checkpoints": "/x"}, "--checkpoints=/x must be gs://BUCKET/FOLDER with xpk"),
-        ("tpu_vm", {"slice": find_slice("tpu7x-128")}, "tpu7x-128 is only to be had on GKE"),
+        ("tpu_vm", {"slice": find_slice("tpu7x-128")}, "tpu7x-128 is only available on GKE"),
         ("tpu_vm", {"project": ""}, "--project is missing, which tpu_vm needs"),
-        ("tpu_vm", {"workdir": "x"}, "--workdir=x must be a whole path on the TPU VM"),
-        ("slurm", {"workdir": "runs/x"}, "--workdir=runs/x must be a whole path on storage"),
-        ("slurm", {"workdir": "gs://b/x"}, "--workdir=gs://b/x must be a whole path on storage"),
-        ("slurm", {"slice": find_slice("v5e-8")}, "slurm has no use for --slice"),
+        ("tpu_vm", {"workdir": "x"}, "--workdir=x must be an absolute path on the TPU VM"),
+        ("slurm", {"workdir": "runs/x"}, "--workdir=runs/x must be an absolute path on shared"),
+        ("slurm", {"workdir": "gs://b/x"}, "--workdir=gs://b/x must be an absolute path on shared"),
+        ("slurm", {"slice": find_slice("v5e-8")}, "slurm does not use --slice"),
         ("slurm", {"tasks_per_node": 3}, "--tasks_per_node=3 must be 8, one process per GPU, or 1"),
     ],
 )
-def test_what_a_scheduler_cannot_use_is_one_sentence(scheduler, changes, message):
+def test_values_that_a_scheduler_cannot_use_are_refused(scheduler, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         render(scheduler, job(scheduler, **changes))
 
@@ -259,19 +259,19 @@ def test_what_a_scheduler_cannot_use_is_one_sentence(scheduler, changes, message
         ("h100", "choose a size of v4, v5e, v5p, v6e, tpu7x, such as v5e-256"),
     ],
 )
-def test_an_unknown_slice_names_the_nearest(name, message):
+def test_error_for_an_unknown_slice_suggests_the_nearest(name, message):
     with pytest.raises(UserError, match=re.escape(message)):
         find_slice(name)
 
 
-def test_slices_are_called_as_their_users_call_them():
+def test_slices_have_the_names_of_gke_and_cloud_tpu():
     assert find_slice("v5litepod-16") == find_slice("v5e-16")
     assert find_slice("v5e-256").accelerator == "v5litepod-256"
     assert (find_slice("v5p-128").chips, find_slice("v5p-128").hosts) == (64, 16)
     assert (find_slice("tpu7x-128").chips, find_slice("tpu7x-128").devices) == (64, 128)
 
 
-def test_the_recipe_is_checked_against_its_devices():
+def test_recipe_is_checked_against_its_devices():
     toy = jobs.make("/data")
     assert fit_recipe(toy, 8, 1) == ()
     two = jobs.make("/data", mesh=MeshConfig(fsdp=-1))
@@ -288,7 +288,7 @@ def test_the_recipe_is_checked_against_its_devices():
             fit_recipe(recipe, devices, count)
 
 
-def test_flags_of_the_recipe_and_pairs():
+def test_recipe_flags_and_name_value_pairs_are_parsed():
     argv = ["gke", "--config", "a.py:7b", "--slice=v5e-8", "--config.a.b=1 2", "--noconfig.x", "-v"]
     assert recipe_flags(argv) == ("--config=a.py:7b", "--config.a.b=1 2", "--noconfig.x")
     argv = ["--config.a", "--slice=v5e-8", "--config.b", "-1", "--config.c", "x", "--config.d"]
@@ -299,19 +299,19 @@ def test_flags_of_the_recipe_and_pairs():
             parse_pairs("env", wrong)
 
 
-def test_cost_is_arithmetic():
-    found = costs.cost(2.4e12, 2000.0, chips=256, price_per_chip_hour=1.5, goodput=0.8)
+def test_run_cost_equals_its_formula():
+    found = costs.run_cost(2.4e12, 2000.0, chips=256, price_per_chip_hour=1.5, goodput=0.8)
     assert found.chip_hours == pytest.approx(2.4e12 / 2000 / 3600 / 0.8)
     assert found.days == pytest.approx(found.chip_hours / 256 / 24)
     assert found.money == pytest.approx(1.5 * found.chip_hours)
-    bare = costs.cost(3600.0, 1.0)
+    bare = costs.run_cost(3600.0, 1.0)
     assert (bare.chip_hours, bare.days, bare.money) == (1.0, None, None)
     for wrong in ((0, 1, {}), (1, -1, {}), (1, 1, {"goodput": 2}), (1, 1, {"chips": 0})):
         with pytest.raises(UserError, match=r"must be a positive number|at most 1"):
-            costs.cost(wrong[0], wrong[1], **wrong[2])
+            costs.run_cost(wrong[0], wrong[1], **wrong[2])
 
 
-def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
+def test_program_writes_files_and_refuses_bad_input(tmp_path):
     """The way a person uses it: words on the command line, a file or the terminal."""
     report = tmp_path / "7b.json"
     report.write_text(json.dumps({"prediction": {"tokens_per_second_per_chip": 2000.0}}))
@@ -367,7 +367,7 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
             "the first argument must be a command, none is given",
             "bad.json has no number at prediction.tokens_per_second_per_chip",
             "none.json cannot be read",
-            "big.json says that the step does not fit v5e:4x4",
+            "big.json is of a step that does not fit v5e:4x4",
             "gpu.json is of GPUs, for which no rate is predicted",
             "--rate=m=fast must be NAME=TOKENS_PER_SECOND_PER_CHIP",
         ),
@@ -377,8 +377,8 @@ def test_the_program_writes_files_and_refuses_in_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_slurm_script_trains_stops_when_told_and_goes_on(tmp_path):
-    """sbatch: two processes meet and train; SIGTERM, saved, put back in the queue; to the end."""
+def test_slurm_script_trains_stops_on_sigterm_and_resumes(tmp_path):
+    """sbatch: two processes train, save on SIGTERM, are requeued, and finish."""
     steps = 30
     commands, work = tmp_path / "bin", tmp_path / "work dir's 100%"
     commands.mkdir()
@@ -413,7 +413,7 @@ def test_the_slurm_script_trains_stops_when_told_and_goes_on(tmp_path):
     assert sorted(p.name for p in (work / "logs").iterdir()) == ["4242-0.log", "4242-1.log"]
     assert "ended with status 75 after 0 restarts" in done.stdout
     assert "ended with status 0 after 1 restarts" in done.stdout
-    assert "Process 1 of 2 on node2, says SLURM, joins the others at localhost:" in logs
+    assert "Process 1 of 2 on node2 (according to SLURM) connects to" in logs
     stopped = int(re.search(r"stopped at step (\d+); run the same command to resume", logs)[1])
     assert 3 <= stopped < steps
     assert f"step {stopped} of {steps}" in logs
@@ -453,7 +453,7 @@ class Pod:
         return done, [call for call in calls if call in ("create", "scp", "delete")]
 
 
-def test_the_tpu_vm_script_asks_again_for_a_slice_that_was_taken_away(tmp_path):
+def test_tpu_vm_script_requests_a_preempted_slice_again(tmp_path):
     done, acts = Pod(tmp_path).run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert acts == ["create", "scp", "delete", "create", "scp", "scp"]  # the last scp: logs
@@ -461,7 +461,7 @@ def test_the_tpu_vm_script_asks_again_for_a_slice_that_was_taken_away(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_slice_is_deleted_because_google_did_not_answer(tmp_path):
+def test_failed_status_request_deletes_no_slice(tmp_path):
     """Any one call may fail for a reason of its own; only what is known to be gone is replaced."""
     clean = tmp_path / "clean"
     clean.mkdir()
@@ -482,18 +482,18 @@ def test_no_slice_is_deleted_because_google_did_not_answer(tmp_path):
         assert acts.count("delete") == 1 + (verb == "delete"), said
 
 
-def test_the_tpu_vm_script_takes_up_watching_without_touching_what_runs(tmp_path):
+def test_tpu_vm_script_watches_a_running_job_without_restarting_it(tmp_path):
     pod = Pod(tmp_path)
     (tmp_path / "state").write_text("ACTIVE\n")
     (tmp_path / "installed").touch()
     (tmp_path / "calls").write_text("create\n")
     done, acts = pod.run()
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "at work already" in done.stdout
+    assert "already running" in done.stdout
     assert acts[:2] == ["create", "delete"]  # no scp in between
 
 
-def test_buckets_are_mounted_on_tpu_vms_before_the_program_starts(tmp_path):
+def test_tpu_vms_mount_buckets_before_the_program_starts(tmp_path):
     """The worker's script, run with commands that note what they are given."""
     said = tmp_path / "said"
     for name in ("sudo", "fusermount", "gcsfuse", "python3", "mountpoint", "id"):
@@ -523,7 +523,7 @@ def test_buckets_are_mounted_on_tpu_vms_before_the_program_starts(tmp_path):
         ([75, 2, 0], 5, 2),
     ],
 )
-def test_slurm_counts_failures_and_not_stops(tmp_path, statuses, restarts, end):
+def test_slurm_script_counts_failures_but_not_stops(tmp_path, statuses, restarts, end):
     stand_in = tmp_path / "bin"
     stand_in.mkdir()
     # srun ends with the next of the statuses; scontrol leaves a word for the loop below.
@@ -546,7 +546,7 @@ def test_slurm_counts_failures_and_not_stops(tmp_path, statuses, restarts, end):
     assert done.returncode == end == statuses[starts]
 
 
-def test_the_commands_of_the_docs_are_accepted(tmp_path):
+def test_commands_in_the_docs_are_accepted(tmp_path):
     """Those of docs/launch.md, as they stand there but for the files they name."""
     text = (programs.ROOT / "docs" / "launch.md").read_text().replace("\\\n", " ")
     lines = [line for line in text.splitlines() if line.startswith("python -m launch.cluster")]
