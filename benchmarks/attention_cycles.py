@@ -36,7 +36,7 @@ from benchmarks import cycle_profile
 from benchmarks.report import emit
 from qwen_jax.kernels.mask import Mask
 from qwen_jax.kernels.tpu.block_sizes import CHIPS
-from qwen_jax.kernels.tpu.flash_blocks import key_ranges, make_layout
+from qwen_jax.kernels.tpu.flash_blocks import key_ranges, make_flash_layout
 
 _CHIPS = flags.DEFINE_list("chips", list(CHIPS), "TPU chips to compile for.")
 _LENGTH = flags.DEFINE_integer("length", 4096, "Tokens per row.")
@@ -178,7 +178,7 @@ def packed_work(length: int, width: int, chip: str, documents: int) -> dict[str,
     tiles = CHIPS[chip].forward
     pairs = []
     for mask in (packed, Mask()):
-        layout = make_layout(length, length, width, 2, mask, tiles)
+        layout = make_flash_layout(length, length, width, 2, mask, tiles)
         low, _, _, short = np.asarray(key_ranges(mask, layout, 1)).reshape(-1, 4).T
         q, k, cut = layout.tiles.block_q, layout.tiles.block_k, layout.tiles.diagonal
         blocks = np.arange(layout.q_blocks) * (q // k) - short - low

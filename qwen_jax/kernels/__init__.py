@@ -1,4 +1,4 @@
-"""Attention over sequences and paged KV caches, dispatched to the platform's kernels."""
+"""Attention over sequences and over paged KV caches, with one implementation per platform."""
 
 from qwen_jax.kernels.cache import PagedCache, init_paged_cache
 from qwen_jax.kernels.dispatch import attention, choose_attention

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen_jax.kernels import PagedCache, append, attention, paged_attention
-from qwen_jax.kernels.cache import as_stored, read_pages
+from qwen_jax.kernels.cache import read_pages, round_trip
 from qwen_jax.model.attend import LayerContext
 from qwen_jax.model.config import ModelConfig
 from qwen_jax.model.options import ForwardOptions
@@ -67,7 +67,7 @@ def prefill(
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerContext
     ) -> tuple[jax.Array, Any]:
-        k, v = as_stored(k, cache), as_stored(v, cache)
+        k, v = round_trip(k, cache), round_trip(v, cache)
         keys, values = k, v
         if past:
             old_k, old_v = read_pages(cache, layer.state, cached_pages, k.dtype)
@@ -133,7 +133,7 @@ def decode(
     def attend(
         q: jax.Array, k: jax.Array, v: jax.Array, layer: LayerContext
     ) -> tuple[jax.Array, Any]:
-        k, v = as_stored(k, cache), as_stored(v, cache)
+        k, v = round_trip(k, cache), round_trip(v, cache)
         how = {"layer": layer.state, "window": layer.window, "k_new": k, "v_new": v}
         return paged_attention(q, cache, page_table, lengths, **how)[0], (k, v)
 

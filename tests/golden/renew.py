@@ -30,8 +30,8 @@ STEPS = 50
 TOLERANCES = {
     "loss": 1e-3,
     "bits_per_byte": 1e-3,
-    "grad_norm": 3e-2,
-    "update_norm": 4e-3,
+    "grad_norm": 6e-2,
+    "update_norm": 8e-3,
     "param_norm": 2e-4,
     "lr": 1e-6,
     "tokens": 0.0,
@@ -44,8 +44,9 @@ TOLERANCES = {
 On one machine with one version of jax the numbers are the same bits (`--check` prints zeros). What
 a tolerance must allow is another order of sums, after which 50 steps in bf16 drift apart. Measured,
 in relative loss: another instruction set (AVX2 or SSE4.2 for AVX-512) 4e-4, one device against 8
-5e-4, two microbatches 7e-4. What it must catch: a learning rate 1 % higher 2e-2, no weight decay
-8e-3, float32 for bf16 1.6e-3; `param_norm` catches these too, by factors of 3 to 10.
+5e-4, two microbatches 7e-4; gradient norms on another model of CPU 3.4e-2. What it must
+catch: a learning rate 1 % higher 2e-2, no weight decay 8e-3, float32 for bf16 1.6e-3; `param_norm`
+catches these too, by factors of 3 to 10.
 """
 
 MESHES = {1: MeshConfig(fsdp=1), 8: MeshConfig(fsdp=4, tensor=2)}

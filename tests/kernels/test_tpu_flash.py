@@ -20,9 +20,9 @@ from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel, flash_attention
 from qwen_jax.kernels.mask import MASKED, Mask, full_blocks, visible
 from qwen_jax.kernels.tpu import flash_backward, flash_forward
-from qwen_jax.kernels.tpu.block_sizes import CHIPS, MIB, Chip, Tiles
+from qwen_jax.kernels.tpu.block_sizes import CHIPS, MIB, ChipTiles, Tiles
 from qwen_jax.kernels.tpu.flash import KERNEL, tpu_kernel, unsupported_reason
-from qwen_jax.kernels.tpu.flash_blocks import make_layout
+from qwen_jax.kernels.tpu.flash_blocks import make_flash_layout
 from tests.tpu import needs_libtpu
 
 SCALE = 0.11
@@ -35,7 +35,7 @@ SMALL_BFLOAT16 = Tiles(256, 128, 128, 256, resident=2 * CHUNK)
 
 @functools.cache
 def kernel(tiles=SMALL, interpret=True) -> FlashKernel:
-    chip = Chip(tiles, tiles, 60 * MIB)
+    chip = ChipTiles(tiles, tiles, 60 * MIB)
     return FlashKernel(
         "interpreted",
         functools.partial(flash_forward.flash_forward, chip=chip, interpret=interpret),
@@ -216,9 +216,9 @@ def test_shipped_tilings(chip):
 def test_short_rows_are_not_padded_to_long_blocks(chip):
     for tiles in (CHIPS[chip].forward, CHIPS[chip].backward):
         for length, most in ((1, 128), (100, 128), (300, 512), (2100, 3072), (4096, 4096)):
-            layout = make_layout(length, length, 128, 2, Mask(), tiles)
+            layout = make_flash_layout(length, length, 128, 2, Mask(), tiles)
             assert length <= layout.rows == layout.columns <= most
-        few = make_layout(16, 9000, 128, 2, Mask(q_start=jnp.zeros(1, jnp.int32)), tiles)
+        few = make_flash_layout(16, 9000, 128, 2, Mask(q_start=jnp.zeros(1, jnp.int32)), tiles)
         assert few.rows == 128 and few.tiles.block_k >= 512 and few.columns <= 10240
 
 

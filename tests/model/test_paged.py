@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qwen_jax.kernels import append, init_paged_cache
-from qwen_jax.kernels.cache import as_stored, read_pages
+from qwen_jax.kernels.cache import read_pages, round_trip
 from qwen_jax.model import abstract_params, forward, logits, ntk_alphas
 from qwen_jax.model.paged import decode, prefill
 from qwen_jax.parallel import MeshConfig, make_mesh
@@ -126,8 +126,8 @@ def test_new_tokens_are_attended_to_as_the_cache_stores_them(dtype):
     for layer in range(3):
         read = read_pages(cache, layer, ids, jnp.float32)
         for stored, new in zip(read, (k[layer], v[layer]), strict=True):
-            np.testing.assert_array_equal(stored[:, :9], as_stored(new, cache))
-            assert np.abs(np.asarray(as_stored(new, cache) - new)).max() > 1e-4
+            np.testing.assert_array_equal(stored[:, :9], round_trip(new, cache))
+            assert np.abs(np.asarray(round_trip(new, cache) - new)).max() > 1e-4
 
 
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.bfloat16])

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from qwen_jax.model import ForwardOptions, ModelConfig
 from qwen_jax.parallel import MeshConfig, make_mesh
 from qwen_jax.tokenizer import Tokenizer
 from qwen_jax.tokenizer.huggingface import byte_order
+from qwen_jax.train import compiling, loop
 from qwen_jax.train.checkpoint import Checkpoints, read_header
 from qwen_jax.train.config import LossConfig, RunConfig
 from qwen_jax.train.job import PretrainJob
@@ -89,14 +91,19 @@ def make(folder: str | os.PathLike, *, mesh: MeshConfig = MeshConfig(fsdp=8), **
 
 
 @contextlib.contextmanager
-def compile_once(folder: pathlib.Path):
-    """Context manager in which equal steps are compiled only once, by way of a cache on disk."""
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+def compile_once():
+    """Context manager in which the loop compiles equal steps for equal devices only once."""
+    compiled: dict[tuple, jax.stages.Compiled] = {}
+
+    def compile_step(lowered, device_kind):
+        devices = tuple(device.id for device in jax.sharding.get_mesh().devices.flat)
+        key = (lowered.as_text(), device_kind, devices)
+        if key not in compiled:
+            compiled[key] = compiling.compile_step(lowered, device_kind)
+        return compiled[key]
+
+    with mock.patch.object(loop, "compile_step", compile_step):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

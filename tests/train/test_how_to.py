@@ -35,8 +35,8 @@ def page(blocks):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with jobs.compile_once(tmp_path_factory.mktemp("compiled")):
+def shared_compilation():
+    with jobs.compile_once():
         yield
 
 

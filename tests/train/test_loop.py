@@ -24,8 +24,8 @@ from tests.train import jobs
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with jobs.compile_once(tmp_path_factory.mktemp("compiled")):
+def shared_compilation():
+    with jobs.compile_once():
         yield
 
 
@@ -145,7 +145,7 @@ def test_size_one_axes_in_types_change_nothing(uninterrupted, data, tmp_path):
         result = jobs.run(jobs.make(data), tmp_path)
     finally:
         jax.config.update("jax_remove_size_one_mesh_axis_from_type", True)
-    jobs.assert_close(result, uninterrupted, rtol=1e-5)
+    jobs.assert_close(result, uninterrupted, rtol=3e-5)
 
 
 @pytest.mark.slow

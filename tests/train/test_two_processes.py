@@ -106,7 +106,7 @@ def test_batches_losses_and_gradients_equal_those_of_one_device(data, tmp_path):
         found = np.load(tmp_path / f"{number}.npz")
         for leaf, value in expected.items():
             error = np.linalg.norm(found[leaf] - value) / np.linalg.norm(value)
-            assert error < 1e-5, f"{name}: {leaf} differs by {error:.1e}"
+            assert error < 3e-5, f"{name}: {leaf} differs by {error:.1e}"
 
 
 def _pretrain(folder: str, workdir: str, axes: dict, steps: int, sigterm_at: int = 0) -> dict:

@@ -125,7 +125,7 @@ def quantised_matmul(x: jax.Array, weight: GroupWeight, *, splits: int | None = 
     out = _launch(shape, ordered.reshape(padded.shape), weight)
     out = out.sum(axis=0)[:rows]
     if weight.zeros is not None:
-        single = weight.alone()
+        single = weight.select_layer()
         assert single.zeros is not None
         offset = (single.scales * (single.zeros - 2.0 ** (shape.bits - 1)))[:, 0]
         sums = x.astype(jnp.float32).reshape(rows, shape.groups, -1).sum(axis=-1)

@@ -1,15 +1,16 @@
-"""How operands are cut for the TPU kernels, and which blocks a grid step loops over.
+"""Padding and tiling of operands for the TPU kernels, and the range of key blocks per grid step.
 
-Shared by the forward and the backward pass. Queries are the grid's, keys the inner loop's: block i
-of queries needs key blocks [low, high), of which [full_low, full_high) are seen whole by all of it
-and skip the mask. Everything known when compiling (causal) is arithmetic on program ids; what
-segments, windows and a traced q_start leave out comes as scalars, *distances from* that arithmetic,
-so that 0 means "work".
+Shared by the forward and the backward pass. Grid steps iterate over blocks of queries, the inner
+loop over blocks of keys: block i of queries needs key blocks [low, high), of which [full_low,
+full_high) are visible to all of its queries and skip the mask. Ranges that are known at compile
+time (causal) follow from program ids; what segments, windows and a traced q_start exclude is passed
+as scalars, as *distances from* those ranges, so that 0 means "not excluded".
 """
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,25 +19,29 @@ from jax.experimental import pallas as pl
 from qwen_jax.kernels.mask import Mask, full_blocks, live_blocks
 from qwen_jax.kernels.tpu.block_sizes import LANES, MIB, Tiles
 
-# Scores of unseen keys lie below the running maximum's start, so their weight is 0 even in a row
-# that has seen nothing yet.
+# Scores of masked keys are below the initial running maximum, so their weight is 0 even in a row
+# without any visible key so far.
 UNSEEN = -2e30
 
-# Blocks of scores, weights and their gradients, their spills, and a grid step's own operands. With
-# the chunk's keys the compiler asks for at most 20 MiB at 4,096 tokens (v6e) and 18 MiB at 32,768.
-WORKING = 24 * MIB
+# Blocks of scores, weights and their gradients, their spills, and the operands of a grid step. With
+# the keys of a chunk, the compiler needs at most 20 MiB at 4,096 tokens (v6e), 18 MiB at 32,768.
+WORKING_BYTES = 24 * MIB
 
 
 def round_up(x: int, multiple: int) -> int:
-    """The smallest multiple that is at least x."""
+    """Returns the smallest multiple of `multiple` that is at least x."""
     return -(-x // multiple) * multiple
 
 
-def _fit(block: int, length: int) -> int:
-    """The block size, this or halves of it, at which the padded length costs least.
+def _fit_block(block: int, length: int) -> int:
+    """Returns `block`, or a power-of-two fraction of it, with the lowest estimated cost.
 
-    A block of n costs about as much as n + 512 tokens would at the rate of endless ones: fitted to
-    cycle estimates of blocks of 512, 1,024 and 2,048.
+    A block of n tokens costs about as much as n + 512 tokens at the rate of an infinitely long
+    block: fitted to cycle estimates of blocks of 512, 1,024 and 2,048.
+
+    Args:
+      block: largest block size.
+      length: number of tokens to divide into blocks.
     """
     sizes = [block]
     while sizes[-1] > LANES:
@@ -44,26 +49,37 @@ def _fit(block: int, length: int) -> int:
     return min(sizes, key=lambda n: round_up(length, n) * (n + 512) / n)
 
 
-def fit(tiles: Tiles, q_len: int, k_len: int, diagonal: bool, packed: bool) -> Tiles:
-    """Tiles for these lengths; off the diagonal, queries and keys are cut independently."""
-    block_q = _fit(min(tiles.block_q, tiles.packed_q) if packed else tiles.block_q, q_len)
-    block_k = min(tiles.block_k, block_q) if diagonal else _fit(tiles.block_k, k_len)
+def fit_tiles(tiles: Tiles, q_len: int, k_len: int, diagonal: bool, packed: bool) -> Tiles:
+    """Returns block sizes adapted to a call.
+
+    Args:
+      tiles: block sizes of the chip.
+      q_len: number of queries.
+      k_len: number of keys.
+      diagonal: whether queries and keys are the same slots; if not, their blocks are independent.
+      packed: whether segments or a window limit the visible keys.
+    """
+    block_q = _fit_block(min(tiles.block_q, tiles.packed_q) if packed else tiles.block_q, q_len)
+    block_k = min(tiles.block_k, block_q) if diagonal else _fit_block(tiles.block_k, k_len)
     cut = min(tiles.diagonal, block_q)
     return dataclasses.replace(tiles, block_q=block_q, block_k=block_k, diagonal=cut)
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class FlashLayout:
     """Static description of one call.
 
     Attributes:
-      q_len, k_len: T and S as given; rows, columns: padded to whole blocks.
-      chunk: keys that lie in VMEM at a time; a multiple of block_k that divides columns.
-      diagonal: queries and keys start in the same slot and end in the same slot: which blocks are
-        causal is known when compiling, and one block of block_q² lies on the diagonal.
-      limited: key blocks to leave out are given as scalars.
-      window: static window; traced_window: it comes as a scalar; traced_start: so does q_start.
-      segments: segment ids are given.
+      q_len: number of queries T.
+      k_len: number of keys S.
+      tiles: block sizes.
+      chunk: keys in VMEM at a time; a multiple of block_k that divides `columns`.
+      diagonal: whether queries and keys are the same slots: causal blocks are then known at compile
+        time, and one block of block_q² is on the diagonal.
+      window: static window, or None.
+      traced_window: whether the window is passed as a scalar.
+      traced_start: whether q_start is passed as a scalar.
+      segments: whether segment ids are given.
     """
 
     q_len: int
@@ -78,17 +94,17 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """T padded to whole blocks."""
+        """Returns T padded to complete blocks."""
         return round_up(self.q_len, self.tiles.block_q)
 
     @property
     def columns(self) -> int:
-        """S padded to whole chunks."""
+        """Returns S padded to complete chunks."""
         return round_up(self.k_len, self.chunk)
 
     @property
     def limited(self) -> bool:
-        """Whether key blocks are left out by scalars, besides what causality leaves out."""
+        """Returns whether scalars exclude key blocks, in addition to causality."""
         return (
             not self.diagonal
             or self.segments
@@ -98,52 +114,70 @@ class Layout:
 
     @property
     def q_blocks(self) -> int:
-        """Blocks of queries."""
+        """Returns the number of blocks of queries."""
         return self.rows // self.tiles.block_q
 
     @property
     def chunks(self) -> int:
-        """Chunks of keys."""
+        """Returns the number of chunks of keys."""
         return self.columns // self.chunk
 
     @property
     def chunk_blocks(self) -> int:
-        """Key blocks a chunk."""
+        """Returns the number of key blocks per chunk."""
         return self.chunk // self.tiles.block_k
 
-    def vmem(self, bytes_per_key: int, most: int) -> int:
-        """Vector memory to ask for: what a chunk holds, and room for blocks of scores and spills.
+    def vmem(self, bytes_per_key: int, limit: int) -> int:
+        """Returns the bytes of vector memory to request: a chunk, blocks of scores and spills.
 
-        Asking for less than there is leaves the rest to the operations around the kernel.
+        Requesting less than the chip has leaves the rest to operations around the kernel.
+
+        Args:
+          bytes_per_key: bytes in VMEM per key of a chunk.
+          limit: largest request.
         """
-        return min(self.chunk * bytes_per_key + WORKING, most)
+        return min(self.chunk * bytes_per_key + WORKING_BYTES, limit)
 
     def pairs(self) -> int:
-        """Query-key pairs the mask leaves of one row and head, as far as known when compiling."""
+        """Returns the number of visible query-key pairs per row and head, as far as known
+        statically.
+        """
         if self.traced_start:
             return self.q_len * self.k_len
-        most = self.k_len if self.window is None else min(self.window, self.k_len)
-        ramp = min(self.q_len, most)
-        return ramp * (ramp + 1) // 2 + (self.q_len - ramp) * most
+        limit = self.k_len if self.window is None else min(self.window, self.k_len)
+        ramp = min(self.q_len, limit)
+        return ramp * (ramp + 1) // 2 + (self.q_len - ramp) * limit
 
 
-def make_layout(q_len: int, k_len: int, width: int, itemsize: int, mask: Mask, tiles: Tiles):
-    """The layout of a call with these lengths, head width and bytes an element."""
+def make_flash_layout(q_len: int, k_len: int, width: int, itemsize: int, mask: Mask, tiles: Tiles):
+    """Returns the layout of a call.
+
+    Args:
+      q_len: number of queries.
+      k_len: number of keys.
+      width: padded head dimension.
+      itemsize: bytes per element of q, k and v.
+      mask: the mask.
+      tiles: block sizes of the chip.
+    """
     diagonal = mask.q_start is None and q_len == k_len
     packed = mask.q_segments is not None or mask.any_window() is not None
-    # Float32 takes six products for one and wide heads take several: smaller blocks keep the code
-    # that is unrolled for one iteration, and what it spills, the same.
+    # A float32 product takes six bfloat16 products, and wide heads take several: smaller blocks
+    # keep the unrolled code of an iteration, and its spills, the same.
     shrink = max(width // LANES, 1) * (4 if itemsize == 4 else 1)
     block_q, block_k = (max(x // shrink, LANES) for x in (tiles.block_q, tiles.block_k))
     tiles = dataclasses.replace(tiles, block_q=block_q, block_k=block_k)
-    tiles = fit(tiles, q_len, k_len, diagonal, packed)
+    tiles = fit_tiles(tiles, q_len, k_len, diagonal, packed)
     assert not diagonal or tiles.block_q % tiles.block_k == tiles.block_q % tiles.diagonal == 0
     unit = tiles.block_q if diagonal else tiles.block_k
-    most = max(tiles.resident // (max(width, LANES) * itemsize), unit)
-    chunks = -(-round_up(k_len, unit) // most)
+    limit = max(tiles.resident // (max(width, LANES) * itemsize), unit)
+    chunks = -(-round_up(k_len, unit) // limit)
     chunk = round_up(-(-k_len // chunks), unit)
-    return Layout(
-        *(q_len, k_len, tiles, chunk),
+    return FlashLayout(
+        q_len=q_len,
+        k_len=k_len,
+        tiles=tiles,
+        chunk=chunk,
         diagonal=diagonal,
         window=mask.window,
         traced_window=mask.layer_window is not None,
@@ -152,11 +186,17 @@ def make_layout(q_len: int, k_len: int, width: int, itemsize: int, mask: Mask, t
     )
 
 
-def key_ranges(mask: Mask, layout: Layout, batch: int) -> jax.Array:
-    """Distances from the static ranges: int32 [B·q_blocks·4].
+def key_ranges(mask: Mask, layout: FlashLayout, batch: int) -> jax.Array:
+    """Returns how much of each static range of key blocks the mask excludes, int32 [B·q_blocks·4].
 
-    For row b and block i of queries, at (b·q_blocks + i)·4: low, full_low, and by how much high and
-    full_high fall short of the static end: the diagonal's first block, or the number of blocks.
+    For row b and block i of queries, the four numbers at (b·q_blocks + i)·4 are low, full_low, and
+    by how much full_high and high are below the static end, which is the first block of the
+    diagonal, or the number of blocks.
+
+    Args:
+      mask: the mask.
+      layout: layout of the call.
+      batch: number of rows B.
     """
     tiles = layout.tiles
     sizes = (layout.q_len, layout.k_len, tiles.block_q, tiles.block_k)
@@ -173,7 +213,7 @@ def key_ranges(mask: Mask, layout: Layout, batch: int) -> jax.Array:
     low = jnp.minimum(low, high)
     full &= live
     full_low = jnp.min(jnp.where(full, j, n_k), axis=-1)
-    # The first run of full blocks; ids that ascend have no other.
+    # The first run of full blocks; with ascending ids it is the only one.
     after = ~full & (j > full_low[..., None])
     full_high = jnp.minimum(jnp.min(jnp.where(after, j, n_k), axis=-1), high)
     none = full_low >= full_high
@@ -183,39 +223,47 @@ def key_ranges(mask: Mask, layout: Layout, batch: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-    """One grid step's view of the scalars: block i of queries of row b, and chunk c of keys."""
+class GridStep:
+    """Position of a grid step and its scalars.
 
-    layout: Layout
+    Attributes:
+      layout: layout of the call.
+      b: row of the batch.
+      i: block of queries.
+      c: chunk of keys.
+      ranges: scalar reference to `key_ranges`, or None.
+      slots: scalar reference to traced q_start and window, or None.
+    """
+
+    layout: FlashLayout
     b: jax.Array
     i: jax.Array
     c: jax.Array | int
-    ranges: object
-    slots: object
+    ranges: Any
+    slots: Any
 
     def start(self):
-        """Slot of the block's first query."""
+        """Returns the slot of the block's first query."""
         first = self.i * self.layout.tiles.block_q
         return first + self.slots[self.b] if self.layout.traced_start else first
 
     def window(self):
-        """The window, from wherever it comes."""
+        """Returns the window, static or traced; None if there is none."""
         layout = self.layout
         if layout.traced_window:
             return self.slots[layout.traced_start * self.batch()]
         return layout.window
 
     def batch(self):
-        """Rows of the batch."""
+        """Returns the number of rows of the batch."""
         return self.ranges.shape[0] // (4 * self.layout.q_blocks)
 
     def loops(self):
-        """(low, full_low, full_high, high) of the inner loop, as block numbers within the chunk."""
+        """Returns (low, full_low, full_high, high) of the inner loop, in blocks of the chunk."""
         layout, tiles = self.layout, self.layout.tiles
+        end: jax.Array | int = -(-layout.k_len // tiles.block_k)
         if layout.diagonal:
             end = self.i * (tiles.block_q // tiles.block_k)
-        else:
-            end = -(-layout.k_len // tiles.block_k)
         low, full_low, full_high, high = 0, 0, end, end
         if layout.limited:
             at = (self.b * layout.q_blocks + self.i) * 4
@@ -226,12 +274,13 @@ class Step:
         first = self.c * layout.chunk_blocks
 
         def clip(x):
+            """Converts a block number of the sequence to one within the chunk."""
             return jnp.clip(x - first, 0, layout.chunk_blocks)
 
         return clip(low), clip(full_low), clip(full_high), clip(high)
 
     def on_diagonal(self):
-        """Whether the chunk holds the keys of the block's own slots; None where that is always."""
+        """Returns whether the chunk has the keys of the block's slots; None if it always has."""
         layout = self.layout
         if layout.chunks == 1:
             return None
@@ -239,16 +288,16 @@ class Step:
         return (first_slot >= 0) & (first_slot < layout.chunk)
 
 
-def when_chunk(layout: Layout, condition, body):
-    """Runs the body where the condition holds; with a single chunk it always does."""
+def when_chunked(layout: FlashLayout, condition, body):
+    """Runs `body` if `condition` holds; always, if there is a single chunk."""
     if layout.chunks == 1:
         body()
     else:
         pl.when(condition)(body)
 
 
-def loop(step: Step, block):
-    """Runs block(j, masked) on the key blocks of a grid step, the diagonal's left out."""
+def for_each_key_block(step: GridStep, block):
+    """Runs block(j, masked) for the key blocks of a grid step, except the one on the diagonal."""
     low, full_low, full_high, high = step.loops()
     jax.lax.fori_loop(full_low, full_high, lambda j, _: block(j, False), None)
     if step.layout.limited:

@@ -1,9 +1,9 @@
-"""Writing new tokens into the pages of a cache on TPU, in place.
+"""Writes of new tokens into the pages of a KV cache on TPU, in place.
 
-Memory is laid out in tiles, of 16 tokens in bf16 and 32 in 8 bits: one token can't be written
-alone. Each grid step reads the tile it belongs to for a few layers, puts the tokens in and writes
-it back; the pipeline overlaps the steps. For the compiler's own scatter the whole cache would be
-copied to another layout and back, for 8-bit pages always and for bf16 inside a loop over steps.
+Memory consists of tiles, of 16 tokens in bf16 and 32 in 8 bits, and a single token cannot be
+written. Each grid step reads one tile for a few layers, inserts the tokens and writes the tile
+back; the pipeline overlaps the steps. XLA's own scatter would copy the entire cache to another
+layout and back: always for 8-bit pages, and for bf16 inside a loop over steps.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen_jax.kernels.cache import PagedCache
 
 TILE = {4: 8, 2: 16, 1: 32}
-"""Tokens of a memory tile by bytes a number."""
+"""Tokens of a memory tile, by bytes per element."""
 _LANES = 128
 _LAYERS = 4
-"""Layers a grid step, where that divides them: fewer, longer copies."""
+"""Layers per grid step if they are a multiple of it: fewer, longer copies."""
 
 
 def unsupported_reason(cache: PagedCache) -> str | None:
-    """Why these kernels can't write to a cache; None if they can."""
+    """Returns why these kernels cannot write to a cache; None if they can."""
     page, width = cache.page_size, 2 * cache.head_dim
     tile = _LANES if cache.quantised else TILE[cache.pages.dtype.itemsize]
     if page % tile or width % _LANES:
@@ -37,28 +37,44 @@ def unsupported_reason(cache: PagedCache) -> str | None:
 
 
 def paged_append(cache: PagedCache, tokens, scales, page_table, lengths, counts) -> PagedCache:
-    """Puts tokens [L,R,T,K,2H] and, for 8-bit ones, scales float32 [L,R,T,K,4] into their slots.
+    """Writes new tokens into their slots; the contract of `kernels.paged._scatter`, device-local.
 
-    Token t of request r goes to slot lengths[r] + t if t < counts[r]. All arrays are device-local;
-    tokens have the pages' dtype.
+    Token t of request r is written to slot lengths[r] + t if t < counts[r].
+
+    Args:
+      cache: the cache.
+      tokens: keys and values side by side in the pages' dtype, [L, R, T, K, 2H].
+      scales: float32 [L, R, T, K, 4] for an 8-bit cache, else None.
+      page_table: int32 [R, pages per request].
+      lengths: tokens of each request in the cache before, int32 [R].
+      counts: number of tokens to write, int32 [R].
     """
-    where = (page_table, lengths, counts)
-    pages = _put(cache.pages, tokens, *where, tile=TILE[cache.pages.dtype.itemsize])
+    slots = (page_table, lengths, counts)
+    pages = _write_tiles(cache.pages, tokens, *slots, tile=TILE[cache.pages.dtype.itemsize])
     if scales is None:
         return PagedCache(pages)
-    # Tokens of scales lie along the lanes, so that a tile is 128 of them, in the last axis.
-    return PagedCache(pages, _put(cache.scales, scales, *where, tile=_LANES))
+    # Tokens of scales are along the lanes, so a tile has 128 of them, in the last axis.
+    return PagedCache(pages, _write_tiles(cache.scales, scales, *slots, tile=_LANES))
 
 
-def _put(into, new, page_table, lengths, counts, *, tile: int):
-    """Writes new [L,R,T,K,·] into `into`, whose tokens are axis 3 (pages) or 4 (scales)."""
-    last = tile == _LANES
-    layers, _, kv_heads = into.shape[:3]
+def _write_tiles(target, new, page_table, lengths, counts, *, tile: int):
+    """Writes new tokens into pages or scales.
+
+    Args:
+      target: pages, whose tokens are axis 3, or scales, whose tokens are axis 4.
+      new: [L, R, T, K, ·].
+      page_table: int32 [R, pages per request].
+      lengths: int32 [R].
+      counts: int32 [R].
+      tile: tokens per tile; `_LANES` for scales.
+    """
+    is_scales = tile == _LANES
+    layers, _, kv_heads = target.shape[:3]
     requests, steps = new.shape[1:3]
-    page_size = into.shape[4 if last else 3]
-    tiles = (steps + tile - 2) // tile + 1  # so many may be touched by one request
-    plan = _plan(page_table, lengths, counts, tiles, page_size, tile)
-    # Lined up with the tiles: [L,R·tiles,tile or 1,K,·]. One token alone goes wherever it belongs.
+    page_size = target.shape[4 if is_scales else 3]
+    tiles = (steps + tile - 2) // tile + 1  # largest number of tiles that one request writes to
+    plan = _tile_plan(page_table, lengths, counts, tiles, page_size, tile)
+    # Aligned with the tiles: [L,R·tiles,tile or 1,K,·]. A single token is broadcast to its tile.
     if steps == 1:
         new = jnp.broadcast_to(new[:, :, None], (layers, requests, tiles, *new.shape[2:]))
     else:
@@ -67,45 +83,57 @@ def _put(into, new, page_table, lengths, counts, *, tile: int):
         new = jnp.take_along_axis(new, picked, axis=2)
     new = new.reshape(layers, requests * tiles, -1, kv_heads, new.shape[-1])
     depth = next(n for n in (_LAYERS, 2, 1) if layers % n == 0)
-    if last:
-        new, block = jnp.moveaxis(new, 2, 4), (depth, 1, kv_heads, into.shape[3], tile)
+    if is_scales:
+        new, block = jnp.moveaxis(new, 2, 4), (depth, 1, kv_heads, target.shape[3], tile)
     else:
-        # Single rows of 32-bit numbers can be handled, of shorter ones not.
-        wide = jnp.int32 if into.dtype == jnp.uint8 else jnp.float32
-        new, block = new.swapaxes(2, 3).astype(wide), (depth, 1, kv_heads, tile, into.shape[4])
+        # The kernel can address single rows of 32-bit elements, but not of narrower ones.
+        wide = jnp.int32 if target.dtype == jnp.uint8 else jnp.float32
+        new, block = new.swapaxes(2, 3).astype(wide), (depth, 1, kv_heads, tile, target.shape[4])
 
-    def place(layer, i, plan):
-        return (layer, plan[0, i], 0, *((0, plan[1, i]) if last else (plan[1, i], 0)))
+    def target_block(layer, i, plan):
+        """Returns the block index of the tile of grid step i."""
+        return (layer, plan[0, i], 0, *((0, plan[1, i]) if is_scales else (plan[1, i], 0)))
 
-    there = pl.BlockSpec(block, place)
-    here = pl.BlockSpec((depth, 1, *new.shape[2:]), lambda layer, i, plan: (layer, i, 0, 0, 0))
-    moved = layers * requests * tiles * kv_heads * block[3] * block[4] * into.dtype.itemsize
+    target_spec = pl.BlockSpec(block, target_block)
+    new_spec = pl.BlockSpec((depth, 1, *new.shape[2:]), lambda layer, i, plan: (layer, i, 0, 0, 0))
+    moved = layers * requests * tiles * kv_heads * block[3] * block[4] * target.dtype.itemsize
     return pl.pallas_call(
-        functools.partial(_kernel, 4 if last else 3),
+        functools.partial(_kernel, 4 if is_scales else 3),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(layers // depth, requests * tiles),
-            in_specs=[here, there],
-            out_specs=there,
+            in_specs=[new_spec, target_spec],
+            out_specs=target_spec,
         ),
-        out_shape=jax.ShapeDtypeStruct(into.shape, into.dtype),
+        out_shape=jax.ShapeDtypeStruct(target.shape, target.dtype),
         input_output_aliases={2: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=2 * moved),
         name="paged_append",
-    )(plan, new, into)
+    )(plan, new, target)
 
 
-_PAGE, _PLACE, _LOW, _HIGH, _SAME = range(5)
+_PAGE, _TILE, _LOW, _HIGH, _REPEAT = range(5)
 
 
-def _plan(page_table, lengths, counts, tiles: int, page_size: int, tile: int) -> jax.Array:
-    """int32 [5,R·tiles], for every tile that may get tokens, in the order of the grid.
+def _tile_plan(page_table, lengths, counts, tiles: int, page_size: int, tile: int) -> jax.Array:
+    """Returns, for every tile that may be written, in the order of the grid, what to write.
 
-    Rows: page; tile within it; first and one after the last token of the tile to be written;
-    whether this is the tile of the step before. A step with nothing to write stays at the last tile
-    that had something, or before that at the first that will: any other tile might belong to
-    another request, whose tokens would be overwritten with what stood there before.
+    A step with nothing to write repeats the last tile that had something, or before the first such
+    tile, that one: any other tile might belong to another request, whose tokens would be
+    overwritten with old contents.
+
+    Args:
+      page_table: int32 [R, pages per request].
+      lengths: int32 [R].
+      counts: int32 [R].
+      tiles: tiles per request.
+      page_size: tokens per page.
+      tile: tokens per tile.
+
+    Returns:
+      int32 [5, R·tiles]: page; tile within it; first token of the tile to write, and the one after
+      the last; whether the tile is that of the step before.
     """
     index = lengths[:, None] // tile + jnp.arange(tiles, dtype=jnp.int32)  # [R,tiles]
     low = jnp.clip(lengths[:, None] - index * tile, 0, tile)
@@ -116,19 +144,27 @@ def _plan(page_table, lengths, counts, tiles: int, page_size: int, tile: int) ->
     some = rows[_HIGH] > rows[_LOW]
     at = jax.lax.cummax(jnp.where(some, jnp.arange(some.size), -1))
     at = jnp.where(at < 0, jnp.argmax(some), at)
-    # With nothing to write at all, page 0 is written as it was.
-    page, place = (jnp.where(some.any(), x[at], 0) for x in rows[:2])
+    # If there is nothing to write at all, page 0 is rewritten unchanged.
+    page, target_block = (jnp.where(some.any(), x[at], 0) for x in rows[:2])
     same = jnp.concatenate([jnp.zeros(1, bool), at[1:] == at[:-1]])
     empty = jnp.where(some, 0, tile)
-    return jnp.stack([page, place, rows[_LOW] + empty, rows[_HIGH], same]).astype(jnp.int32)
+    return jnp.stack([page, target_block, rows[_LOW] + empty, rows[_HIGH], same]).astype(jnp.int32)
 
 
 def _kernel(axis: int, plan_ref, new_ref, old_ref, out_ref):
-    """out = new where the plan says so, else what is there."""
+    """Copies a tile, with new tokens where the plan says so.
+
+    Args:
+      axis: axis of the tokens in a block.
+      plan_ref: scalar reference to `_tile_plan`.
+      new_ref: aligned new tokens.
+      old_ref: the tile before.
+      out_ref: the tile after; aliases `old_ref` in memory.
+    """
     i = pl.program_id(1)
 
-    # The block read does not hold what earlier steps put into this tile; the one written does.
-    @pl.when(plan_ref[_SAME, i] == 0)
+    # For a repeated tile, only the output block has what earlier steps wrote.
+    @pl.when(plan_ref[_REPEAT, i] == 0)
     def _():
         out_ref[...] = old_ref[...]
 
