@@ -78,7 +78,7 @@ class RecipeLayout:
 # remat policy, by the sum of 16 bytes per parameter over the chips that share it, the residual
 # stream and what the policy saves (bytes per layer and token in model/options.py), and 2 to 5 GB
 # for a gathered layer, its gradients and the loss (7B on v5e-256, compiled: 2.2). All have been
-# compiled (results in docs/pods.md); `python -m launch.aot --search` tries alternatives.
+# compiled (results in docs/log.md); `python -m launch.aot --search` tries alternatives.
 #
 # Weights are sharded over all chips of the slice. On v5p the compiler (libtpu 0.0.51) then gathers
 # them by all-reduces, at twice the bytes, but on the SparseCores and overlapped with compute;
@@ -87,7 +87,7 @@ class RecipeLayout:
 #
 # On GPUs there is enough memory to save every product; all layouts fit the three quarters of memory
 # that JAX uses by default. 14B would fit with more rows, but near the limit of memory XLA no longer
-# overlaps collectives with compute (docs/pods.md).
+# overlaps collectives with compute (docs/log.md).
 LAYOUTS = {
     ("1.8b", "v5e-16"): RecipeLayout(4, "attention"),
     ("1.8b", "v5e-256"): RecipeLayout(8, "attention"),
