@@ -1,4 +1,4 @@
-# make setup | demo | test | test-fast | lint | types. PYTHON picks the interpreter the environment is made from.
+# make setup | demo | test | test-fast | lint. PYTHON is the interpreter of the environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-stamp
 DEV_STAMP := $(VENV)/.dev-stamp
 
-.PHONY: setup setup-dev demo test test-fast lint types format clean
+.PHONY: setup setup-dev demo test test-fast lint format clean
 
 setup: $(STAMP)
 
@@ -29,20 +29,22 @@ demo: setup
 lint: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-types: setup-dev
-	$(BIN)/mypy
+# Worker processes of pytest; 0 runs all tests in one process.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest tests --numprocesses=$(WORKERS) --dist=worksteal
 
 test: lint
-	$(BIN)/python -m pytest tests
+	$(PYTEST)
 
-# Lint and every test that is not marked slow.
+# Lint, types and every test that is not marked slow.
 test-fast: lint
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(PYTEST) -m "not slow"
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache

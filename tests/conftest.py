@@ -1,7 +1,12 @@
-"""Eight CPU devices for every test, fixed before jax starts; reference data and tokenizer paths."""
+"""Settings of JAX for all tests, and fixtures for reference data and tokenizers."""
 
 import importlib.util
+import os
 import pathlib
+
+# Compiling takes most of the time of most tests, so the CPU compiler does not optimise: half the
+# time. Must be set before JAX is imported; processes that tests start inherit it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest

@@ -1,20 +1,26 @@
-"""Draws the two diagrams of the README as SVG files beside this script.
+"""Draws the pictures of the README as SVG files beside this script.
 
     python docs/pictures/draw.py
+    python docs/pictures/draw.py runs/demo
 
-`overview.svg` shows the stages and what each hands to the next; `layers.svg` the subpackages in
+`overview.svg` shows the stages and what each passes to the next; `layers.svg` the subpackages in
 their import order, read from the docstring of `qwen_jax`. A test compares both files with what this
-script draws.
+script draws. With the folder of a finished demo, `demo.svg` shows its held-out scores.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import html
+import json
 import pathlib
 import re
+import sys
 
 import qwen_jax
+from qwen_jax.evaluate.baselines import CONTEXT_OF
+from qwen_jax.train.metrics import read_metrics
+from qwen_jax.train.report import held_out_figure
 
 FOLDER = pathlib.Path(__file__).parent
 FONT = "font-family='system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif'"
@@ -191,8 +197,23 @@ def layers() -> str:
     return page(left + width + 24, end + 10, parts, "Subpackages of qwen_jax in import order")
 
 
+def demo(folder: pathlib.Path) -> bytes:
+    """Returns the plot of a demo's held-out bits per byte beside those of the baselines."""
+    results = folder / "results"
+    held_out = json.loads((results / "held_out.json").read_text())["result"]
+    scores = {"Qwen": {name: found["bits_per_byte"] for name, found in held_out.items()}}
+    for field, (baseline, _) in CONTEXT_OF.items():
+        scores[baseline] = {
+            name: json.loads((results / f"baselines-{name}.json").read_text())["result"][field]
+            for name in held_out
+        }
+    return held_out_figure(read_metrics(folder / "metrics.jsonl"), scores)
+
+
 def main() -> None:
-    """Writes both pictures."""
+    """Writes the diagrams, and the plot of a demo if its folder is given."""
+    if len(sys.argv) > 1:
+        (FOLDER / "demo.svg").write_bytes(demo(pathlib.Path(sys.argv[1])))
     (FOLDER / "overview.svg").write_text(overview(), encoding="utf-8")
     (FOLDER / "layers.svg").write_text(layers(), encoding="utf-8")
 

@@ -156,12 +156,8 @@ def plots(metrics: MetricRows, scores: Mapping[str, Mapping[str, float]]) -> lis
       metrics: rows of the run.
       scores: as in `TrainingReport`; scores of others than the model are drawn as levels.
     """
-    model, *others = scores
-    drawn = []
-    for source in scores[model]:
-        levels = {name: scores[name][source] for name in others}
-        draw = functools.partial(_held_out, metrics=metrics, source=source, levels=levels)
-        drawn.append(_plot(f"Held-out {source}, bits per byte", draw, wide=True))
+    held_out = _held_out_plots(metrics, scores)
+    drawn = [_plot(caption, draw, wide=True) for caption, draw in held_out.items()]
     line = functools.partial(_line, metrics=metrics)
     drawn += [
         _plot("Training loss, nats per token", functools.partial(_loss, metrics=metrics)),
@@ -169,6 +165,48 @@ def plots(metrics: MetricRows, scores: Mapping[str, Mapping[str, float]]) -> lis
         _plot("Gradient norm before clipping", functools.partial(line, name="grad_norm")),
     ]
     return drawn
+
+
+def held_out_figure(metrics: MetricRows, scores: Mapping[str, Mapping[str, float]]) -> bytes:
+    """Draws the held-out scores of all sources side by side, for use outside the page.
+
+    Args:
+      metrics: rows of the run.
+      scores: as in `TrainingReport`.
+
+    Returns:
+      An SVG image; equal numbers give equal bytes.
+    """
+    drawn = _held_out_plots(metrics, scores)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.6 * len(drawn), 3.2), layout="constrained")
+        panels = figure.subplots(1, len(drawn), squeeze=False)[0]
+        for axes, (caption, draw) in zip(panels, drawn.items(), strict=True):
+            axes.set_title(caption)
+            axes.set_xlabel("step")
+            draw(axes)
+        return _svg(figure)
+
+
+def _held_out_plots(
+    metrics: MetricRows, scores: Mapping[str, Mapping[str, float]]
+) -> dict[str, Callable[[Axes], None]]:
+    """Returns caption -> function that draws the held-out scores of one source into axes."""
+    model, *others = scores
+    drawn: dict[str, Callable[[Axes], None]] = {}
+    for source in scores[model]:
+        levels = {name: scores[name][source] for name in others}
+        drawn[f"Held-out {source}, bits per byte"] = functools.partial(
+            _held_out, metrics=metrics, source=source, levels=levels
+        )
+    return drawn
+
+
+def _svg(figure: Figure) -> bytes:
+    """Returns a figure as SVG without the date and the version of matplotlib."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def _plot(caption: str, draw: Callable[[Axes], None], wide: bool = False) -> Plot:
@@ -185,9 +223,7 @@ def _plot(caption: str, draw: Callable[[Axes], None], wide: bool = False) -> Plo
         axes.set_title(caption)
         axes.set_xlabel("step")
         draw(axes)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    image = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+        image = "data:image/svg+xml;base64," + base64.b64encode(_svg(figure)).decode()
     return Plot(caption, image, wide)
 
 
