@@ -139,10 +139,10 @@ def _abstract_params(cfg: ModelConfig, dtype: str) -> Any:
 
 
 def _read_assets(path: str) -> dict[str, Any]:
-    """Returns the arguments of `save_hf` that copy tokenizer, token ids and generation config.
+    """Returns keyword arguments of `save_hf`: tokenizer files, token ids and generation config.
 
     Args:
-      path: Hugging Face model folder to copy them from.
+      path: Hugging Face model folder that they are read from.
     """
     source = pathlib.Path(path)
     config = hf_folder.read_config_json(source)

@@ -335,13 +335,13 @@ def visible_pieces(reply: Reply, is_chat_model: bool) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command of the conversation.
+    """A slash command of the chat.
 
     Attributes:
       names: words after "/" or ":" that run it; the first is the main one.
-      usage: how it is written, for /help.
+      usage: syntax, for /help.
       help: description in a few words, for /help.
-      run: called with the loop and the text after the command's name.
+      run: called with the `Repl` and the text after the command's name.
     """
 
     names: tuple[str, ...]

@@ -62,18 +62,23 @@ class PackTokenizer(Protocol):
     """Interface of the tokenizers that packing accepts, such as `qwen_jax.tokenizer.Tokenizer`."""
 
     @property
-    def eod_id(self) -> int: ...  # noqa: D102
+    def eod_id(self) -> int:
+        """Id of the end-of-document token."""
 
     @property
-    def vocab_size(self) -> int: ...  # noqa: D102
+    def vocab_size(self) -> int:
+        """Number of token ids."""
 
     @property
-    def sha256(self) -> str: ...  # noqa: D102
+    def sha256(self) -> str:
+        """Hash of the vocabulary, hexadecimal."""
 
     @property
-    def token_lengths(self) -> np.ndarray: ...  # noqa: D102
+    def token_lengths(self) -> np.ndarray:
+        """UTF-8 bytes of each token id, int [vocab_size]."""
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...  # noqa: D102
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the token ids of each text, with special tokens encoded as plain text."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -163,7 +163,12 @@ def _split(modules: list[tuple[bool, str, str, list[Document]]]) -> StdlibCorpus
 
 
 def _module_paths(root: pathlib.Path, tests: bool) -> list[str]:
-    """Returns the paths of modules below `root`, relative, with forward slashes, sorted."""
+    """Returns the paths of modules below `root`, relative, with forward slashes, sorted.
+
+    Args:
+      root: folder of the library.
+      tests: whether to include test folders.
+    """
     skipped = _SKIPPED_FOLDERS if tests else _SKIPPED_FOLDERS | _TEST_FOLDERS
     found: list[str] = []
     for folder, folders, files in os.walk(root):

@@ -122,7 +122,10 @@ class Batches:
 
 
 class Prefetch:
-    """Iterator over (step, batch) with a reading thread, which `close()` or `with` ends."""
+    """Iterator over (step, batch) whose batches are read ahead by a background thread.
+
+    Use it as a context manager, or call `close()`, to end the thread.
+    """
 
     def __init__(
         self,

@@ -92,35 +92,49 @@ class CompiledPrograms:
         return jax.jit(make)()
 
     def prefill(self, state: EngineState, batch: PrefillBatch) -> tuple[EngineState, Samples]:
-        """Runs `steps.prefill_step`."""
+        """Computes a prefill batch; prompts that end sample their first token and start decoding.
+
+        Calls the compiled `steps.prefill_step`; the old state is donated.
+        """
         key = ("prefill", len(batch.tokens), len(batch.cached_pages))
         return self._get(key)(self.params, state, batch)
 
     def decode(
         self, state: EngineState, page_table: np.ndarray, count: int
     ) -> tuple[EngineState, Samples]:
-        """Runs `steps.decode_steps` for `count` steps."""
+        """Decodes all rows for at most `count` steps; calls the compiled `steps.decode_steps`."""
         program = self._get(("decode", len(page_table)))
         return program(self.params, state, page_table, np.int32(count))
 
     def stop_rows(self, state: EngineState, stopped: np.ndarray) -> EngineState:
-        """Runs `steps.stop_rows`."""
+        """Ends the rows where `stopped`, bool [S], is set (S decode rows)."""
         return self._get(("stop_rows",))(state, stopped)
 
     def put_counts(self, state: EngineState, row: int, counts: np.ndarray) -> EngineState:
-        """Runs `steps.put_counts`."""
+        """Sets the token counts of one row, int16 [V] (V vocabulary entries)."""
         return self._get(("put_counts",))(state, np.int32(row), counts)
 
     def start_row(self, state: EngineState, row: int, request: DecodeRows) -> EngineState:
-        """Runs `steps.start_row`."""
+        """Starts a request whose pages are in the cache in decode row `row`."""
         return self._get(("start_row",))(state, np.int32(row), request)
 
     def copy_pages_out(self, state: EngineState, ids: np.ndarray) -> PagedCache:
-        """Runs `steps.copy_pages_out` for `EngineShapes.swap_pages` ids."""
+        """Returns copies of pages as a cache of their own.
+
+        Args:
+          state: engine state.
+          ids: page ids, int32 [`EngineShapes.swap_pages`].
+        """
         return self._get(("copy_pages_out",))(state, ids)
 
     def copy_pages_in(self, state: EngineState, ids: np.ndarray, pages: PagedCache) -> EngineState:
-        """Runs `steps.copy_pages_in` for `EngineShapes.swap_pages` ids; pages may be numpy."""
+        """Overwrites the pages `ids`, int32 [`EngineShapes.swap_pages`], by those of a cache.
+
+        Args:
+          state: engine state.
+          ids: page ids; ids ≥ num_pages are dropped.
+          pages: a cache of as many pages, as JAX or numpy arrays.
+        """
         return self._get(("copy_pages_in",))(state, ids, pages)
 
     # --- compilation ----------------------------------------------------------------------------
@@ -224,7 +238,13 @@ class CompiledPrograms:
         )
 
     def _operands(self, name: str, *sizes: int) -> tuple[Any, ...]:
-        """Returns the shapes of a program's arguments other than the parameters."""
+        """Returns the arguments of a program after the parameters, as `ShapeDtypeStruct`s.
+
+        Args:
+          name: name of a method of this class that calls a program.
+          *sizes: sizes that the program is compiled for: token slots and cached pages of "prefill",
+            rows of "decode", none for other programs.
+        """
         shapes, windows = self.shapes, len(self.config.distinct_windows)
         state, shape_of = self.abstract_state(), self._replicated
         number = shape_of(np.int32(0))

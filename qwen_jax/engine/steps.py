@@ -298,21 +298,25 @@ def decode_steps(
     vocab_size: int,
     max_steps: int,
 ) -> tuple[EngineState, Samples]:
-    """Decodes rows 0 … R − 1 for `steps` steps, or until all of them have ended.
+    """Decodes the first R rows for `steps` steps, or until all of them have ended.
 
-    A row ends with a stop id, which is the last token it outputs, or when its budget is used up.
+    A row ends with a stop id, which is the last token it outputs, or when its number of remaining
+    tokens reaches 0.
 
     Args:
       params: weights of `config`.
       state: the engine state, donated.
-      page_table: int32 [R, max_pages_per_request], with pages for every token that may be sampled.
+      page_table: int32 [R, max_pages_per_request], with pages for every token that may be sampled;
+        its number of rows is R.
       steps: int32 scalar, at most `max_steps`.
-      config, options: the model and how it runs.
+      config: configuration of the network.
+      options: options of the forward pass.
       vocab_size: ids from here on are padding and never sampled.
       max_steps: static size of the result's leading axis.
 
     Returns:
-      (the new state, `Samples` with a leading axis [max_steps]; token -1 where a row sampled none).
+      (the new state, `Samples` with leading axes [max_steps, R]; token -1 where a row sampled
+      none).
     """
     count = page_table.shape[0]
     rows = jax.tree.map(lambda x: x[:count], state.rows)

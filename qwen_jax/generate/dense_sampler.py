@@ -131,7 +131,8 @@ def _check_inputs(
 def _pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Stacks prompts as rows, padded on the right with zeros.
 
-    On a mesh, empty rows extend the batch to a multiple of the devices that share it.
+    On a mesh, empty rows (length 0) extend the batch to a multiple of the number of devices that
+    the batch is sharded over.
 
     Returns:
       Token ids, int32 [B, T] for B rows of T tokens, and the lengths of the prompts, int32 [B].
@@ -175,11 +176,12 @@ def _generate(
       params: parameters of `config`.
       tokens: int32 [B, T], prompts padded on the right.
       lengths: int32 [B], lengths of the prompts; 0 for a row that is not used.
-      alpha: float32 [B, W], NTK factors of each row (`ntk_alphas`); None without dynamic NTK.
-      key: PRNG key of the samples.
+      alpha: float32 [B, W], dynamic-NTK factor of each row and window (`ntk_alphas`); None without
+        dynamic NTK.
+      key: PRNG key for sampling.
       temperature: float32 scalar above 0.
       config: configuration of the network.
-      options: how to run it.
+      options: options of the forward pass.
       steps: maximum number of new tokens.
       greedy: whether to take the most probable token, ignoring `temperature` and `top_k`.
       top_k: number of most probable tokens to sample from; 0 for all.
@@ -187,7 +189,7 @@ def _generate(
       vocab_size: ids from this one on are never sampled.
 
     Returns:
-      New ids, int32 [B, steps]; -1 from the stop id on.
+      New ids, int32 [B, steps]; -1 in place of the stop id and after it.
     """
     rows, width = tokens.shape
     forward = functools.partial(
@@ -252,10 +254,10 @@ def _next_token_logits(
       hidden: [B, T, D], hidden states of B rows, T tokens and D channels.
       position: int32 [B], which of the T tokens of each row.
       config: configuration of the network.
-      vocab_size: logits of ids from this one on are -inf.
+      vocab_size: number of ids of the tokenizer; logits of the padding ids after them are -inf.
 
     Returns:
-      Logits, float32 [B, V] with V = `config.vocab_size`.
+      Logits, float32 [B, V] with V = `config.vocab_size`, the rows of the embedding table.
     """
     one_hot = jax.nn.one_hot(position, hidden.shape[1], dtype=hidden.dtype)
     one_hot = reshard(one_hot, "batch", "sequence")
@@ -266,7 +268,12 @@ def _next_token_logits(
 
 
 def _greedy_tokens(scores: jax.Array, step: jax.Array) -> jax.Array:
-    """Returns the id with the highest of the logits [B, V] of each row, int32 [B]."""
+    """Returns the id of the highest logit of each row, int32 [B].
+
+    Args:
+      scores: logits [B, V].
+      step: unused; the signature is that of `_sample_tokens`.
+    """
     del step
     return scores.argmax(axis=-1).astype(jnp.int32)
 

@@ -54,6 +54,7 @@ class Qwen:
 
     @system.setter
     def system(self, text: str | None) -> None:
+        """Sets the system prompt of the conversation."""
         self.session.system = text
 
     def chat(self, text: str, **options: Any) -> str:

@@ -192,14 +192,14 @@ def _load_leaf(
     pool: concurrent.futures.Executor,
     progress: Progress,
 ) -> jax.Array:
-    """Loads one dense leaf: reads each distinct slice once and copies it to its local devices.
+    """Loads one unquantised parameter: reads each distinct slice once and copies it to its devices.
 
     Args:
-      files: the open tensors.
-      leaf_map: position of the leaf in them.
+      files: the open safetensors files.
+      leaf_map: where the parameter is stored in them.
       leaf: its target dtype and sharding.
       pool: executor that reads layers in parallel.
-      progress: gets the bytes placed on local devices.
+      progress: is increased by the bytes placed on local devices.
     """
     sharding = _sharding(leaf)
     arrays = []

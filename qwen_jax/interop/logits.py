@@ -75,7 +75,7 @@ def write_logits(
     precision: str = "highest",
     tensor: int = 1,
 ) -> None:
-    """Computes the logits of the prompts in a file with a model folder and writes them to a file.
+    """Runs the model of a folder on the prompts of a file and writes their logits.
 
     For each array `ids_X`, [T] or [B, T] (batch, sequence), `logits_X` float32 [..., V] (vocabulary
     size) is written.
@@ -91,7 +91,7 @@ def write_logits(
 
     Raises:
       UserError: a bad folder, ids file or option; ids outside the vocabulary; or prompts longer
-        than the model's longest sequence.
+        than the model's maximum length.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")

@@ -223,17 +223,17 @@ def _stacked(
     view: tuple[int, ...] | None = None,
     perm: tuple[int, ...] | None = None,
 ) -> LeafMapping:
-    """Returns the mapping of a leaf with a layer axis, stored in one HF tensor per layer.
+    """Returns the mapping of a parameter with a layer axis, stored in one HF tensor per layer.
 
     Args:
-      cfg: the network, for its number of layers.
-      names: HF names of its family.
-      path: keys of the native leaf below "layers".
+      cfg: configuration of the network, for its number of layers.
+      names: role -> name of HF tensors and prefixes in this model family.
+      path: keys of the parameter below "layers".
       name: name of the HF tensor after the layer's prefix.
       shape: shape of the HF tensor.
-      rows: (start, stop) of its rows that belong to the leaf; None for all.
-      view: shape that these rows are reshaped to; None for `shape`.
-      perm: permutation of the view's axes; None keeps them.
+      rows: (start, stop) of its rows that belong to the parameter; None: all.
+      view: shape that these rows are reshaped to; None: not reshaped.
+      perm: permutation of the view's axes; None: none.
     """
     prefix = names["layer"]
     layers = tuple(prefix.format(l) + name for l in range(cfg.n_layers))

@@ -195,7 +195,7 @@ class TensorFiles:
 
 
 def encode_header(tensors: TensorSpecs) -> bytes:
-    """Returns the header of a safetensors file, preceded by its length as the format has it.
+    """Returns the header of a safetensors file, preceded by its length as 8 bytes, little endian.
 
     Args:
       tensors: specs of the file's tensors in the order of their data, with dtypes of `DTYPES`.

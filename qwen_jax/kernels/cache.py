@@ -40,17 +40,21 @@ AXES = (None, "batch", "kv_heads", None, None)
 class PagedCache:
     """Keys (after RoPE) and values of all requests, in pages.
 
-    The caller decides which page holds which tokens: a `page_table` int32 [R, pages per request]
-    for R requests, in which entry (r, i) is the page of slots i·page … of request r, and `lengths`
-    int32 [R]. Pages may be in any order and may be shared; entries beyond a request's length are
-    never read.
+    Shapes: L layers, P pages, K kv heads, `page` tokens per page, head dimension H, R requests.
 
-    On a mesh, pages are sharded over the batch axes as requests are, page ids count within a
-    device's part, and kv heads are sharded over `tensor`.
+    The caller decides which page has which tokens and passes a `page_table`, int32 [R, pages per
+    request], whose entry (r, i) is the page of tokens i·page to (i+1)·page − 1 of request r, and
+    `lengths`, int32 [R]. Pages may be in any order and may be shared; entries beyond a request's
+    length are never read.
+
+    On a mesh, pages are sharded over the batch axes as requests are, page ids are local to each
+    device's shard, and kv heads are sharded over `tensor`.
 
     Attributes:
-      pages: key, then value of each token, [L, P, K, page, 2H], a float dtype or uint8.
-      scales: float32 [L, P, K, 4, page] with rows `SCALE_ROWS` if pages are uint8, else None.
+      pages: keys and values, concatenated on the last axis, [L, P, K, page, 2H]; a float dtype, or
+        uint8 codes (see `quantise`).
+      scales: scales and zeros of uint8 pages, float32 [L, P, K, 4, page] with rows `SCALE_ROWS`;
+        None for a float dtype.
     """
 
     pages: jax.Array

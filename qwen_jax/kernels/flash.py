@@ -46,7 +46,7 @@ class FlashKernel:
         [B, N, T], grad_dtype) -> (dq, dk, dv) in grad_dtype, or in the dtypes of q, k and v if
         grad_dtype is None. With s = scale·q·k, p = exp(s - lse) where visible and 0 elsewhere, and
         ds = p·(d_out·v - delta): dq = scale·ds·k, dk = scale·dsᵀ·q, dv = pᵀ·d_out. lse and delta
-        may belong to more keys than those passed.
+        may be those of attention over more keys than the k passed (ring attention).
     """
 
     name: str

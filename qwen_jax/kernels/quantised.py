@@ -79,7 +79,7 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
     """Packs integers into int32 words along the input axis, lowest bits first.
 
     Args:
-      codes: integers 0 … 2^bits − 1, [..., K, O].
+      codes: integers 0 … 2^bits − 1, [..., K, O] for K inputs and O outputs.
       bits: 4 or 8.
 
     Returns:
@@ -97,7 +97,7 @@ def unpack(words: jax.Array, bits: int) -> jax.Array:
     """Unpacks int32 words; the inverse of `pack`.
 
     Args:
-      words: int32 [..., W, O] (W words).
+      words: int32 [..., W, O] (W words for each of O outputs).
       bits: 4 or 8.
 
     Returns:

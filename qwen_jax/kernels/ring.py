@@ -101,7 +101,11 @@ def _select(condition, pair):
 
 
 def _forward(q, k, v, mask, scale, kernel):
-    """Forward pass of `ring_attention`: returns the output and the residuals."""
+    """Computes `ring_attention` and the residuals for its backward pass.
+
+    Returns:
+      (output [b, t, N, H], residuals).
+    """
     ring = _Ring(q, mask)
     queries = ring.split_halves(q)
     q_ids = ring.split_halves(mask.q_segments)
@@ -175,7 +179,17 @@ def _circulate(ring: _Ring, step, current, carry):
 
 
 def _backward(scale, kernel, residuals, d_out):
-    """Backward pass of `ring_attention`: returns (dq, dk, dv, None)."""
+    """Computes the gradients of `ring_attention`.
+
+    Args:
+      scale: factor on q·k.
+      kernel: attention kernels of each block.
+      residuals: as `_forward` returns them.
+      d_out: gradient of the output [b, t, N, H].
+
+    Returns:
+      Gradients of q, k, v, and None for the mask.
+    """
     q, k, v, mask, out, lse = residuals
     ring = _Ring(q, mask)
     delta = ring.split_halves(row_delta(out, d_out), axis=2)
@@ -220,16 +234,19 @@ def _backward(scale, kernel, residuals, d_out):
 
 
 def _place_gradients(earlier, same_half, cross_half, *, cross_half_first: bool):
-    """Returns the gradients of both halves from those of the two blocks of a step.
-
-    `cross_half` is of query half 1 by key half 0; `same_half` of (0, 0) if the keys are of an
-    earlier device, else (1, 1).
+    """Adds the gradients of the two blocks of a step to the halves they belong to.
 
     Args:
-      earlier: whether the keys are of an earlier device than this one.
-      same_half: gradient from the block of equal halves.
-      cross_half: gradient from query half 1 by key half 0.
-      cross_half_first: whether `cross_half` belongs to half 0 (keys), else to half 1 (queries).
+      earlier: whether the keys come from a device with a lower index than this one.
+      same_half: gradient of q, k or v from the block of equal halves: (0, 0) if `earlier`, else (1,
+        1); [b, t/2, heads, H].
+      cross_half: gradient of the same array from the block of query half 1 and key half 0, shaped
+        like `same_half`.
+      cross_half_first: True for dk and dv, where `cross_half` is added to half 0; False for dq,
+        where it is added to half 1.
+
+    Returns:
+      [b, t, heads, H]: the gradients of both halves, concatenated; zero where no block contributes.
     """
     zero = jnp.zeros_like(same_half)
     same_half = (jnp.where(earlier, same_half, zero), jnp.where(earlier, zero, same_half))

@@ -128,10 +128,10 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The released model of this name, e.g. "qwen-7b" or "qwen2.5-0.5b".
+    """Returns the configuration of a released model, e.g. "qwen-7b" or "qwen2.5-0.5b".
 
     Raises:
-      UserError: no such release; names the nearest.
+      UserError: there is no such model; the message suggests the closest name.
     """
     if name not in PRESETS:
         raise UserError(

@@ -20,8 +20,8 @@ from qwen_jax.parallel import platform
 def ntk_alpha(length: int, trained_length: int) -> float:
     """Returns the dynamic-NTK factor max(2^ceil(log2(L/S) + 1) − 1, 1) of a prompt.
 
-    Computed once from the prompt and kept while decoding, as in the release (Qwen-7B
-    modeling_qwen.py): 1 up to S, then 3, 7, 15, … for each doubling.
+    Computed once from the prompt and kept while decoding, as in Qwen's released code (Qwen-7B
+    modeling_qwen.py): 1 up to S, 3 up to 2S, 7 up to 4S, and so on.
 
     Args:
       length: L, tokens of the prompt.

@@ -382,7 +382,12 @@ def hidden_states(
 
 
 def _windows(config: ModelConfig) -> tuple[jax.Array | None, int | None]:
-    """Returns the layers' windows: (int32 [L], None), or (None, the one window of all layers)."""
+    """Returns the windows of the layers, per layer or as one for all.
+
+    Returns:
+      (int32 [L], None) if the L layers differ, with 2^30 for full attention; else (None, window of
+      all layers, which is None for full attention).
+    """
     distinct = config.distinct_windows
     if len(distinct) == 1:
         return None, distinct[0]

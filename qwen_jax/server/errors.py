@@ -115,7 +115,7 @@ def draining_error() -> ApiError:
 
 
 async def handle_exception(request: Request, error: Exception) -> Response:
-    """Returns the error response for an exception; Starlette's handler for all exceptions."""
+    """Returns the error response for an exception; registered as handler of all exceptions."""
     if isinstance(error, HTTPException):
         error = _from_http_exception(request, error)
     return as_api_error(error).response()

@@ -107,8 +107,8 @@ def chat_prompt(request: ChatRequest, model: ServedModel) -> ChatPrompt:
       model: determines the chat format and the tool format.
 
     Raises:
-      ApiError: 400 if the messages are not a valid conversation, a tool result has no call or a
-        call no result, `tool_choice` names no tool of the request, or a base model gets tools.
+      ApiError: 400 if the messages are not a valid conversation, tool calls and tool results do not
+        match, `tool_choice` names no tool of the request, or tools are given to a base model.
     """
     results = _tool_results(request.messages)
     selection = _select_tools(request)

@@ -268,7 +268,7 @@ class Tokenizer:
     def _pieces(
         self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool
     ) -> Iterator[bytes]:
-        """Returns an iterator over the bytes of each id; see `decode` for arguments and errors."""
+        """Yields the bytes of each id in turn; see `decode` for arguments and errors."""
         array = np.asarray(ids)
         if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
             raise UserError(

@@ -33,8 +33,8 @@ from qwen_jax.tokenizer.tokenizer import Tokenizer
 class JsonlTexts:
     """Iterable over the texts of JSONL files, one JSON object per line with the text in a field.
 
-    Lines end at "\n" only; other line separators such as U+2028 belong to the document. Blank lines
-    are skipped. It can be iterated any number of times.
+    Lines end at "\\n" only; other line separators such as U+2028 belong to the document. Blank
+    lines are skipped. It can be iterated any number of times.
 
     Attributes:
       paths: files, read in this order.

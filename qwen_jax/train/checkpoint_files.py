@@ -224,7 +224,7 @@ def absolute(directory: str) -> epath.Path:
 
 
 def step_name(step: int) -> str:
-    """Returns the folder name of the complete checkpoint of `step`."""
+    """Returns the folder name of the checkpoint of a step, such as step_00000300."""
     return f"step_{step:08d}"
 
 

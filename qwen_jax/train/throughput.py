@@ -29,7 +29,7 @@ class Throughput:
         self._total = 0.0
 
     def add(self, units: float) -> None:
-        """Records that a step of so many units has just ended."""
+        """Records that a step which processed `units` units (such as tokens) has just ended."""
         if self._marks:
             self._total += units
         self._marks.append((self._clock(), self._total))

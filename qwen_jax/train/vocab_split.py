@@ -77,14 +77,22 @@ class VocabSplit:
         return self.parts * self.width - self.columns
 
     def _group(self) -> list[list[int]]:
-        """Returns the devices of each group, as indices along `fsdp`: `axis_index_groups`."""
+        """Returns the groups of devices that split the vocabulary among them.
+
+        Returns:
+          Indices along `fsdp`, as the argument `axis_index_groups` of JAX's collectives expects
+          them.
+        """
         starts = range(0, self.fsdp, self.parts)
         return [[q + r for r in range(self.parts)] for q in starts]
 
     def _peers(self) -> list[list[int]] | None:
-        """Returns the devices that hold the same columns, one of each group: `axis_index_groups`.
+        """Returns the groups of devices that hold the same columns, one device of each vocabulary
+        group.
 
-        None, for all devices along `fsdp`, if the vocabulary is not split along it.
+        Returns:
+          Indices along `fsdp`, as `axis_index_groups`; None (all devices along `fsdp`) if the
+          vocabulary is not split along it.
         """
         if self.parts == 1:
             return None

@@ -122,10 +122,14 @@ class BackwardRefs:
 
 
 def _kernel(*all_refs, layout: FlashLayout, scale: float, chunk: int, first_block: int):
-    """Processes one block of queries against one chunk of keys, for one head of a group.
+    """Computes the gradients between one block of queries and one chunk of keys, for one head.
+
+    dq of the block is written each time; dk and dv of the chunk accumulate over blocks of queries
+    and heads of a group, and are written at the end.
 
     Args:
-      *all_refs: scalar references as `scalars` orders them, then those of `BackwardRefs`.
+      *all_refs: scalar references as `scalars` orders them, then those of `BackwardRefs`, in the
+        order of its fields, without those that are None.
       layout: layout of the call.
       scale: factor on q·k.
       chunk: number of the chunk.

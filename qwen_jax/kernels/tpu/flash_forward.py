@@ -148,10 +148,14 @@ class ForwardRefs:
 
 
 def _kernel(*all_refs, layout: FlashLayout, scale: float):
-    """Processes one block of queries and one chunk of keys of one head.
+    """Updates the online softmax of one block of queries with one chunk of keys, for one head.
+
+    The accumulators are initialised at the first chunk; output and log-sum-exp are written at the
+    last.
 
     Args:
-      *all_refs: scalar references as `scalars` orders them, then those of `ForwardRefs`.
+      *all_refs: scalar references as `scalars` orders them, then those of `ForwardRefs`, in the
+        order of its fields, without segment ids if there are none.
       layout: layout of the call.
       scale: factor on q·k.
     """

@@ -59,7 +59,7 @@ def unsupported_reason(cache: PagedCache, *, q_len: int, heads: int, entries: in
 
 
 @dataclasses.dataclass(frozen=True)
-class DecodeShape:
+class DecodeParams:
     """Static parameters of a call.
 
     Attributes:
@@ -119,7 +119,7 @@ def paged_decode(q, pages, scales, page_table, lengths, start, window, *, scale,
     head_bytes = page * 2 * width * pages.dtype.itemsize
     block = _BUFFER_BYTES // (kv_heads // head_blocks * head_bytes)
     block = max(1, min(block, _BLOCK_SCORES // rows // page, page_table.shape[1]))
-    static = DecodeShape(
+    static = DecodeParams(
         *(kv_heads // head_blocks, groups, q_len, rows, width, page, page_table.shape[1]),
         *(block, scale, scales is not None),
     )
@@ -145,7 +145,7 @@ def _cores() -> int:
     return getattr(device, "num_cores", None) or 1
 
 
-def _request_plan(lengths, start, window, static: DecodeShape) -> jax.Array:
+def _request_plan(lengths, start, window, static: DecodeParams) -> jax.Array:
     """Returns per request what the kernel needs, int32 [7, R+1]; divisions are done here.
 
     Rows: first page, page after the last, number of blocks, slot of the first query, window, slot
@@ -166,7 +166,7 @@ def _request_plan(lengths, start, window, static: DecodeShape) -> jax.Array:
 _FIRST, _LAST, _BLOCKS, _START, _WINDOW, _END, _NEXT = range(7)
 
 
-def _launch(static: DecodeShape, head_blocks, q, pages, scales, page_table, plan):
+def _launch(static: DecodeParams, head_blocks, q, pages, scales, page_table, plan):
     """Calls the kernel for all requests.
 
     Args:
@@ -222,7 +222,7 @@ def _launch(static: DecodeShape, head_blocks, q, pages, scales, page_table, plan
     )(page_table.reshape(-1), plan, *operands)
 
 
-def _cost_estimate(static: DecodeShape, head_blocks, q, caches, table) -> pl.CostEstimate:
+def _cost_estimate(static: DecodeParams, head_blocks, q, caches, table) -> pl.CostEstimate:
     """Returns the cost for XLA's scheduler.
 
     Every request is assumed to be as long as its row of the page table.
@@ -238,7 +238,7 @@ def _cost_estimate(static: DecodeShape, head_blocks, q, caches, table) -> pl.Cos
 
 
 @dataclasses.dataclass(frozen=True)
-class _PageCopies:
+class _AsyncPageCopies:
     """Asynchronous copies of pages from HBM to VMEM buffers, for the kv heads of one grid step.
 
     Attributes:
@@ -251,7 +251,7 @@ class _PageCopies:
       h0: first kv head.
     """
 
-    static: DecodeShape
+    static: DecodeParams
     table: jax.Array
     plan: jax.Array
     hbm: list
@@ -286,7 +286,7 @@ class _PageCopies:
         jax.lax.fori_loop(0, count, one, 0)
 
 
-def _kernel(static: DecodeShape, table_ref, plan_ref, q_ref, pages_ref, *rest):
+def _kernel(static: DecodeParams, table_ref, plan_ref, q_ref, pages_ref, *rest):
     """Attends to all blocks of one request, for the kv heads of the grid step.
 
     References in `rest`: scales in HBM (8-bit only), output, log-sum-exp, buffers, accumulator,
@@ -306,7 +306,7 @@ def _kernel(static: DecodeShape, table_ref, plan_ref, q_ref, pages_ref, *rest):
     buffers, (acc_ref, max_ref, sum_ref, slot_ref, semaphores) = scratch[:-5], scratch[-5:]
     r, requests = pl.program_id(1), pl.num_programs(1)
     h0 = pl.program_id(0) * static.kv_heads
-    copies = _PageCopies(static, table_ref, plan_ref, hbm, buffers, semaphores, h0)
+    copies = _AsyncPageCopies(static, table_ref, plan_ref, hbm, buffers, semaphores, h0)
 
     @pl.when(r == plan_ref[_NEXT, 0])
     def _():
@@ -366,12 +366,12 @@ class _BlockPosition:
     window: jax.Array
     end: jax.Array
 
-    def needs_mask(self, static: DecodeShape) -> jax.Array:
+    def needs_mask(self, static: DecodeParams) -> jax.Array:
         """Returns whether some query does not see some slot of the block."""
         past = self.first_slot + static.tokens > jnp.minimum(self.end, self.start + 1)
         return past | (self.first_slot + self.window < self.start + static.q_len)
 
-    def visible(self, static: DecodeShape) -> jax.Array:
+    def visible(self, static: DecodeParams) -> jax.Array:
         """Returns which queries see which slots, bool [rows, tokens]."""
         shape = (static.rows, static.tokens)
         slots = self.first_slot + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
@@ -381,13 +381,13 @@ class _BlockPosition:
             query += (row >= t * static.groups).astype(jnp.int32)
         return (slots <= query) & (query - slots < self.window) & (slots < self.end)
 
-    def is_written(self, static: DecodeShape, width: int) -> jax.Array:
+    def is_written(self, static: DecodeParams, width: int) -> jax.Array:
         """Returns which slots of copied pages have a token of the request, bool [tokens, width]."""
         slots = self.first_slot + jax.lax.broadcasted_iota(jnp.int32, (static.tokens, width), 0)
         return slots < self.end
 
 
-def _attend_block(static: DecodeShape, position, slot, q_ref, buffers, acc_ref, max_ref, sum_ref):
+def _attend_block(static: DecodeParams, position, slot, q_ref, buffers, acc_ref, max_ref, sum_ref):
     """Updates the running softmax of every kv head with one block of keys and values.
 
     Args:
