@@ -175,8 +175,8 @@ def test_refusals(monkeypatch):
     refuses("did you mean 'reference'", implementation="referense")
     refuses("'pallas_tpu' runs on tpu only and this is cpu", implementation="pallas_tpu")
     refuses("'pallas_gpu' runs on gpu only and this is cpu", implementation="pallas_gpu")
-    refuses("heads of 8 and the cache's have 16", q[..., :8], case.cache, table, lengths)
-    refuses("7 query heads can't share", q[:, :, :7], case.cache, table, lengths)
+    refuses("is 8 in queries and 16 in the cache", q[..., :8], case.cache, table, lengths)
+    refuses("7 query heads cannot share", q[:, :, :7], case.cache, table, lengths)
     refuses("don't describe 2 requests", q, case.cache, table[:1], lengths)
     refuses("both or neither", k_new=q)
     refuses("New keys are", k_new=q, v_new=q)
@@ -189,11 +189,11 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(paged, "platform", lambda: ("gpu", "gpu"))
     refuses("can't run: a cpu; the GPU kernel is made for", implementation="pallas_gpu")
     for size in ("layers", "pages", "kv_heads", "head_dim"):
-        with pytest.raises(UserError, match=f"needs {size} of at least 1"):
+        with pytest.raises(UserError, match=f"{size} of a paged cache is 0"):
             init_paged_cache(
                 **({"layers": 1, "pages": 1, "kv_heads": 1, "head_dim": 8} | {size: 0})
             )
-    with pytest.raises(UserError, match="not int8"):
+    with pytest.raises(UserError, match="is int8"):
         init_paged_cache(1, 1, 1, 8, dtype=jnp.int8)
 
 
