@@ -35,10 +35,10 @@ from absl import app, flags
 from benchmarks import cycle_profile
 from benchmarks.report import emit
 from qwen_jax.kernels.mask import Mask
-from qwen_jax.kernels.tpu.block_sizes import CHIPS
+from qwen_jax.kernels.tpu.block_sizes import FLASH_CONFIGS
 from qwen_jax.kernels.tpu.flash_blocks import key_ranges, make_flash_layout
 
-_CHIPS = flags.DEFINE_list("chips", list(CHIPS), "TPU chips to compile for.")
+_CHIPS = flags.DEFINE_list("chips", list(FLASH_CONFIGS), "TPU chips to compile for.")
 _LENGTH = flags.DEFINE_integer("length", 4096, "Tokens per row.")
 _WIDTH = flags.DEFINE_integer("width", 128, "Head dimension.")
 _JOBS = flags.DEFINE_integer("jobs", 1, "Cases compiled at the same time.")
@@ -175,14 +175,14 @@ def packed_work(length: int, width: int, chip: str, documents: int) -> dict[str,
     """
     ids = (1 + np.arange(length) * documents // length).astype(np.int32)[None]
     packed = Mask(q_segments=jnp.asarray(ids), k_segments=jnp.asarray(ids))
-    tiles = CHIPS[chip].forward
+    sizes = FLASH_CONFIGS[chip].forward
     pairs = []
     for mask in (packed, Mask()):
-        layout = make_flash_layout(length, length, width, 2, mask, tiles)
+        layout = make_flash_layout(length, length, width, 2, mask, sizes)
         low, _, _, short = np.asarray(key_ranges(mask, layout, 1)).reshape(-1, 4).T
-        q, k, cut = layout.tiles.block_q, layout.tiles.block_k, layout.tiles.diagonal
-        blocks = np.arange(layout.q_blocks) * (q // k) - short - low
-        pairs.append(blocks.sum() * q * k + layout.q_blocks * q * (q + cut) // 2)
+        q, k, cut = layout.sizes.block_q, layout.sizes.block_k, layout.sizes.diagonal_block
+        blocks = np.arange(layout.num_q_blocks) * (q // k) - short - low
+        pairs.append(blocks.sum() * q * k + layout.num_q_blocks * q * (q + cut) // 2)
     needed = sum(n * (n + 1) // 2 for n in np.bincount(ids[0])[1:])
     causal = length * (length + 1) // 2
     return {

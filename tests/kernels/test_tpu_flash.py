@@ -20,7 +20,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.kernels.flash import FlashKernel, flash_attention
 from qwen_jax.kernels.mask import MASKED, Mask, full_blocks, visible
 from qwen_jax.kernels.tpu import flash_backward, flash_forward
-from qwen_jax.kernels.tpu.block_sizes import CHIPS, MIB, ChipTiles, Tiles
+from qwen_jax.kernels.tpu.block_sizes import FLASH_CONFIGS, MIB, BlockSizes, FlashConfig
 from qwen_jax.kernels.tpu.flash import KERNEL, tpu_kernel, unsupported_reason
 from qwen_jax.kernels.tpu.flash_blocks import make_flash_layout
 from tests.tpu import needs_libtpu
@@ -29,17 +29,18 @@ SCALE = 0.11
 # Several blocks of each kind at lengths that interpret quickly: blocks of 256 queries and 128 keys,
 # keys in chunks of 512. In float32 the kernels take a quarter of the sizes given.
 CHUNK = 512 * 128
-SMALL = Tiles(1024, 512, 128, 256, resident=4 * CHUNK)
-SMALL_BFLOAT16 = Tiles(256, 128, 128, 256, resident=2 * CHUNK)
+SMALL = BlockSizes(1024, 512, 128, 256, resident_bytes=4 * CHUNK)
+SMALL_BFLOAT16 = BlockSizes(256, 128, 128, 256, resident_bytes=2 * CHUNK)
 
 
 @functools.cache
-def kernel(tiles=SMALL, interpret=True) -> FlashKernel:
-    chip = ChipTiles(tiles, tiles, 60 * MIB)
+def kernel(sizes=SMALL, interpret=True) -> FlashKernel:
+    """The TPU kernel with the same block sizes in both passes."""
+    config = FlashConfig(sizes, sizes, 60 * MIB)
     return FlashKernel(
         "interpreted",
-        functools.partial(flash_forward.flash_forward, chip=chip, interpret=interpret),
-        functools.partial(flash_backward.flash_backward, chip=chip, interpret=interpret),
+        functools.partial(flash_forward.flash_forward, config=config, interpret=interpret),
+        functools.partial(flash_backward.flash_backward, config=config, interpret=interpret),
     )
 
 
@@ -189,40 +190,40 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_float64(case):
+def test_both_passes_equal_float64(case):
     shape, mask = CASES[case]
     compare(kernel(), make(len(case), **shape), Mask(**mask), 1e-5)
 
 
 @pytest.mark.parametrize("case", ["causal", "packed and padded", "several chunks, packed"])
-def test_bfloat16_within_a_hundredth(case):
+def test_both_passes_in_bfloat16_are_within_one_percent(case):
     shape, mask = CASES[case]
     small = kernel(SMALL_BFLOAT16)
     compare(small, make(1, dtype="bfloat16", **shape), Mask(**mask), 1e-2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", CHIPS)
-def test_shipped_tilings(chip):
+@pytest.mark.parametrize("chip", FLASH_CONFIGS)
+def test_shipped_block_sizes_equal_float64(chip):
     """The block sizes whose cycles are quoted, at lengths with whole, cut and skipped blocks."""
     tpu = tpu_kernel(chip, interpret=True)
-    length = 2 * CHIPS[chip].forward.block_q + 300
+    length = 2 * FLASH_CONFIGS[chip].forward.block_q + 300
     operands = make(4, batch=1, q_len=length, heads=1, kv_heads=1, width=128, dtype="bfloat16")
     compare(tpu, operands, Mask(), 1e-2)
     compare(tpu, operands, Mask(**segments(ids(1, length, padding=200))), 1e-2)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_short_rows_are_not_padded_to_long_blocks(chip):
-    for tiles in (CHIPS[chip].forward, CHIPS[chip].backward):
+@pytest.mark.parametrize("chip", FLASH_CONFIGS)
+def test_short_rows_are_padded_to_short_blocks(chip):
+    for sizes in (FLASH_CONFIGS[chip].forward, FLASH_CONFIGS[chip].backward):
         for length, most in ((1, 128), (100, 128), (300, 512), (2100, 3072), (4096, 4096)):
-            layout = make_flash_layout(length, length, 128, 2, Mask(), tiles)
-            assert length <= layout.rows == layout.columns <= most
-        few = make_flash_layout(16, 9000, 128, 2, Mask(q_start=jnp.zeros(1, jnp.int32)), tiles)
-        assert few.rows == 128 and few.tiles.block_k >= 512 and few.columns <= 10240
+            layout = make_flash_layout(length, length, 128, 2, Mask(), sizes)
+            assert length <= layout.padded_q_len == layout.padded_k_len <= most
+        few = make_flash_layout(16, 9000, 128, 2, Mask(q_start=jnp.zeros(1, jnp.int32)), sizes)
+        assert few.padded_q_len == 128 and few.sizes.block_k >= 512 and few.padded_k_len <= 10240
 
 
-def test_gradients_by_finite_differences():
+def test_gradients_equal_finite_differences():
     mask = Mask(layer_window=jnp.int32(90), **segments(ids(1, 130, documents=3, padding=9)))
     q, k, v, _ = make(9, batch=1, q_len=130, heads=2, kv_heads=1, width=16)
 
@@ -234,7 +235,7 @@ def test_gradients_by_finite_differences():
     check_grads(f, (q, k, v), 1, modes=("rev",), eps=1e-2, atol=0.02, rtol=0.02)
 
 
-def test_gradients_in_the_dtype_asked_for():
+def test_gradients_have_the_requested_dtype():
     q, k, v, d_out = make(2, dtype="bfloat16", batch=1, q_len=200)
     _, lse, grads, delta = exact(q, k, v, Mask(), d_out)
     lse, delta = (jnp.asarray(x, jnp.float32) for x in (lse, delta))
@@ -244,7 +245,7 @@ def test_gradients_in_the_dtype_asked_for():
         assert a.dtype == jnp.float32 and relative(a, b) < 1e-2
 
 
-def test_packed_equals_each_document_alone():
+def test_packed_documents_equal_each_document_alone():
     """Bit by bit it can't be: blocks fall elsewhere."""
     lengths = (130, 300, 57)
     q, k, v, d_out = make(5, batch=1, q_len=sum(lengths))
@@ -281,7 +282,7 @@ def poisoned(operands, mask, needed):
 
 
 @pytest.mark.parametrize("why", ["segments", "window", "traced window", "past"])
-def test_masked_blocks_are_never_touched(why):
+def test_masked_key_blocks_are_never_read(why):
     """NaN × 0 is NaN: one key read, even to be weighted by 0, and it shows."""
     q, k, v, d_out = make(6, batch=1, q_len=1024)
     slots = np.arange(1024)
@@ -305,7 +306,7 @@ def test_masked_blocks_are_never_touched(why):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_full_blocks_are_the_blocks_seen_whole(packed):
+def test_full_blocks_are_exactly_the_completely_visible_ones(packed):
     rng = np.random.default_rng(packed)
     found = jax.jit(full_blocks, static_argnums=(1, 2, 3, 4))
     some = 0
@@ -325,7 +326,7 @@ def test_full_blocks_are_the_blocks_seen_whole(packed):
 
 
 @pytest.mark.parametrize("case", ["several chunks of keys", "packed and padded", "traced window"])
-def test_no_race_under_the_tpu_interpreter(case):
+def test_kernels_are_free_of_races(case):
     """Copies, semaphores and memory of the chip simulated; uninitialised memory is NaN."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
@@ -338,7 +339,7 @@ def test_no_race_under_the_tpu_interpreter(case):
     assert interpreter.races is not None and not interpreter.races.races_found
 
 
-def test_refuses_what_it_cannot_run():
+def test_unsupported_requests_are_refused_with_the_reason():
     assert "this device is 'cpu'" in unsupported_reason(
         head_dim=128, dtype=jnp.bfloat16, device_kind="cpu"
     )
@@ -410,7 +411,7 @@ COMPILED = [
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
-def test_compiles_for(topology):
+def test_kernels_compile_for_each_chip(topology):
     """Mosaic accepts the kernels under shard_map, inside the chip's vector memory."""
     environment = os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}
     arguments = [sys.executable, "-c", textwrap.dedent(COMPILE), topology, json.dumps(COMPILED)]

@@ -1,48 +1,61 @@
-"""Flash attention on TPU: backward pass.
+"""Flash-attention backward kernel for TPUs: dq, dk and dv in one kernel, five products per block.
 
-One kernel computes dq, dk and dv with five products per block. Scores are kept transposed, keys ×
-queries: log-sum-exp and delta are then rows along the lanes, and dv = pᵀ·d_out and dk = dsᵀ·q need
-no transposes. A grid step is a block of queries, whose dq accumulates in VMEM; dk and dv of the
-chunk of keys accumulate in VMEM over blocks of queries and over the heads of a group, so the sum
-over the group stays on the chip.
+Scores are held transposed, [keys, queries]: log-sum-exp and delta are then rows with queries along
+the lanes, and dv = pᵀ·d_out and dk = dsᵀ·q need no transposition. A grid step is one block of
+queries, whose dq accumulates in VMEM. dk and dv of the whole chunk of keys accumulate in VMEM over
+blocks of queries and over the query heads of a kv head, so that sum never leaves the chip.
+
+p are the attention weights, ds the gradient of the scores, d_out that of the output.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from qwen_jax.kernels.mask import Mask
-from qwen_jax.kernels.tpu import flash_blocks as tiling
-from qwen_jax.kernels.tpu.block_sizes import LANES, ChipTiles
-from qwen_jax.kernels.tpu.flash_blocks import UNSEEN, FlashLayout, GridStep
-from qwen_jax.kernels.tpu.flash_forward import (
-    LOG2E,
-    broadcast_lanes,
-    dot,
+from qwen_jax.kernels.refs import Ref, bind_by_name
+from qwen_jax.kernels.tpu.block_sizes import FlashConfig
+from qwen_jax.kernels.tpu.flash_blocks import (
+    MASKED_SCORE,
+    FlashLayout,
+    GridStep,
     heads_first,
+    loop_over_blocks,
+    make_flash_layout,
     padded_width,
-    scalars,
+    scalar_operands,
     segment_rows,
+    when_chunked,
 )
+from qwen_jax.kernels.tpu.flash_forward import VisibleFunction
+from qwen_jax.kernels.tpu.mosaic import LANES, LOG2E, broadcast_lanes, dot_f32
 
 
-def _visible(layout: FlashLayout, offset, window, remaining, q_ids, k_ids, shape):
-    """Returns the mask of a block, bool [keys, queries]: the transpose of the forward pass's.
+def _visible_transposed(
+    layout: FlashLayout,
+    offset: jax.Array | int,
+    window: jax.Array | int | None,
+    keys_left: jax.Array | int | None,
+    q_ids: jax.Array | None,
+    k_ids: jax.Array | None,
+    shape: tuple[int, ...],
+) -> jax.Array:
+    """Returns which scores of a block are visible, bool [keys, queries].
 
     Args:
-      layout: layout of the call.
-      offset: slot of the first query minus slot of the first key.
-      window: number of slots that a query sees, or None.
-      remaining: keys of the array from the block's first key on.
-      q_ids: segment ids of the queries, int32 [1, queries], or None.
-      k_ids: segment ids of the keys, int32 [1, keys], or None.
+      layout: the layout of the call.
+      offset: slot of the block's first query less that of its first key.
+      window: slots that a query sees, its own included; None: all.
+      keys_left: keys of the sequence from the block's first key on; None on the diagonal.
+      q_ids: segment id of each query, int32 [1, queries]; None: no segments.
+      k_ids: segment id of each key, int32 [1, keys]; None: no segments.
       shape: (keys, queries).
     """
     row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
@@ -51,324 +64,359 @@ def _visible(layout: FlashLayout, offset, window, remaining, q_ids, k_ids, shape
     visible = distance <= offset
     if window is not None:
         visible &= distance > offset - window
-    if not layout.diagonal and layout.columns != layout.k_len:
-        visible &= row < remaining
-    if layout.segments:
-        turned = jnp.broadcast_to(k_ids, (LANES, shape[0])).T
-        visible &= broadcast_lanes(turned, shape[1]) == q_ids
+    if not layout.has_diagonal and layout.padded_k_len != layout.k_len:
+        assert keys_left is not None
+        visible &= row < keys_left
+    if layout.has_segments:
+        assert k_ids is not None
+        key_rows = jnp.broadcast_to(k_ids, (LANES, shape[0])).T
+        visible &= broadcast_lanes(key_rows, shape[1]) == q_ids
     return visible
 
 
 @dataclasses.dataclass(frozen=True)
-class BackwardRefs:
-    """References of the backward kernel; Q is block_q, C the keys of a chunk, H the head dimension.
+class _BackwardRefs:
+    """References of the backward kernel, and the computation of one block on them.
+
+    Shapes: Q block_q queries, C keys of a chunk, H padded head dimension.
 
     Attributes:
       q: queries [Q, H].
       k: keys [C, H].
       v: values [C, H].
-      lse: log-sum-exp, float32 [1, Q].
+      lse: log-sum-exp, float32 [1, Q], natural logarithm.
       d_out: gradient of the output [Q, H].
-      delta: sum of d_out · out per query, float32 [1, Q].
-      q_ids: segment ids, int32 [1, Q], or None.
-      k_ids: segment ids, int32 [1, C], or None.
-      previous_dq: gradient of the queries from the chunks before, float32 [Q, H], or None.
-      dq_out: gradient of the queries [Q, H].
-      dk_out: gradient of the keys [C, H].
-      dv_out: gradient of the values [C, H].
-      q_scaled: queries times the scale and log2(e), [Q, H].
-      dq: accumulator, float32 [H, Q].
-      dk: accumulator, float32 [C, H].
-      dv: accumulator, float32 [C, H].
+      delta: Σ_H out·d_out less the gradient of lse, float32 [1, Q].
+      dq: gradient of the queries [Q, H], written.
+      dk: gradient of the keys [C, H], written.
+      dv: gradient of the values [C, H], written.
+      q_scaled: scratch [Q, H], queries times scale · log2(e).
+      dq_acc: scratch float32 [H, Q], dq so far, transposed and without the scale.
+      dk_acc: scratch float32 [C, H], dk so far, without the scale.
+      dv_acc: scratch float32 [C, H], dv so far.
+      q_ids: segment ids of the queries, int32 [1, Q]; None without segments.
+      k_ids: segment ids of the keys, int32 [1, C]; None without segments.
+      dq_earlier: dq of earlier chunks of keys, float32 [Q, H]; None for the first chunk.
     """
 
-    q: Any
-    k: Any
-    v: Any
-    lse: Any
-    d_out: Any
-    delta: Any
-    q_ids: Any
-    k_ids: Any
-    previous_dq: Any
-    dq_out: Any
-    dk_out: Any
-    dv_out: Any
-    q_scaled: Any
-    dq: Any
-    dk: Any
-    dv: Any
+    q: Ref
+    k: Ref
+    v: Ref
+    lse: Ref
+    d_out: Ref
+    delta: Ref
+    dq: Ref
+    dk: Ref
+    dv: Ref
+    q_scaled: Ref
+    dq_acc: Ref
+    dk_acc: Ref
+    dv_acc: Ref
+    q_ids: Ref | None = None
+    k_ids: Ref | None = None
+    dq_earlier: Ref | None = None
 
-    def update(self, cols, keys, mask_of=None):
-        """Adds the contributions of some queries and keys to all three gradients.
+    def accumulate(
+        self, queries: slice, keys: slice | pl.Slice, visible: VisibleFunction | None = None
+    ) -> None:
+        """Adds the contribution of some pairs of queries and keys to all three gradients.
 
         Args:
-          cols: slice of queries.
-          keys: slice of keys.
-          mask_of: (q_ids, k_ids, shape) -> mask, or None if all keys are visible.
+          queries: the queries, within the block.
+          keys: the keys, within the chunk.
+          visible: which pairs are visible, bool [keys, queries]; None: all.
         """
-        k, v, d_out = self.k[keys], self.v[keys], self.d_out[cols]
-        s = dot(k, self.q_scaled[cols], (1, 1))
-        if mask_of is not None:
-            packed = self.q_ids is not None
-            ids = (self.q_ids[:, cols], self.k_ids[:, keys]) if packed else (None, None)
-            s = jnp.where(mask_of(*ids, s.shape), s, UNSEEN)
-        p = jnp.exp2(s - self.lse[:, cols] * LOG2E)
-        self.dv[keys] += dot(p.astype(d_out.dtype), d_out, (1, 0))
-        dp = dot(v, d_out, (1, 1))
-        ds = (p * (dp - self.delta[:, cols])).astype(k.dtype)
-        self.dk[keys] += dot(ds, self.q[cols], (1, 0))
-        self.dq[:, cols] += dot(k, ds, (0, 0))
+        k, v, d_out = self.k[keys], self.v[keys], self.d_out[queries]
+        s = dot_f32(k, self.q_scaled[queries], (1, 1))
+        if visible is not None:
+            q_ids = k_ids = None
+            if self.q_ids is not None:
+                assert self.k_ids is not None
+                q_ids, k_ids = self.q_ids[:, queries], self.k_ids[:, keys]
+            s = jnp.where(visible(q_ids, k_ids, s.shape), s, MASKED_SCORE)
+        p = jnp.exp2(s - self.lse[:, queries] * LOG2E)
+        self.dv_acc[keys] += dot_f32(p.astype(d_out.dtype), d_out)
+        dp = dot_f32(v, d_out, (1, 1))
+        ds = (p * (dp - self.delta[:, queries])).astype(k.dtype)
+        self.dk_acc[keys] += dot_f32(ds, self.q[queries])
+        self.dq_acc[:, queries] += dot_f32(k, ds, (0, 0))
 
 
-def _kernel(*all_refs, layout: FlashLayout, scale: float, chunk: int, first_block: int):
-    """Computes the gradients between one block of queries and one chunk of keys, for one head.
+def _backward_kernel(
+    *,
+    layout: FlashLayout,
+    scale: float,
+    chunk: int,
+    first_block: int,
+    key_ranges: Ref | None = None,
+    slot_scalars: Ref | None = None,
+    **named_refs: Ref,
+) -> None:
+    """Kernel body: computes gradients from one block of queries of one head and one chunk of keys.
 
-    dq of the block is written each time; dk and dv of the chunk accumulate over blocks of queries
-    and heads of a group, and are written at the end.
+    dq of the block is written in every step. dk and dv of the chunk accumulate over blocks of
+    queries and over the query heads of a kv head, and are written at the end.
 
     Args:
-      *all_refs: scalar references as `scalars` orders them, then those of `BackwardRefs`, in the
-        order of its fields, without those that are None.
-      layout: layout of the call.
+      layout: the layout of the call.
       scale: factor on q·k.
-      chunk: number of the chunk.
-      first_block: number of the first block of queries of the grid.
+      chunk: index of the chunk of keys.
+      first_block: block of queries of the grid's first step.
+      key_ranges: see `flash_blocks.key_ranges`.
+      slot_scalars: see `flash_blocks.scalar_operands`.
+      **named_refs: the fields of `_BackwardRefs`.
     """
-    rest = list(all_refs)
-    ranges = rest.pop(0) if layout.limited else None
-    slots = rest.pop(0) if layout.traced_start or layout.traced_window else None
-    q, k, v, lse, d_out, delta, *rest = rest
-    q_ids, k_ids = (rest.pop(0), rest.pop(0)) if layout.segments else (None, None)
-    previous_dq = rest.pop(0) if chunk else None
-    dq_out, dk_out, dv_out, q_scaled, dq_sum, dk_sum, dv_sum = rest
-    refs = BackwardRefs(
-        q=q,
-        k=k,
-        v=v,
-        lse=lse,
-        d_out=d_out,
-        delta=delta,
-        q_ids=q_ids,
-        k_ids=k_ids,
-        previous_dq=previous_dq,
-        dq_out=dq_out,
-        dk_out=dk_out,
-        dv_out=dv_out,
-        q_scaled=q_scaled,
-        dq=dq_sum,
-        dk=dk_sum,
-        dv=dv_sum,
-    )
-    tiles = layout.tiles
+    refs = _BackwardRefs(**named_refs)
+    sizes = layout.sizes
     group, n = pl.program_id(2), pl.program_id(3)
-    step = GridStep(layout, pl.program_id(0), n + first_block, chunk, ranges, slots)
+    step = GridStep(layout, pl.program_id(0), n + first_block, chunk, key_ranges, slot_scalars)
 
     @pl.when((group == 0) & (n == 0))
-    def _():
-        refs.dk[...] = jnp.zeros_like(refs.dk)
-        refs.dv[...] = jnp.zeros_like(refs.dv)
+    def clear_key_gradients():
+        refs.dk_acc[...] = jnp.zeros_like(refs.dk_acc)
+        refs.dv_acc[...] = jnp.zeros_like(refs.dv_acc)
 
     refs.q_scaled[...] = (refs.q[...].astype(jnp.float32) * (scale * LOG2E)).astype(refs.q.dtype)
-    refs.dq[...] = jnp.zeros_like(refs.dq)
+    refs.dq_acc[...] = jnp.zeros_like(refs.dq_acc)
 
-    def block(j, masked):
-        """Processes key block j of the chunk."""
-        first = pl.multiple_of(j * tiles.block_k, tiles.block_k)
-        keys = pl.ds(first, tiles.block_k)
+    def accumulate_block(block, masked):
+        """Adds the contribution of one key block of the chunk before the diagonal."""
+        first = pl.multiple_of(block * sizes.block_k, sizes.block_k)
+        keys = pl.ds(first, sizes.block_k)
         if not masked:
-            return refs.update(slice(None), keys)
+            return refs.accumulate(slice(None), keys)
         key = first + chunk * layout.chunk
-        visible = (layout, step.start() - key, step.window(), layout.k_len - key)
-        refs.update(slice(None), keys, functools.partial(_visible, *visible))
+        bounds = (layout, step.first_slot() - key, step.window(), layout.k_len - key)
+        refs.accumulate(slice(None), keys, functools.partial(_visible_transposed, *bounds))
 
-    def diagonal():
-        """Processes the block on the diagonal in strips, without keys above the diagonal."""
-        start = step.i * tiles.block_q - chunk * layout.chunk
-        for key in range(0, tiles.block_q, tiles.diagonal):
-            keys = pl.ds(pl.multiple_of(start + key, tiles.diagonal), tiles.diagonal)
-            visible = (layout, 0, step.window(), None)
-            refs.update(slice(key, None), keys, functools.partial(_visible, *visible))
+    def accumulate_diagonal():
+        """Adds the contribution of the keys of the queries' own slots."""
+        start = step.q_block * sizes.block_q - chunk * layout.chunk
+        for key in range(0, sizes.block_q, sizes.diagonal_block):
+            keys = pl.ds(pl.multiple_of(start + key, sizes.diagonal_block), sizes.diagonal_block)
+            bounds = (layout, 0, step.window(), None)
+            refs.accumulate(slice(key, None), keys, functools.partial(_visible_transposed, *bounds))
 
-    tiling.for_each_key_block(step, block)
-    if layout.diagonal:
-        tiling.when_chunked(layout, step.on_diagonal(), diagonal)
-    dq = refs.dq[...].T * scale
-    if previous_dq is not None:
-        dq += previous_dq[...]
-    refs.dq_out[...] = dq.astype(refs.dq_out.dtype)
+    loop_over_blocks(step, accumulate_block)
+    if layout.has_diagonal:
+        when_chunked(layout, step.chunk_has_diagonal(), accumulate_diagonal)
+    dq = refs.dq_acc[...].T * scale
+    if refs.dq_earlier is not None:
+        dq += refs.dq_earlier[...]
+    refs.dq[...] = dq.astype(refs.dq.dtype)
 
     @pl.when((group == pl.num_programs(2) - 1) & (n == pl.num_programs(3) - 1))
-    def _():
-        refs.dk_out[...] = (refs.dk[...] * scale).astype(refs.dk_out.dtype)
-        refs.dv_out[...] = refs.dv[...].astype(refs.dv_out.dtype)
+    def write_key_gradients():
+        refs.dk[...] = (refs.dk_acc[...] * scale).astype(refs.dk.dtype)
+        refs.dv[...] = refs.dv_acc[...].astype(refs.dv.dtype)
 
 
-def _specs(layout: FlashLayout, groups: int, width: int, chunk: int, first_block: int):
-    """Returns (spec of q, in_specs, spec of dk) for a grid over rows, kv heads, groups, q blocks.
+def _block_specs(
+    layout: FlashLayout, groups: int, width: int, chunk: int, first_block: int
+) -> dict[str, pl.BlockSpec]:
+    """Returns blocks by parameter name, for a grid (row, kv head, head of its group, query block).
 
     Args:
-      layout: layout of the call.
+      layout: the layout of the call.
       groups: query heads per kv head.
       width: padded head dimension.
-      chunk: number of the chunk of keys.
-      first_block: number of the first block of queries of the grid.
+      chunk: index of the chunk of keys.
+      first_block: block of queries of the grid's first step.
     """
-    tiles = layout.tiles
+    block_q = layout.sizes.block_q
 
-    def queries(b, n, g, i, *_):
-        """Returns the block index of arrays [B, N, T, H]."""
+    def query_index(b, n, g, i, *_):
+        """Returns the index of a block of queries."""
         return b, n * groups + g, i + first_block, 0
 
-    def rows(b, n, g, i, *_):
-        """Returns the block index of arrays [B, N, 1, T]."""
+    def statistics_index(b, n, g, i, *_):
+        """Returns the index of a block of lse or delta."""
         return b, n * groups + g, 0, i + first_block
 
-    q = pl.BlockSpec((None, None, tiles.block_q, width), queries)
-    row = pl.BlockSpec((None, None, 1, tiles.block_q), rows)
-    k = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, chunk, 0))
-    in_specs = [q, k, k, row, q, row]
-    if layout.segments:
-        in_specs += [
-            pl.BlockSpec((None, 1, tiles.block_q), lambda b, n, g, i, *_: (b, 0, i + first_block)),
-            pl.BlockSpec((None, 1, layout.chunk), lambda b, *_: (b, 0, chunk)),
-        ]
-    gradient = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, 0, 0))
-    return q, in_specs, gradient
+    queries = pl.BlockSpec((None, None, block_q, width), query_index)
+    statistics = pl.BlockSpec((None, None, 1, block_q), statistics_index)
+    keys = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, chunk, 0))
+    key_gradient = pl.BlockSpec((None, None, layout.chunk, width), lambda b, n, *_: (b, n, 0, 0))
+    return {
+        "q": queries,
+        "k": keys,
+        "v": keys,
+        "lse": statistics,
+        "d_out": queries,
+        "delta": statistics,
+        "q_ids": pl.BlockSpec((None, 1, block_q), lambda b, n, g, i, *_: (b, 0, i + first_block)),
+        "k_ids": pl.BlockSpec((None, 1, layout.chunk), lambda b, *_: (b, 0, chunk)),
+        "dq_earlier": queries,
+        "dq": queries,
+        "dk": key_gradient,
+        "dv": key_gradient,
+    }
 
 
-def _chunk_gradients(
-    operands, prefetched, layout: FlashLayout, scale, chunk, dq, dtypes, chip, interpret
-):
-    """Computes the gradients that one chunk of keys contributes.
+def _chunk_backward(
+    operands: dict[str, jax.Array],
+    scalars: dict[str, jax.Array],
+    dq_earlier: jax.Array | None,
+    *,
+    layout: FlashLayout,
+    scale: float,
+    chunk: int,
+    grad_dtypes: dict[str, DTypeLike],
+    config: FlashConfig,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the gradients from one chunk of keys.
+
+    Shapes: B batch rows, N query heads, K kv heads, T and S padded numbers of queries and keys, C
+    keys of a chunk, H padded head dimension.
 
     Args:
-      operands: q, k, v, lse, d_out, delta and segment ids, padded.
-      prefetched: scalar operands.
-      layout: layout of the call.
+      operands: arrays by parameter name: q and d_out [B, N, T, H], k and v [B, K, S, H], lse and
+        delta [B, N, 1, T] and, with segments, q_ids and k_ids (`segment_rows`).
+      scalars: the scalar operands (`scalar_operands`).
+      dq_earlier: dq of the earlier chunks, float32 [B, N, T, H]; None for the first chunk.
+      layout: the layout of the call.
       scale: factor on q·k.
-      chunk: number of the chunk.
-      dq: sum of dq over the chunks before, or None.
-      dtypes: dtypes of dq, dk, dv.
-      chip: block sizes.
-      interpret: whether to run in Pallas' interpreter.
+      chunk: index of the chunk.
+      grad_dtypes: dtypes of "dq", "dk" and "dv".
+      config: settings for the chip.
+      interpret: run Pallas' interpreter instead of compiling.
 
     Returns:
-      [dq including this chunk, dk of the chunk, dv of the chunk].
+      (dq [B, N, T, H] of this and all earlier chunks, float32 unless there is a single chunk; dk
+      and dv [B, K, C, H]).
     """
-    q, k = operands[:2]
+    q, k = operands["q"], operands["k"]
     batch, heads, _, width = q.shape
     kv_heads = k.shape[1]
     groups = heads // kv_heads
-    # Causal from slot 0: blocks of queries previous_dq the chunk have no work in it.
-    block_q = layout.tiles.block_q
-    first_block = chunk * layout.chunk // block_q if layout.diagonal else 0
-    q_spec, in_specs, grad_spec = _specs(layout, groups, width, chunk, first_block)
+    # Causal from slot 0: blocks of queries before the chunk do not see it.
+    block_q = layout.sizes.block_q
+    first_block = chunk * layout.chunk // block_q if layout.has_diagonal else 0
+    specs = _block_specs(layout, groups, width, chunk, first_block)
     aliases = {}
-    if chunk:
-        aliases = {len(prefetched) + len(operands): 0}
-        in_specs.append(q_spec)
-        operands = [*operands, dq]
-    pairs = batch * heads * layout.pairs() // layout.chunks
-    gradient = (batch, kv_heads, layout.chunk, width)
+    if dq_earlier is not None:
+        aliases = {len(scalars) + len(operands): 0}
+        operands = operands | {"dq_earlier": dq_earlier}
+    outputs = {
+        "dq": jax.ShapeDtypeStruct(
+            q.shape, grad_dtypes["dq"] if layout.num_chunks == 1 else jnp.float32
+        ),
+        "dk": jax.ShapeDtypeStruct((batch, kv_heads, layout.chunk, width), grad_dtypes["dk"]),
+        "dv": jax.ShapeDtypeStruct((batch, kv_heads, layout.chunk, width), grad_dtypes["dv"]),
+    }
+    scratch = {
+        "q_scaled": pltpu.VMEM((block_q, width), q.dtype),
+        "dq_acc": pltpu.VMEM((width, block_q), jnp.float32),
+        "dk_acc": pltpu.VMEM((layout.chunk, width), jnp.float32),
+        "dv_acc": pltpu.VMEM((layout.chunk, width), jnp.float32),
+    }
+    pairs = batch * heads * layout.num_pairs() // layout.num_chunks
     # K, V and their gradients in two buffers each, and the float32 sums of the gradients.
-    item, grad_item = k.dtype.itemsize, jnp.dtype(dtypes[1]).itemsize
-    return pl.pallas_call(
-        functools.partial(
-            _kernel, layout=layout, scale=scale, chunk=chunk, first_block=first_block
-        ),
+    item, grad_item = k.dtype.itemsize, jnp.dtype(grad_dtypes["dk"]).itemsize
+    body = functools.partial(
+        _backward_kernel, layout=layout, scale=scale, chunk=chunk, first_block=first_block
+    )
+    dq, dk, dv = pl.pallas_call(
+        bind_by_name(body, [*scalars, *operands, *outputs, *scratch]),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(prefetched),
-            grid=(batch, kv_heads, groups, layout.q_blocks - first_block),
-            in_specs=in_specs,
-            out_specs=[q_spec, grad_spec, grad_spec],
-            scratch_shapes=[
-                pltpu.VMEM((block_q, width), q.dtype),
-                pltpu.VMEM((width, block_q), jnp.float32),
-                *[pltpu.VMEM((layout.chunk, width), jnp.float32)] * 2,
-            ],
+            num_scalar_prefetch=len(scalars),
+            grid=(batch, kv_heads, groups, layout.num_q_blocks - first_block),
+            in_specs=[specs[name] for name in operands],
+            out_specs=[specs[name] for name in outputs],
+            scratch_shapes=list(scratch.values()),
         ),
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, dtypes[0] if layout.chunks == 1 else jnp.float32),
-            jax.ShapeDtypeStruct(gradient, dtypes[1]),
-            jax.ShapeDtypeStruct(gradient, dtypes[2]),
-        ],
+        out_shape=list(outputs.values()),
         input_output_aliases=aliases,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=layout.vmem(width * (4 * item + 8 + 4 * grad_item), chip.vmem),
+            vmem_limit_bytes=layout.vmem_limit(
+                width * (4 * item + 8 + 4 * grad_item), config.vmem_bytes
+            ),
         ),
         cost_estimate=pl.CostEstimate(
             flops=10 * pairs * width,
-            bytes_accessed=3 * q.nbytes + 4 * k.nbytes // layout.chunks,
+            bytes_accessed=3 * q.nbytes + 4 * k.nbytes // layout.num_chunks,
             transcendentals=pairs,
         ),
         interpret=interpret,
-        name="attention_backward",
-    )(*prefetched, *operands)
+        name="flash_backward",
+    )(*scalars.values(), *operands.values())
+    return dq, dk, dv
 
 
 def flash_backward(
-    q,
-    k,
-    v,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     mask: Mask,
     scale: float,
-    lse,
-    d_out,
-    delta,
-    grad_dtype,
+    lse: jax.Array,
+    d_out: jax.Array,
+    delta: jax.Array,
+    grad_dtype: DTypeLike | None,
     *,
-    chip: ChipTiles,
-    interpret=False,
-):
-    """Computes the gradients of attention; the contract is `flash.FlashKernel.backward`.
+    config: FlashConfig,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the gradients of q, k and v: the contract of `FlashKernel.backward`.
 
     Args:
-      q: queries [B, T, N, H].
-      k: keys [B, S, K, H].
-      v: values [B, S, K, H].
-      mask: the mask.
+      q: [B, T, N, H] (batch, queries, query heads, head dimension), bfloat16 or float32.
+      k: keys [B, S, K, H] (S keys, K kv heads), q's dtype.
+      v: values [B, S, K, H], q's dtype.
+      mask: which keys a query sees.
       scale: factor on q·k.
-      lse: log-sum-exp of the forward pass, float32 [B, N, T].
-      d_out: gradient of the output [B, T, N, H].
-      delta: sum of d_out · out per query, float32 [B, N, T].
-      grad_dtype: dtype of the gradients; None: those of q, k, v.
-      chip: block sizes.
-      interpret: whether to run in Pallas' interpreter.
+      lse: log-sum-exp of the scores, float32 [B, N, T], natural logarithm.
+      d_out: gradient of the output, [B, T, N, H] in q's dtype.
+      delta: Σ_H out·d_out less the gradient of lse, float32 [B, N, T].
+      grad_dtype: dtype of the results; None: the dtypes of q, k and v.
+      config: settings for the chip.
+      interpret: run Pallas' interpreter instead of compiling.
 
     Returns:
-      (dq, dk, dv), shaped as q, k, v.
+      (dq [B, T, N, H], dk [B, S, K, H], dv [B, S, K, H]).
     """
     batch, q_len, _, head_dim = q.shape
     k_len = k.shape[1]
-    layout = tiling.make_flash_layout(
-        q_len, k_len, padded_width(head_dim), q.dtype.itemsize, mask, chip.backward
-    )
-    prefetched = scalars(mask, layout, batch)
+    width = padded_width(head_dim)
+    layout = make_flash_layout(q_len, k_len, width, q.dtype.itemsize, mask, config.backward)
+    scalars = scalar_operands(mask, layout, batch)
 
-    def row(x, fill):
-        """Pads [B, N, T] to complete blocks with `fill`, as [B, N, 1, rows]."""
-        past = layout.rows - q_len
-        return jnp.pad(x, ((0, 0), (0, 0), (0, past)), constant_values=fill)[:, :, None]
+    def pad_statistics(x: jax.Array, fill: float) -> jax.Array:
+        """Pads [B, N, T] to [B, N, 1, padded T]."""
+        padding = layout.padded_q_len - q_len
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padding)), constant_values=fill)[:, :, None]
 
-    operands = [
-        heads_first(q, layout.rows),
-        *(heads_first(x, layout.columns) for x in (k, v)),
-        row(lse, -UNSEEN),  # so that queries past T have weight 0
-        heads_first(d_out, layout.rows),
-        row(delta, 0),
-    ]
-    if layout.segments:
-        operands += segment_rows(mask, layout)
-    dtypes = [grad_dtype or x.dtype for x in (q, k, v)]
-    dq: Any = None
-    parts = []
-    for chunk in range(layout.chunks):
-        dq, *part = _chunk_gradients(
-            operands, prefetched, layout, scale, chunk, dq, dtypes, chip, interpret
+    operands = {
+        "q": heads_first(q, layout.padded_q_len),
+        "k": heads_first(k, layout.padded_k_len),
+        "v": heads_first(v, layout.padded_k_len),
+        # A log-sum-exp so large that padding queries get weights of 0.
+        "lse": pad_statistics(lse, -MASKED_SCORE),
+        "d_out": heads_first(d_out, layout.padded_q_len),
+        "delta": pad_statistics(delta, 0),
+    }
+    if layout.has_segments:
+        operands["q_ids"], operands["k_ids"] = segment_rows(mask, layout)
+    grad_dtypes = {"dq": grad_dtype or q.dtype, "dk": grad_dtype or k.dtype}
+    grad_dtypes["dv"] = grad_dtype or v.dtype
+    dq, dks, dvs = None, [], []
+    for chunk in range(layout.num_chunks):
+        dq, dk, dv = _chunk_backward(
+            operands,
+            scalars,
+            dq,
+            layout=layout,
+            scale=scale,
+            chunk=chunk,
+            grad_dtypes=grad_dtypes,
+            config=config,
+            interpret=interpret,
         )
-        parts.append(part)
-    dk, dv = (jnp.concatenate(x, axis=2)[:, :, :k_len, :head_dim] for x in zip(*parts, strict=True))
-    dq = dq[:, :, :q_len, :head_dim].astype(dtypes[0])
-    return tuple(x.swapaxes(1, 2) for x in (dq, dk, dv))
+        dks.append(dk)
+        dvs.append(dv)
+    assert dq is not None
+    dk, dv = (jnp.concatenate(x, axis=2)[:, :, :k_len, :head_dim] for x in (dks, dvs))
+    dq = dq[:, :, :q_len, :head_dim].astype(grad_dtypes["dq"])
+    return dq.swapaxes(1, 2), dk.swapaxes(1, 2), dv.swapaxes(1, 2)
