@@ -222,7 +222,7 @@ def test_a_refused_start_writes_nothing(data, tmp_path):
     dropout = {"model": {"attn_dropout": 0.1}, "options": {"attention": "chunked"}}
     for change, message in [
         ({"eval": f"h={data}/none"}, "none does not exist"),
-        ({"mesh": MeshConfig(fsdp=3)}, "needs 3 devices but 8 are there"),
+        ({"mesh": MeshConfig(fsdp=3)}, "needs 3 devices but there are 8"),
         ({"tokenizer": f"{data}/none"}, "none does not exist"),
         (dropout, "'chunked' can't serve .* no dropout on attention weights"),
         ({"data": {"seq_len": 8}}, "packed with seq_len 16, the config has 8"),

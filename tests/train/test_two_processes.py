@@ -74,8 +74,8 @@ def _two_steps_on_each_mesh(folder: str, sizes: dict, out: str) -> list:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    with jobs.compile_once(tmp_path_factory.mktemp("compiled")):
+def shared_compilation():
+    with jobs.compile_once():
         yield
 
 
