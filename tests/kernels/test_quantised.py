@@ -97,7 +97,7 @@ def test_interpreted_tpu_kernel_is_the_product(name):
 @pytest.mark.parametrize("rows", [2, 80])
 def test_two_cores_share_the_outputs(rows, monkeypatch):
     """Blocks of outputs are odd in number, so one core has one to do twice."""
-    monkeypatch.setattr(tpu_quantised, "_cores", lambda: 2)
+    monkeypatch.setattr(tpu_quantised.mosaic, "num_cores", lambda: 2)
     case = make_case(rows, 256, 300)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
         got = tpu_quantised.quantised_matmul(case.x, case.weight, columns=128)

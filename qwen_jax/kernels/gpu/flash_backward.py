@@ -39,7 +39,7 @@ from qwen_jax.kernels.gpu.flash_pipeline import (
     run_warp_specialised,
 )
 from qwen_jax.kernels.gpu.flash_schedule import RowMask, WorkQueue, base2_scale
-from qwen_jax.kernels.gpu.mosaic import Ref
+from qwen_jax.kernels.refs import Ref
 
 _DQ_TILE = 64
 """Rows and columns of the part of dq's tile that one warpgroup computes."""

@@ -34,7 +34,7 @@ from qwen_jax.kernels.gpu.flash_pipeline import (
     run_warp_specialised,
 )
 from qwen_jax.kernels.gpu.flash_schedule import RowMask, WorkQueue, base2_scale
-from qwen_jax.kernels.gpu.mosaic import Ref
+from qwen_jax.kernels.refs import Ref
 
 
 def dq_config(head_dim: int) -> PipelineConfig:

@@ -19,7 +19,8 @@ from jax import lax
 
 from qwen_jax.kernels.gpu import mosaic
 from qwen_jax.kernels.gpu.flash_schedule import TILE_FIELDS, RowMask, WorkQueue
-from qwen_jax.kernels.gpu.mosaic import MemoryType, Ref
+from qwen_jax.kernels.gpu.mosaic import MemoryType
+from qwen_jax.kernels.refs import Ref, bind_by_name
 
 COMPUTE_WARPGROUPS = 2
 """Warpgroups that compute; a third loads."""
@@ -137,7 +138,7 @@ def launch_kernel(
         input_refs = jax.tree.unflatten(tree, refs[: len(operands)])
         named = dict(zip(inputs, input_refs, strict=True))
         named |= dict(zip(outputs, refs[len(operands) :], strict=True))
-        with_scratch = mosaic.bind_by_name(functools.partial(body, **named), list(scratch))
+        with_scratch = bind_by_name(functools.partial(body, **named), list(scratch))
         pl.run_scoped(with_scratch, *scratch.values(), collective_axes="wg")
 
     mesh = plgpu.Mesh(

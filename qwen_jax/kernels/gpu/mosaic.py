@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-Ref: TypeAlias = Any
-"""Reference to global memory, shared memory or barriers in a kernel; jax's own type is private."""
+from qwen_jax.kernels.refs import Ref
+
 RegisterLayout: TypeAlias = Any
 """How an array is spread over the registers of a warpgroup: a `plgpu.Layout`."""
 MemoryType: TypeAlias = Any
@@ -61,20 +61,6 @@ def smem_tile(shape: tuple[int, ...], dtype: DTypeLike) -> MemoryType:
 def smem_union(*types: MemoryType) -> MemoryType:
     """Returns the type of one shared-memory region that is used as each of `types` in turn."""
     return plgpu.RefUnion(*types)
-
-
-def bind_by_name(body: Callable[..., None], names: Sequence[str]) -> Callable[..., None]:
-    """Returns a kernel body that takes references by position and calls `body` with keywords.
-
-    Args:
-      body: kernel body with one keyword parameter for each name.
-      names: parameter names in the order in which Pallas passes inputs, outputs and scratch.
-    """
-
-    def positional(*refs: Ref) -> None:
-        body(**dict(zip(names, refs, strict=True)))
-
-    return positional
 
 
 def load(ref: Ref, layout: RegisterLayout) -> jax.Array:

@@ -20,8 +20,9 @@ from jax import lax
 from qwen_jax.kernels.cache import SCALE_ROWS
 from qwen_jax.kernels.gpu import mosaic
 from qwen_jax.kernels.gpu.flash_schedule import LOG2E
-from qwen_jax.kernels.gpu.mosaic import MemoryType, Ref
+from qwen_jax.kernels.gpu.mosaic import MemoryType
 from qwen_jax.kernels.mask import MASKED
+from qwen_jax.kernels.refs import Ref, bind_by_name
 
 ROWS = 64
 """Rows of a wgmma instruction (its M)."""
@@ -126,7 +127,7 @@ def launch(
     }
     body = functools.partial(_decode_kernel, shape)
     out, lse = plgpu.kernel(
-        mosaic.bind_by_name(body, [*inputs, *outputs, *scratch]),
+        bind_by_name(body, [*inputs, *outputs, *scratch]),
         out_type=tuple(outputs.values()),
         scratch_types=list(scratch.values()),
         grid=(shape.splits, kv_heads, requests),

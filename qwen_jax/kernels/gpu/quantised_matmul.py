@@ -29,8 +29,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from qwen_jax.kernels.gpu import mosaic
-from qwen_jax.kernels.gpu.mosaic import Ref
 from qwen_jax.kernels.quantised import GroupWeight, dequantise
+from qwen_jax.kernels.refs import Ref, bind_by_name
 from qwen_jax.parallel import current_mesh
 
 _CHUNK = 128
@@ -176,7 +176,7 @@ def _launch(shape: _GpuMatmulShape, x: jax.Array, weight: GroupWeight) -> jax.Ar
     }
     body = functools.partial(_matmul_kernel, shape)
     out = plgpu.kernel(
-        mosaic.bind_by_name(body, [*inputs, "out_ref", *scratch]),
+        bind_by_name(body, [*inputs, "out_ref", *scratch]),
         out_type=jax.ShapeDtypeStruct((shape.splits * rows, outputs), jnp.float32),
         scratch_types=list(scratch.values()),
         grid=(outputs // _COLUMNS, shape.splits, rows // _ROWS),
