@@ -298,7 +298,7 @@ def make_report(
 
 
 def make_demo() -> Demo:
-    """Returns the recipe of the flags with the paths of the working folder filled in.
+    """Builds the demo from the recipe of --config, with all paths inside --workdir.
 
     Raises:
       UserError: `--workdir` is empty, or the recipe is invalid.

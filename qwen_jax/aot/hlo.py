@@ -102,11 +102,11 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A computation: instructions in scheduled order.
+    """An HLO computation.
 
     Attributes:
       name: unique name within the module.
-      instructions: its instructions.
+      instructions: its instructions, in scheduled order.
     """
 
     name: str

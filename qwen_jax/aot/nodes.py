@@ -222,7 +222,7 @@ def _missing_compiler() -> UserError:
     )
 
 
-def _find_assembler() -> None:
+def _add_assembler_to_path() -> None:
     """Adds the folder of NVIDIA's assembler to PATH, where XLA searches for it.
 
     Raises:
@@ -247,7 +247,7 @@ def describe(name: str) -> Nodes:
     gpu, shape = parse(name)
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         raise _missing_compiler()
-    _find_assembler()
+    _add_assembler_to_path()
     try:
         found = topologies.get_topology_desc(
             platform="cuda",

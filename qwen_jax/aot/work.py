@@ -210,9 +210,14 @@ def _hbm_size(shapes) -> int:
 
 
 def _bytes_read(module: HloModule, inner: Computation, value: Instruction) -> int:
-    """Returns the bytes that a fused computation reads of a value in HBM.
+    """Returns the bytes of HBM that a fused computation reads through one of its parameters.
 
-    If the value is only sliced, these are the bytes of the slices.
+    All of the parameter, or only the slices if every use is a slice.
+
+    Args:
+      module: the program.
+      inner: the fused computation.
+      value: the parameter, or a bitcast of it.
     """
     total_bytes = value.shapes[0].bytes
     read = 0

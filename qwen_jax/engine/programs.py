@@ -216,7 +216,11 @@ class CompiledPrograms:
         return self._with_shardings(jax.eval_shape(make))
 
     def _with_shardings(self, tree: Any) -> Any:
-        """Returns shapes whose shardings are on the devices of the parameters."""
+        """Returns `ShapeDtypeStruct`s whose shardings are on the mesh of the parameters.
+
+        Args:
+          tree: shapes whose shardings are on an abstract mesh; returned unchanged without a mesh.
+        """
         if not on_mesh():
             return tree
         mesh = jax.tree.leaves(self.params)[0].sharding.mesh

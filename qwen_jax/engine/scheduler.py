@@ -337,9 +337,10 @@ class Scheduler:
         return swap_out
 
     def _preempt(self, state: RequestState) -> None:
-        """Takes row and pages from a running request and puts it at the head of the queue.
+        """Preempts a running request: frees its row and pages and puts it at the head of the queue.
 
-        A request without output is not swapped: its prompt is computed again from the start.
+        If it has output tokens, its pages have been swapped out to host memory before; otherwise
+        nothing is kept, and its prompt is computed again.
         """
         if state.num_scheduled_tokens:
             self._stop_rows.append(state.assigned_row)

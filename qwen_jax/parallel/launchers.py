@@ -296,7 +296,7 @@ def _host_in_slice(name: str, worker: int, this: int, other: int) -> str:
 
 
 def _may_have_tpu(environment: Environment) -> bool:
-    """Returns whether JAX found TPU chips in this machine, or has not looked for them."""
+    """Returns False if JAX has recorded in `environment` that this machine has no TPU chips."""
     # On import, JAX looks for TPU chips on the PCI bus and sets this if there are none.
     return "TPU_SKIP_MDS_QUERY" not in environment
 

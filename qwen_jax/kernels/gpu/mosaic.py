@@ -77,7 +77,7 @@ def full(shape: tuple[int, ...], value: float, layout: RegisterLayout) -> jax.Ar
 
 
 def iota(shape: tuple[int, int], axis: int) -> jax.Array:
-    """Returns an int32 `MATRIX` in which each element is its own index along `axis`."""
+    """Returns the index of each element along `axis`, int32 [rows, columns] in layout `MATRIX`."""
     return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX)
 
 
