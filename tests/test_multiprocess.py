@@ -1,4 +1,4 @@
-"""The helper itself: processes are joined, failures and time-outs are failures, nothing leaks."""
+"""The multi-process test helper joins processes and fails on errors and timeouts."""
 
 import time
 

@@ -67,7 +67,7 @@ def initialize(
         return
     else:
         _initialize_group(group, timeout_s)
-    sys.excepthook = _print_and_end
+    sys.excepthook = _exit_on_exception
     logging.info(
         "Process %d of %d, %d of %d devices.",
         jax.process_index(),
@@ -119,12 +119,13 @@ def _process_group(values: tuple[Any, Any, Any]) -> ProcessGroup | None:
 def end_process(status: int) -> NoReturn:
     """Exits this process with `status`, without waiting for the other processes of the job.
 
-    Programs use it instead of `sys.exit` for an error that the other processes may not share.
+    Programs use it instead of `sys.exit` for an error that may be raised on this process only. The
+    launcher then ends the other processes. For a single process it is `sys.exit`.
     """
     if not jax.distributed.is_initialized():
         sys.exit(status)
     logging.error(
-        "Process %d exits with status %d, which ends the whole job.", jax.process_index(), status
+        "Process %d exits with status %d, which ends the job.", jax.process_index(), status
     )
     logging.flush()
     sys.stdout.flush()
@@ -132,8 +133,8 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _print_and_end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Exception hook: prints the traceback and ends this process with status 1."""
+def _exit_on_exception(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Exception hook (`sys.excepthook`): prints the traceback and exits with status 1."""
     traceback.print_exception(kind, error, trace)
     end_process(1)
 
@@ -141,8 +142,13 @@ def _print_and_end(kind: type[BaseException], error: BaseException, trace: Any) 
 def on_first_process(function: Callable[[], Any]) -> Any:
     """Calls `function` on process 0 only and returns its result on all processes.
 
+    All processes must call it.
+
     Args:
-      function: a function whose result can be written as JSON.
+      function: a function whose result has JSON types.
+
+    Returns:
+      The result; with several processes as parsed from JSON, so that tuples become lists.
 
     Raises:
       UserError: on all processes, if `function` raised one.
@@ -170,11 +176,13 @@ def on_first_process(function: Callable[[], Any]) -> Any:
     return reply["value"]
 
 
-def from_all_processes(text: str) -> list[str]:
-    """Returns the texts of all processes, in process order, on every process.
+def all_gather_text(text: str) -> list[str]:
+    """Gathers one text per process and returns all of them, in process order, on every process.
+
+    All processes must call it.
 
     Args:
-      text: text of this process; cut to 400 bytes.
+      text: text of this process; truncated to 400 bytes of UTF-8.
     """
     if jax.process_count() == 1:
         return [text]

@@ -7,7 +7,7 @@ import numpy as np
 
 from qwen_jax.parallel.rules import named_sharding
 
-_AXES = ("batch", "sequence")
+_AXES = ("batch", "sequence")  # Logical axes of the arrays of a batch.
 
 
 def local_rows(mesh: jax.sharding.Mesh, global_batch: int) -> tuple[int, int]:
@@ -29,9 +29,10 @@ def local_rows(mesh: jax.sharding.Mesh, global_batch: int) -> tuple[int, int]:
 def to_global(
     batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh, first: int, global_batch: int
 ) -> dict[str, jax.Array]:
-    """Returns global arrays made from this process's rows.
+    """Assembles global arrays from the rows that each process has read.
 
-    Only the parts that belong to this process's devices are copied.
+    All processes must call it, each with at least the rows of its own devices (see `local_rows`).
+    Only the parts that belong to this process's devices are copied to them.
 
     Args:
       batch: name -> rows [first, first + b) of the global batch, [b] or [b, T] (T tokens per row).
@@ -40,12 +41,13 @@ def to_global(
       global_batch: rows of the global batch.
     """
 
-    def globalise(rows: np.ndarray) -> jax.Array:
-        """Returns one array of the batch as a global array."""
+    def make_global(rows: np.ndarray) -> jax.Array:
+        """Returns the global array whose rows [first, first + b) are `rows`."""
         shape = (global_batch, *rows.shape[1:])
 
-        def shard_rows(index):
-            """Returns the part at `index` of the global array, which belongs to one device."""
+        def shard_rows(index: tuple[slice, ...] | None) -> np.ndarray:
+            """Returns the part of the global array at `index`, the shard of one device."""
+            assert index is not None
             start, stop, _ = index[0].indices(global_batch)
             return rows[(slice(start - first, stop - first), *index[1:])]
 
@@ -53,4 +55,4 @@ def to_global(
             shape, named_sharding(mesh, *_AXES[: rows.ndim]), shard_rows
         )
 
-    return {name: globalise(rows) for name, rows in batch.items()}
+    return {name: make_global(rows) for name, rows in batch.items()}

@@ -1,10 +1,10 @@
 """Detection of the processes of a job from the environment of its launcher.
 
-A launcher is whatever starts the same program on several hosts: SLURM's srun, GKE's TPU webhook,
-the metadata server of a Cloud TPU VM, or a person who sets three variables. Each of them states the
-number of processes, the index of this one, the address of process 0 and the hosts. JAX reads the
-same sources (jax/_src/clusters); reading them here as well makes it possible to name the hosts of
-missing processes.
+A launcher starts the same program on several hosts: SLURM's srun, a TPU pod on GKE, the tools of
+Cloud TPU VMs, or a script that sets three variables. The environment (on a Cloud TPU VM, its
+metadata server) then gives the number of processes, the index of this one, the address of process 0
+and the hosts. JAX reads the same sources (jax/_src/clusters); they are read here as well so that
+error messages can name the hosts of missing processes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _METADATA_PATH = "/computeMetadata/v1/instance/attributes/"
 
 @dataclasses.dataclass(frozen=True)
 class ProcessGroup:
-    """The processes of a job, as seen by one of them.
+    """Processes of a job: how many, the index of this one, and how to reach process 0.
 
     Attributes:
       address: "host:port" of process 0, reachable from every process.
       count: number of processes.
       index: index of this process, 0 ≤ index < count.
-      hosts: host of each process, or () if the launcher does not state them.
+      hosts: host of each process, or () if the launcher does not give them.
       launcher: source of this information, for the log.
       local_device: index of the only device of this host that the process drives; None: all of
         them.
@@ -58,8 +58,8 @@ def detect_group(
 
     Args:
       environment: environment variables.
-      read_metadata: returns an attribute of this virtual machine by name; by default the metadata
-        server is read, but only if JAX has found TPU chips.
+      read_metadata: returns a metadata attribute of this virtual machine by name; by default the
+        metadata server is read, but only if JAX has found TPU chips.
 
     Raises:
       UserError: a launcher was found, but its variables contradict each other.
@@ -134,6 +134,9 @@ def _expand(part: str, text: str) -> list[str]:
     Args:
       part: one element of a node list, such as "rack[1-2]node[01-04]".
       text: the complete node list, for the error message.
+
+    Raises:
+      UserError: the content of a bracket is not a list of ranges.
     """
     opening = part.find("[")
     if opening < 0:
@@ -154,7 +157,11 @@ def _expand(part: str, text: str) -> list[str]:
 
 
 def _slurm_group(environment: Environment) -> ProcessGroup:
-    """Returns the group of the tasks of an srun step, with the address that JAX would choose."""
+    """Returns the group of the tasks of an srun step, with the address that JAX would choose.
+
+    Raises:
+      UserError: a SLURM variable is missing or malformed.
+    """
     nodes = expand_hosts(environment["SLURM_STEP_NODELIST"])
     count = _integer(environment, "SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS"))
     index = _integer(environment, "SLURM_PROCID")
@@ -175,7 +182,16 @@ def _slurm_group(environment: Environment) -> ProcessGroup:
 def _hosts_of_tasks(
     nodes: tuple[str, ...], count: int, index: int, environment: Environment
 ) -> tuple[str, ...]:
-    """Returns the node of every task, or () if the tasks are distributed in an unsupported way."""
+    """Returns the node of every task, or () if it cannot be told from SLURM's variables.
+
+    Block and cyclic distributions are supported.
+
+    Args:
+      nodes: nodes of the step.
+      count: number of tasks.
+      index: index of this task, whose node is known, to check the result.
+      environment: environment variables.
+    """
     tasks = tasks_per_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     if len(tasks) != len(nodes) or sum(tasks) != count:
         return ()
@@ -202,7 +218,7 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def _local_device(environment: Environment) -> int | None:
-    """Returns the GPU of this task if SLURM runs several tasks per node and each sees all GPUs.
+    """Returns the index of this task's GPU if several tasks share a node and each sees all GPUs.
 
     None otherwise: the process then drives all devices it sees. JAX's own detection gives a task
     one GPU even if it is the only task on a node of eight.
@@ -218,10 +234,14 @@ def _local_device(environment: Environment) -> int | None:
     return _integer(environment, "SLURM_LOCALID")
 
 
-def _gke_group(workers: str, environment: Environment) -> ProcessGroup | None:
+def _gke_group(workers: str, environment: Environment) -> ProcessGroup:
     """Returns the group of a TPU pod on GKE.
 
     GKE's TPU webhook sets TPU_WORKER_HOSTNAMES, TPU_WORKER_ID and the MEGASCALE_* variables.
+
+    Args:
+      workers: hosts of this slice's workers, separated by commas, each with or without a port.
+      environment: environment variables.
     """
     names = tuple(name.strip().split(":")[0] for name in workers.split(",") if name.strip())
     index = _integer(environment, "TPU_WORKER_ID", "0" if len(names) == 1 else None)
@@ -231,11 +251,16 @@ def _gke_group(workers: str, environment: Environment) -> ProcessGroup | None:
 
 
 def _tpu_vm_group(environment: Environment, read: Callable[[str], str]) -> ProcessGroup | None:
-    """Returns the group of a Cloud TPU VM from its metadata; None for other machines."""
+    """Returns the group of a Cloud TPU VM from its metadata; None for other machines.
+
+    Args:
+      environment: environment variables.
+      read: returns a metadata attribute of this virtual machine by name, "" if it does not exist.
+    """
     number = read("agent-worker-number").strip()
     if not number:
         return None
-    # Each is a host name, or name:id:address in the older form.
+    # Each is a host name, or name:id:address in an older format.
     endpoints = [e.split(":")[-1] for e in read("worker-network-endpoints").strip().split(",")]
     pairs = (line.partition(":") for line in read("tpu-env").splitlines())
     facts = {key.strip(): value.strip().strip("'\"") for key, _, value in pairs}

@@ -15,15 +15,22 @@ from qwen_jax.errors import UserError
 AXES = ("data", "fsdp", "context", "tensor")
 """Mesh axes, outermost first.
 
-data: replicas of the whole model, gradients summed across (the only axis that may cross slices);
-fsdp: parameters and optimizer state sharded, gathered layer by layer; context: the sequence;
-tensor: heads, FFN width and vocabulary.
+data: replicas of the model, whose gradients are summed (the only axis that may cross slices); fsdp:
+parameters and optimizer state are sharded, weights gathered layer by layer; context: sequences are
+sharded; tensor: heads, FFN width and vocabulary are sharded.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each mesh axis; one axis may be -1, meaning all remaining devices."""
+    """Number of devices along each mesh axis; one of them may be -1 for all remaining devices.
+
+    Attributes:
+      data: size of the `data` axis.
+      fsdp: size of the `fsdp` axis.
+      context: size of the `context` axis.
+      tensor: size of the `tensor` axis.
+    """
 
     data: int = 1
     fsdp: int = -1
@@ -37,11 +44,11 @@ def mesh_sizes(config: MeshConfig, n_devices: int, slices: int = 1) -> tuple[int
     Args:
       config: sizes of the axes.
       n_devices: number of devices.
-      slices: number of TPU slices (or groups of hosts) that they belong to.
+      slices: number of TPU slices that the devices belong to.
 
     Raises:
-      UserError: the sizes don't multiply to the number of devices, or `data` is not a multiple of
-        the number of slices.
+      UserError: the product of the sizes is not the number of devices, or `data` is not a multiple
+        of the number of slices.
     """
     sizes = dataclasses.astuple(config)
     for axis, size in zip(AXES, sizes, strict=True):

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 from qwen_jax.errors import UserError
 
-_MAGIC = b"qwen_jax"
+_MAGIC = b"qwen_jax"  # Start of the greeting that a process sends after connecting.
 
 
 class ProcessMissing(UserError):
-    """Error: not all processes of a job connected in time. Starting the job again may succeed."""
+    """Error of a job whose processes did not all connect in time; a restart may succeed."""
 
     status = 69  # EX_UNAVAILABLE of sysexits.h
 
@@ -44,28 +44,28 @@ def wait_for_all(
     """
     deadline = time.monotonic() + timeout_s
     message = (
-        _gather(address, count, hosts, deadline, timeout_s)
+        _accept_all(address, count, hosts, deadline, timeout_s)
         if index == 0
-        else _report(address, count, index, deadline, timeout_s)
+        else _connect(address, count, index, deadline, timeout_s)
     )
     if message:
         raise ProcessMissing(message)
 
 
-def _gather(
+def _accept_all(
     address: str, count: int, hosts: Sequence[str], deadline: float, timeout_s: float
 ) -> str:
-    """Accepts the connections of all other processes (process 0) and sends them the result.
+    """Accepts a connection from every other process and sends each the result; runs on process 0.
 
     Args:
       address: "host:port" to listen at.
       count: number of processes.
       hosts: host of each process, or ().
       deadline: value of `time.monotonic()` at which to give up.
-      timeout_s: the time-out, for the error message.
+      timeout_s: the timeout in seconds, for the error message.
 
     Returns:
-      The message sent to all: "" on success.
+      The message that was sent to all: "" on success, else what is wrong and how to correct it.
     """
     port = int(address.rpartition(":")[2])
     connections: dict[int, socket.socket] = {}
@@ -83,7 +83,7 @@ def _gather(
             try:
                 connection, _ = server.accept()
                 connection.settimeout(5.0)
-                index, expected = _read_report(connection)
+                index, expected = _read_greeting(connection)
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue  # connected but sent nothing: not a process of this job
@@ -126,16 +126,25 @@ def _listen(port: int, count: int) -> socket.socket:
 
 
 def _format_processes(processes: Sequence[int], hosts: Sequence[str], most: int = 20) -> str:
-    """Formats process indices with their hosts, as in `1 (host a), 3 (host b)`, at most `most`."""
+    """Formats process indices with their hosts, as in `1 (host a), 3 (host b)`.
+
+    Args:
+      processes: indices of processes.
+      hosts: host of each process of the job, or () if unknown.
+      most: maximum number of processes to list; if there are more, " and more" is appended.
+    """
     names = [f"{i} (host {hosts[i]})" if hosts else str(i) for i in processes[:most]]
     return ", ".join(names) + (" and more" if len(processes) > most else "")
 
 
-def _read_report(connection: socket.socket) -> tuple[int, int]:
-    """Reads what a process sent on connecting: its index and the number of processes it expects.
+def _read_greeting(connection: socket.socket) -> tuple[int, int]:
+    """Reads the greeting of a newly connected process.
+
+    Returns:
+      (index of the process, number of processes it expects).
 
     Raises:
-      ValueError: the peer is not a process of this program.
+      ValueError: the peer closed the connection early or is not a process of this program.
     """
     data = b""
     while len(data) < len(_MAGIC) + 8:
@@ -149,11 +158,18 @@ def _read_report(connection: socket.socket) -> tuple[int, int]:
     return index, expected
 
 
-def _report(address: str, count: int, index: int, deadline: float, timeout_s: float) -> str:
-    """Connects to process 0, retrying until `deadline`, and returns the message it sends.
+def _connect(address: str, count: int, index: int, deadline: float, timeout_s: float) -> str:
+    """Connects to process 0, retrying until `deadline`; runs on every other process.
 
-    Used by all other processes. The message is "" on success; if process 0 cannot be reached, an
-    error message is returned.
+    Args:
+      address: "host:port" of process 0.
+      count: number of processes.
+      index: index of this process.
+      deadline: value of `time.monotonic()` at which to give up.
+      timeout_s: the timeout in seconds, for the error message.
+
+    Returns:
+      The message that process 0 sent, "" on success; an error message if it cannot be reached.
     """
     host, _, port = address.rpartition(":")
     reason: Exception | str = ""

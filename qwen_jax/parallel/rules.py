@@ -35,7 +35,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 GATHERED = "gathered_weight"
-"""Checkpoint name of gathered weights, by which remat policies exclude them from saving."""
+"""Name given to gathered weights (`checkpoint_name`), so that remat policies never save them."""
 
 
 def mesh_axes(axis: str | None) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def mesh_axis(axis: str) -> str:
 
 
 def current_mesh() -> jax.sharding.AbstractMesh:
-    """Returns the mesh set by `jax.set_mesh`; its `.empty` is true if there is none."""
+    """Returns the mesh set by `jax.set_mesh`; an empty one (`.empty`) if none is set."""
     return jax.sharding.get_abstract_mesh()
 
 
@@ -61,9 +61,12 @@ def on_mesh() -> bool:
 
 
 def platform() -> tuple[str, str]:
-    """Returns ("cpu", "gpu" or "tpu", device kind) of the mesh, else of the first device.
+    """Returns the platform and device kind of the mesh, or of the first device without a mesh.
 
     The mesh takes precedence, so that a program can be compiled for devices that are not attached.
+
+    Returns:
+      ("cpu", "gpu" or "tpu", device kind such as "TPU v5 lite").
     """
     device = current_mesh().abstract_device if on_mesh() else None
     device = device or jax.devices()[0]
@@ -85,7 +88,7 @@ def named_sharding(mesh: jax.sharding.Mesh, *axes: str | None) -> jax.NamedShard
 
 
 def reshard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Moves `x` to the sharding of these logical axes, with a collective where it differs."""
+    """Reshards `x` to the sharding of these logical axes; returns it unchanged without a mesh."""
     return jax.reshard(x, spec(*axes)) if on_mesh() else x
 
 
@@ -109,5 +112,5 @@ def gather_weight(weight: jax.Array, axes: tuple[str | None, ...], dtype) -> jax
 
 
 def batch_devices(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh) -> int:
-    """Returns the number of parts that the global batch is split into on this mesh."""
+    """Returns the number of shards that the global batch is split into on this mesh."""
     return math.prod(mesh.shape[axis] for axis in mesh_axes("batch"))

@@ -9,6 +9,8 @@ converts to this order and back (`model.hidden_states`); outside it, sequences a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,7 @@ from qwen_jax.errors import UserError
 from qwen_jax.parallel.rules import current_mesh, mesh_axis, on_mesh
 
 AXIS = mesh_axis("sequence")
+"""Name of the mesh axis that sequences are sharded over, "context"."""
 
 
 def context_size() -> int:
@@ -55,12 +58,13 @@ def zigzag_slots(length: int, device: jax.Array | int, size: int) -> jax.Array:
     return jnp.concatenate([device * half + steps, (2 * size - 1 - device) * half + steps])
 
 
-def _exchange(x: jax.Array, local_exchange) -> jax.Array:
-    """Applies `local_exchange` to every device's shard of axis 1 of `x`.
+def _exchange(x: jax.Array, local_exchange: Callable[[jax.Array, int], jax.Array]) -> jax.Array:
+    """Applies `local_exchange` to every device's shard of axis 1 of `x`; the identity if C = 1.
 
     Args:
-      x: array [B, T, …].
-      local_exchange: (shard [B, T/C, …], C) -> shard, run under `shard_map` on C devices.
+      x: array of B rows of T tokens, [B, T, …].
+      local_exchange: (shard [B, T/C, …], C) -> shard, run under `shard_map` on the C devices of the
+        context axis.
 
     Raises:
       UserError: T is not a multiple of 2C.
@@ -74,11 +78,11 @@ def _exchange(x: jax.Array, local_exchange) -> jax.Array:
             "chunks; choose another length or mesh.context"
         )
     axes = (*jax.typeof(x).sharding.spec, *(None,) * x.ndim)[: x.ndim]
-    at = jax.P(axes[0], AXIS, *axes[2:])
+    sharded = jax.P(axes[0], AXIS, *axes[2:])
     exchange = jax.shard_map(
-        lambda x: local_exchange(x, size), in_specs=at, out_specs=at, check_vma=False
+        lambda x: local_exchange(x, size), in_specs=sharded, out_specs=sharded, check_vma=False
     )
-    return exchange(jax.reshard(x, at))
+    return exchange(jax.reshard(x, sharded))
 
 
 # Even-numbered chunks go to as many different devices as there are, and so do odd ones:
@@ -86,24 +90,42 @@ def _exchange(x: jax.Array, local_exchange) -> jax.Array:
 
 
 def _destinations(parity: int, size: int) -> list[tuple[int, int]]:
-    """Returns, for each chunk m of this parity, its device in natural and in zigzag order."""
+    """Returns the device moves of the even or the odd chunks from natural to zigzag order.
+
+    Args:
+      parity: 0 for the even-numbered chunks of the sequence, 1 for the odd-numbered ones.
+      size: number of devices C on the context axis; the sequence has 2C chunks.
+
+    Returns:
+      (device in natural order, device in zigzag order) of each chunk, as `jax.lax.ppermute` takes.
+    """
     chunks = range(parity, 2 * size, 2)
     return [(m // 2, m if m < size else 2 * size - 1 - m) for m in chunks]
 
 
-def _local_to_zigzag(x, size):
-    """Returns this device's shard in zigzag order, given its shard in natural order."""
+def _local_to_zigzag(x: jax.Array, size: int) -> jax.Array:
+    """Returns this device's shard in zigzag order, given its shard in natural order.
+
+    Args:
+      x: two consecutive chunks along axis 1, [B, T/C, …].
+      size: number of devices C on the context axis.
+    """
     parts = jnp.split(x, 2, axis=1)
     even, odd = (
         jax.lax.ppermute(part, AXIS, _destinations(parity, size))
         for parity, part in enumerate(parts)
     )
-    # Chunk i has i's parity; chunk 2C−1−i has the other.
+    # Device i holds chunk i, of i's parity, before chunk 2C−1−i, of the other.
     return _concatenate_by_parity(even, odd, jax.lax.axis_index(AXIS) % 2)
 
 
-def _local_from_zigzag(x, size):
-    """Returns this device's shard in natural order, given its shard in zigzag order."""
+def _local_from_zigzag(x: jax.Array, size: int) -> jax.Array:
+    """Returns this device's shard in natural order, given its shard in zigzag order.
+
+    Args:
+      x: chunks i and 2C−1−i of the sequence on device i, along axis 1, [B, T/C, …].
+      size: number of devices C on the context axis.
+    """
     first, second = jnp.split(x, 2, axis=1)
     parity = jax.lax.axis_index(AXIS) % 2
     even = jnp.where(parity == 0, first, second)
@@ -117,7 +139,7 @@ def _local_from_zigzag(x, size):
     return jnp.concatenate(tuple(parts), axis=1)
 
 
-def _concatenate_by_parity(even, odd, parity):
+def _concatenate_by_parity(even: jax.Array, odd: jax.Array, parity: jax.Array) -> jax.Array:
     """Concatenates two chunks along axis 1, `even` first if `parity` is 0, else `odd` first."""
     first, second = jnp.where(parity == 0, even, odd), jnp.where(parity == 0, odd, even)
     return jnp.concatenate([first, second], axis=1)

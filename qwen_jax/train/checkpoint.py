@@ -34,7 +34,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from qwen_jax.errors import UserError
-from qwen_jax.parallel.distributed import from_all_processes, on_first_process
+from qwen_jax.parallel.distributed import all_gather_text, on_first_process
 from qwen_jax.train import checkpoint_files as files
 
 # Status codes in errors of TensorStore and XLA when the machine, not the file, is at fault.
@@ -354,7 +354,7 @@ def _agree_on(failure: Exception | None) -> None:
         text = f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:300]}"
         trouble = isinstance(failure, (MemoryError, PermissionError, ConnectionError, TimeoutError))
         trouble |= any(code in str(failure) for code in _MACHINE_FAILURES)
-    reports = from_all_processes(f"{'trouble' if trouble else 'damage'} {text}" if text else "")
+    reports = all_gather_text(f"{'trouble' if trouble else 'damage'} {text}" if text else "")
     found = [(i, *report.split(" ", 1)) for i, report in enumerate(reports) if report]
     for index, kind, message in found:
         if kind == "trouble":

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from qwen_jax.errors import UserError
-from qwen_jax.parallel.distributed import from_all_processes, on_first_process
+from qwen_jax.parallel.distributed import all_gather_text, on_first_process
 
 FORMAT = 1
 _STEP = re.compile(r"step_(\d{8,})$")
@@ -299,7 +299,7 @@ def prepare_directory(directory: epath.Path) -> None:
     name = on_first_process(make)
     blind = [
         i
-        for i, seen in enumerate(from_all_processes(str((directory / name).exists())))
+        for i, seen in enumerate(all_gather_text(str((directory / name).exists())))
         if seen != "True"
     ]
     on_first_process(lambda: (directory / name).unlink())

@@ -82,9 +82,9 @@ def test_malformed_settings_are_refused_with_their_name(monkeypatch, arguments, 
 
 
 def test_barrier_passes_in_any_order_and_ignores_foreign_connections():
-    def strangers(address: str) -> None:
+    def connect_foreign_clients(address: str) -> None:
         host, port = address.split(":")
-        for data in (b"", b"GET / HTTP/1.1\r\n\r\n some browser"):
+        for data in (b"", b"GET / HTTP/1.1\r\n\r\n from a browser"):
             for _ in range(50):
                 try:
                     with socket.create_connection((host, int(port))) as line:
@@ -93,7 +93,7 @@ def test_barrier_passes_in_any_order_and_ignores_foreign_connections():
                 except OSError:
                     time.sleep(0.01)
 
-    assert _run_barrier([(2, 3), (0, 3), (1, 3)], before=strangers) == ["", "", ""]
+    assert _run_barrier([(2, 3), (0, 3), (1, 3)], before=connect_foreign_clients) == ["", "", ""]
 
 
 def test_all_processes_receive_the_indices_of_missing_ones():
@@ -141,7 +141,7 @@ def test_error_names_a_port_in_use():
 def _start_from_the_environment() -> int:
     distributed.initialize(timeout_s=60)
     distributed.initialize()  # again: nothing
-    values = distributed.from_all_processes(f"process {jax.process_index()}")
+    values = distributed.all_gather_text(f"process {jax.process_index()}")
     assert values == ["process 0", "process 1"]
     assert distributed.on_first_process(lambda: {"by": jax.process_index()}) == {"by": 0}
     with pytest.raises(UserError, match="only here"):
@@ -149,7 +149,7 @@ def _start_from_the_environment() -> int:
     with pytest.raises((ZeroDivisionError, RuntimeError), match="division by zero"):
         distributed.on_first_process(lambda: 1 / 0)
     if jax.process_index() == 1:
-        raise RuntimeError("dies of its own")
+        raise RuntimeError("raised on process 1 only")
     time.sleep(100)
     return 0
 
@@ -165,7 +165,7 @@ def _raise_user_error() -> None:
 
 
 def test_two_processes_start_from_the_environment_and_end_together(monkeypatch):
-    """One dies of an exception while the other works: the job is over in seconds, not minutes."""
+    """An exception in one process ends the job within seconds while the other still works."""
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"127.0.0.1:{multiprocess.free_port()}")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     begin = time.monotonic()
@@ -173,7 +173,7 @@ def test_two_processes_start_from_the_environment_and_end_together(monkeypatch):
         multiprocess.start(
             _start_from_the_environment, processes=2, devices=1, distributed=False, numbered=True
         ) as group,
-        pytest.raises(multiprocess.ProcessFailed, match="dies of its own"),
+        pytest.raises(multiprocess.ProcessFailed, match="raised on process 1 only"),
     ):
         group.wait(timeout=60)
     assert time.monotonic() - begin < 60
@@ -205,7 +205,7 @@ _TPU = {"TPU_WORKER_HOSTNAMES": "localhost,pod-slice-0-1.pod,pod-slice-0-2.pod"}
 
 
 def _command(environment: dict[str, str]) -> subprocess.Popen:
-    """A program that does what every program does first, with a time-out of three seconds."""
+    """Starts a program that calls `launch.program.run` with a start-up timeout of 3 s."""
     program = (
         "import jax; jax.config.update('jax_platforms', 'cpu')\n"
         "from absl import flags\n"
