@@ -1,7 +1,7 @@
 """Draws the pictures of the README as SVG files beside this script.
 
-    python docs/pictures/draw.py
-    python docs/pictures/draw.py runs/demo
+    PYTHONPATH=. python docs/pictures/draw.py
+    PYTHONPATH=. python docs/pictures/draw.py runs/demo
 
 `overview.svg` shows the stages and what each passes to the next; `layers.svg` the subpackages in
 their import order, read from the docstring of `qwen_jax`. A test compares both files with what this
